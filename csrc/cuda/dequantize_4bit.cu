@@ -1,0 +1,93 @@
+// Dequantisation on NVIDIA GPUs: one thread a byte, so neighbouring threads write neighbouring pairs.
+//
+// Not yet run on a card: kernels/dispatch.py offers it on request only.
+
+#include "../dequantize_4bit.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/headeronly/util/shim_utils.h>
+
+#include <algorithm>
+
+// Only a torch with CUDA has this symbol. Weak, so that the same library loads, without CUDA kernels being called,
+// beside a torch without.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream)
+    __attribute__((weak));
+
+namespace harlora::cuda {
+namespace {
+
+template <typename T>
+__device__ T round_to(float value) {
+  return static_cast<T>(value);
+}
+template <>
+__device__ __nv_bfloat16 round_to<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+template <>
+__device__ __half round_to<__half>(float value) {
+  return __float2half_rn(value);
+}
+
+// shift = log2(blocksize / 2): the block of a byte is its index >> shift.
+template <typename T>
+__global__ void dequantize_4bit_kernel(const uint8_t* __restrict__ packed, const float* __restrict__ scale,
+                                       const float* __restrict__ code, int shift, int64_t n, T* __restrict__ out) {
+  __shared__ float table[16];
+  if (threadIdx.x < 16) table[threadIdx.x] = code[threadIdx.x];
+  __syncthreads();
+  const int64_t bytes = (n + 1) / 2;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < bytes; i += step) {
+    const uint8_t byte = packed[i];
+    const float s = scale[i >> shift];
+    out[2 * i] = round_to<T>(table[byte >> 4] * s);
+    if (2 * i + 1 < n) out[2 * i + 1] = round_to<T>(table[byte & 15] * s);
+  }
+}
+
+template <typename T>
+void launch(const torch::stable::Tensor& packed, const torch::stable::Tensor& scale,
+            const torch::stable::Tensor& code, int64_t blocksize, const torch::stable::Tensor& out,
+            cudaStream_t stream) {
+  const int64_t n = out.numel();
+  if (n == 0) return;
+  constexpr int threads = 256;
+  const int64_t grid = std::min<int64_t>(((n + 1) / 2 + threads - 1) / threads, 65535);
+  int shift = 0;
+  while ((int64_t{2} << shift) < blocksize) ++shift;
+  dequantize_4bit_kernel<T><<<static_cast<unsigned>(grid), threads, 0, stream>>>(
+      static_cast<const uint8_t*>(packed.data_ptr()), static_cast<const float*>(scale.data_ptr()),
+      static_cast<const float*>(code.data_ptr()), shift, n, static_cast<T*>(out.data_ptr()));
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, "dequantize_4bit: launch failed: ", cudaGetErrorString(error));
+}
+
+}  // namespace
+
+void dequantize_4bit(torch::stable::Tensor packed, torch::stable::Tensor scale, torch::stable::Tensor code,
+                     int64_t blocksize, torch::stable::Tensor out) {
+  using torch::headeronly::ScalarType;
+  check_dequantize_4bit(packed, scale, code, blocksize, out);
+  torch::stable::accelerator::DeviceGuard guard(out.get_device());
+  void* stream_handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(out.get_device(), &stream_handle));
+  auto* stream = static_cast<cudaStream_t>(stream_handle);
+  switch (out.scalar_type()) {
+    case ScalarType::Float:
+      return launch<float>(packed, scale, code, blocksize, out, stream);
+    case ScalarType::Double:
+      return launch<double>(packed, scale, code, blocksize, out, stream);
+    case ScalarType::BFloat16:
+      return launch<__nv_bfloat16>(packed, scale, code, blocksize, out, stream);
+    case ScalarType::Half:
+      return launch<__half>(packed, scale, code, blocksize, out, stream);
+    default:
+      STD_TORCH_CHECK(false, "dequantize_4bit: out must be float32, float64, bfloat16 or float16");
+  }
+}
+
+}  // namespace harlora::cuda

@@ -1,0 +1,6 @@
+"""Functions on tensors: 4-bit quantisation and the linear layer over a 4-bit weight with a low-rank adapter."""
+
+from harlora.kernels.format import QuantizedWeight
+from harlora.kernels.ops import dequantize_4bit, qlora_linear, quantize_4bit
+
+__all__ = ["QuantizedWeight", "dequantize_4bit", "qlora_linear", "quantize_4bit"]

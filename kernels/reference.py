@@ -1,0 +1,128 @@
+"""What every operator means, in plain PyTorch: the oracle of the tests and the backend of last resort.
+
+Arithmetic follows bitsandbytes 0.50.2 on CUDA (`csrc/kernels.cu`), which its CPU kernels do not always do.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from harlora.kernels.format import NESTED_BLOCKSIZE, code_table, nested_code_table
+
+# FP4 codes by rising magnitude, and the bounds between them: the constants of the CUDA kernel, which are not quite
+# the midpoints (0.583333 for 0.58333331) that bitsandbytes uses on CPUs.
+_FP4_BY_MAGNITUDE = (0, 1, 6, 7, 4, 5, 2, 3)
+_FP4_BOUNDS = (0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333)
+
+
+@cache
+def _nf4_bounds(device: torch.device) -> Tensor:
+    code = code_table("nf4", device)
+    return (code[:-1] + code[1:]) / 2
+
+
+def _in_blocks(flat: Tensor, blocksize: int) -> Tensor:
+    """``flat`` as ``(blocks, blocksize)``, the last block filled up with zeros."""
+    return F.pad(flat, (0, -flat.numel() % blocksize)).view(-1, blocksize)
+
+
+def _search(values: Tensor, bounds: Tensor) -> Tensor:
+    """How many bounds each value exceeds, int32; 0 for NaN, which is 0 · inf in a block of zeros."""
+    return torch.where(values.isnan(), 0, torch.bucketize(values, bounds, out_int32=True))
+
+
+def quantize_4bit(
+    weight: Tensor, quant_type: str, blocksize: int, double_quant: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """packed, absmax, nested_absmax and nested_offset of ``weight``; the last two are empty without double_quant.
+
+    A value takes the code whose upper bound it does not exceed (ties go down); a block of zeros takes code 0.
+    """
+    blocks = _in_blocks(weight.reshape(-1).float(), blocksize)
+    absmax = blocks.abs().amax(dim=1)
+    flat = (blocks * (1.0 / absmax)[:, None]).reshape(-1)[: weight.numel()]
+    if quant_type == "nf4":
+        code = _search(flat, _nf4_bounds(flat.device))
+    else:
+        order = torch.tensor(_FP4_BY_MAGNITUDE, dtype=torch.int32, device=flat.device)
+        code = order[_search(flat.abs(), torch.tensor(_FP4_BOUNDS, device=flat.device))] | ((flat < 0).int() << 3)
+    # The spare half byte of an odd number of values is what 0 quantises to.
+    spare = 7 if quant_type == "nf4" else 0
+    pairs = F.pad(code.to(torch.uint8), (0, code.numel() % 2), value=spare).view(-1, 2)
+    packed = (pairs[:, :1] << 4) | pairs[:, 1:]
+    if not double_quant:
+        return packed, absmax, absmax.new_empty(0), absmax.new_empty(0)
+    offset = absmax.mean()
+    centred = _in_blocks(absmax - offset, NESTED_BLOCKSIZE)
+    nested_absmax = centred.abs().amax(dim=1)
+    table = nested_code_table(absmax.device)
+    scaled = (centred * (1.0 / nested_absmax)[:, None]).reshape(-1)[: absmax.numel()]
+    nested_code = _search(scaled, (table[:-1] + table[1:]) / 2)
+    return packed, nested_code.to(torch.uint8), nested_absmax, offset
+
+
+def scales(absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None) -> Tensor:
+    """The scale of each block, ``(blocks,)``, float32: absmax itself, or decoded from its 8 bits."""
+    if nested_absmax is None or nested_offset is None:
+        return absmax
+    table = nested_code_table(absmax.device)
+    nested = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: absmax.numel()]
+    return table[absmax.int()] * nested + nested_offset
+
+
+def dequantize_4bit(packed: Tensor, scale: Tensor, quant_type: str, blocksize: int, out: Tensor) -> None:
+    """Fill ``out``, contiguous, with code · scale: computed in float32, rounded once to the dtype of ``out``."""
+    code = code_table(quant_type, packed.device)
+    pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)  # (256, 2): the two codes of a byte
+    flat = pairs[packed.view(-1).int()].view(-1)[: out.numel()]
+    out.view(-1).copy_((_in_blocks(flat, blocksize) * scale[:, None]).view(-1)[: out.numel()])
+
+
+def qlora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Y = x·Ŵᵀ + bias + scaling·t·lora_Bᵀ and t = x·lora_Aᵀ, which backward needs; t is empty without adapter."""
+    y = F.linear(x, weight, bias)
+    if lora_A is None or lora_B is None:
+        return y, x.new_empty(0)
+    t = x @ lora_A.T
+    return torch.addmm(y, t, lora_B.T, alpha=scaling), t
+
+
+def qlora_linear_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    t: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, bias, lora_A and lora_B, each empty unless ``output_mask`` asks for it.
+
+    With u = scaling·dY·lora_B: dX = dY·Ŵ + u·lora_A, dbias = Σ dY, dA = uᵀ·x, dB = scaling·dYᵀ·t.
+
+    grad: ``(rows, out_features)``; x: ``(rows, in_features)``, for dA alone; t: ``(rows, rank)``, for dB alone;
+    weight: ``(out_features, in_features)``, for dX alone.
+    """
+    grad_x, grad_bias, grad_A, grad_B, u = (grad.new_empty(0) for _ in range(5))
+    want_x, want_bias, want_A, want_B = output_mask
+    if lora_B is not None and (want_x or want_A):
+        u = scaling * (grad @ lora_B)
+    if want_x:
+        assert weight is not None
+        grad_x = grad @ weight
+        if lora_A is not None:
+            grad_x = torch.addmm(grad_x, u, lora_A)
+    if want_bias:
+        grad_bias = grad.sum(dim=0)
+    if want_A:
+        assert x is not None
+        grad_A = u.T @ x
+    if want_B:
+        assert t is not None
+        grad_B = scaling * (grad.T @ t)
+    return grad_x, grad_bias, grad_A, grad_B

@@ -1,0 +1,182 @@
+"""Builds the compiled extension ``harlora/kernels/_C.so``; everything else is in pyproject.toml.
+
+The extension is plain shared-library code against libtorch's stable ABI, registered with torch's dispatcher and
+loaded by ``torch.ops.load_library``: it needs neither Python's headers nor its ABI. Where it cannot be built (no
+torch in the build environment, no ninja, no C++ compiler), the installation goes on with one warning, and the
+operators run on their PyTorch reference.
+
+Environment: CXX, the C++ compiler; CUDA_HOME, the CUDA toolkit (otherwise found through nvcc on PATH);
+HARLORA_CUDA=0 leaves the CUDA part out; HARLORA_CUDA_ARCHS, by default "80;90a;100".
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+SOURCES = ROOT / "csrc"
+# The oldest torch that the stable ABI calls may come from: 2.10.
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+
+
+class UnavailableError(Exception):
+    """Why the extension, or a part of it, cannot be built here."""
+
+
+def torch_folder() -> Path:
+    """The installed torch, whose headers and libraries the extension uses."""
+    try:
+        import torch
+    except ImportError as error:
+        raise UnavailableError(
+            "torch is not importable while building; install it first, then harlora with --no-build-isolation"
+        ) from error
+    return Path(torch.__file__).parent
+
+
+def ninja_program() -> str:
+    """The ninja program of the PyPI package, or the one on PATH."""
+    beside = Path(sys.executable).parent / "ninja"
+    if found := shutil.which(str(beside)) or shutil.which("ninja"):
+        return found
+    try:
+        import ninja
+    except ImportError as error:
+        raise UnavailableError("ninja is missing: pip install ninja") from error
+    return str(Path(ninja.BIN_DIR) / "ninja")
+
+
+def cxx_program() -> str:
+    """The C++ compiler."""
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and shutil.which(name):
+            return name
+    raise UnavailableError("no C++ compiler was found: install g++ or clang, or set CXX")
+
+
+def cuda_folder() -> Path:
+    """The root of the CUDA toolkit; nvcc on PATH may be a wrapper, so nvcc itself is asked where it lives."""
+    if os.environ.get("HARLORA_CUDA", "1") == "0":
+        raise UnavailableError("HARLORA_CUDA=0")
+    if home := os.environ.get("CUDA_HOME"):
+        return Path(home)
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        raise UnavailableError("no nvcc on PATH and CUDA_HOME is not set")
+    said = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, check=False).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    if top is None:
+        raise UnavailableError("nvcc does not tell where its toolkit is; set CUDA_HOME")
+    return Path(top[1].strip()).resolve()
+
+
+def ninja_file(torch: Path, cxx: str, cuda: Path | None, target: Path) -> str:
+    """The build file that makes ``target``."""
+
+    def quoted(path: Path | str) -> str:  # as a path in a ninja file
+        return re.sub(r"([$ :])", r"$\1", str(path))
+
+    common = f"-std=c++20 -O3 {STABLE_ABI} -I{SOURCES} -isystem {torch / 'include'}"
+    libraries = "-ltorch_cpu -ltorch -lc10"
+    lines = [
+        f"cxxflags = {common} -fPIC -Wall -Wextra -fvisibility=hidden",
+        f"ldflags = -shared -L{torch / 'lib'} {libraries}",
+        f"rule cxx\n command = {cxx} $cxxflags $define -MMD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc",
+        f"rule link\n command = {cxx} $in $ldflags $cuda -o $out",
+    ]
+    objects: list[str] = []
+    sources = [SOURCES / "bindings.cpp", *sorted((SOURCES / "cpu").glob("*.cpp"))]
+    for source in sources:
+        objects.append(f"{source.parent.name}_{source.stem}.o")
+        lines.append(f"build {objects[-1]}: cxx {quoted(source)}")
+        lines.append(" define = -DHARLORA_CUDA" if cuda else " define =")
+    if cuda:
+        archs = os.environ.get("HARLORA_CUDA_ARCHS", "80;90a;100").split(";")
+        gencode = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
+        flags = common.replace("-isystem ", "-I")
+        lines.append(
+            f"rule nvcc\n command = {cuda / 'bin' / 'nvcc'} {flags} -DUSE_CUDA {gencode} -Xcompiler -fPIC "
+            "-Xptxas -v -MD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc"
+        )
+        for source in sorted((SOURCES / "cuda").glob("*.cu")):
+            objects.append(f"cuda_{source.stem}.o")
+            lines.append(f"build {objects[-1]}: nvcc {quoted(source)}")
+    lines.append(f"build {quoted(target)}: link {' '.join(objects)}")
+    if cuda:
+        lib = next((cuda / name for name in ("lib64", "lib") if (cuda / name).is_dir()), cuda / "lib64")
+        lines.append(f" cuda = -L{lib} -lcudart_static -ldl -lrt -lpthread")
+    return "\n".join(lines) + "\n"
+
+
+class BuildWithNinja(build_ext):
+    """Builds the extension with ninja, and lets the installation go on where that cannot be done."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """A name without the Python version, since no Python symbol is in it."""
+        return fullname.replace(".", "/") + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        try:
+            self._build(target)
+        except (UnavailableError, subprocess.CalledProcessError) as error:
+            target.unlink(missing_ok=True)
+            self.warn(f"harlora: the compiled extension is left out, the PyTorch reference is used ({error})")
+
+    def _build(self, target: Path) -> None:
+        torch, ninja, cxx = torch_folder(), ninja_program(), cxx_program()
+        try:
+            cuda: Path | None = cuda_folder()
+        except UnavailableError as reason:
+            self.announce(f"harlora: building without the CUDA part ({reason})", level=2)
+            cuda = None
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(self.build_temp).resolve() / "harlora"
+        folder.mkdir(parents=True, exist_ok=True)
+        for attempt in [cuda, None] if cuda else [None]:
+            (folder / "build.ninja").write_text(ninja_file(torch, cxx, attempt, target))
+            try:
+                subprocess.run([ninja, "-C", str(folder)], check=True)
+                break
+            except subprocess.CalledProcessError:
+                if attempt is None:
+                    raise
+                self.warn("harlora: the CUDA part does not compile with this toolkit and is left out; see above")
+        # An extension that does not load here is worse than none.
+        check = f"import torch; torch.ops.load_library({str(target)!r})"
+        with tempfile.TemporaryDirectory() as elsewhere:
+            subprocess.run([sys.executable, "-c", check], check=True, cwd=elsewhere)
+
+    def get_outputs(self) -> list[str]:
+        """The files that were built; none where the build was not possible."""
+        return [output for output in super().get_outputs() if Path(output).exists()]
+
+    def copy_extensions_to_source(self) -> None:
+        """For an editable installation; nothing to copy where the build was not possible."""
+        for ext in self.extensions:
+            built, inplace = Path(self.build_lib) / self.get_ext_filename(ext.name), ROOT / "kernels" / "_C.so"
+            if built.exists():
+                shutil.copyfile(built, inplace)
+            else:
+                inplace.unlink(missing_ok=True)
+
+
+class PlatformWheel(bdist_wheel):
+    """Tags the wheel as fit for every Python on this platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
+setup(
+    ext_modules=[Extension("harlora.kernels._C", sources=[])],
+    cmdclass={"build_ext": BuildWithNinja, "bdist_wheel": PlatformWheel},
+)

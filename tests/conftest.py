@@ -1,0 +1,49 @@
+import os
+import re
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers of one test run share the cores
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    """No test reads or writes the user's cache, or depends on where the user keeps data."""
+    monkeypatch.setenv("HARLORA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def nan_filled_memory():
+    """New tensors hold NaN until they are written, so that a value read too early shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def real_data():
+    """The path of a real archive under HARLORA_DATA; skips, naming the file, where it is not there."""
+
+    def find(relative: str) -> Path:
+        root = os.environ.get("HARLORA_DATA")
+        path = Path(root or "data") / relative
+        if not path.exists():
+            pytest.skip(f"{path} is not there; set HARLORA_DATA to the folder that has {relative}")
+        return path
+
+    return find
+
+
+def words(text: str) -> str:
+    """A pattern for ``match`` that finds ``text`` as it stands."""
+    return re.escape(text)

@@ -1,0 +1,205 @@
+"""Adapters on disk, against the real PEFT, in both directions."""
+
+import json
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from harlora import apply_lora, apply_qlora, load_adapter, save_adapter
+from harlora.errors import InputError
+from harlora.nn import adapted_layers
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList(nn.ModuleDict({"fc1": nn.Linear(8, 8), "norm": nn.LayerNorm(8)}) for _ in "ab")
+        self.decoder = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"fc1": nn.Linear(8, 8)})])})
+        self.head = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+
+    def forward(self, x):
+        x = self.q(x)
+        for block in self.blocks:
+            x = block["norm"](block["fc1"](x))
+        return self.head(self.decoder["blocks"][0]["fc1"](x))
+
+
+def toy():
+    torch.manual_seed(4)
+    return Toy().eval()
+
+
+TARGETS = r"q|blocks\.\d\.fc1"  # not the decoder's
+X = torch.linspace(-1, 1, 40).view(5, 8)
+
+
+def trained(apply, **options):
+    model = apply(toy(), TARGETS, rank=3, alpha=6, **options)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for _, layer in adapted_layers(model):
+            layer.lora_B.normal_()
+    return model
+
+
+def in_peft(**options):
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS, **options)
+    model = peft.get_peft_model(toy(), config).eval()
+    torch.manual_seed(6)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    assert any("lora_B" in name for name, _ in model.named_parameters())
+    return model
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_ours_loads_in_peft(tmp_path, rslora):
+    model = trained(apply_lora, rslora=rslora)
+    save_adapter(model, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(toy(), tmp_path / "adapter").eval()
+    torch.testing.assert_close(theirs(X), model(X))
+    assert not any("decoder" in name and "lora" in name for name, _ in theirs.named_parameters())
+
+
+def test_ours_with_everything_trained_loads_in_peft(tmp_path):
+    model = trained(apply_lora)
+    model.blocks[0]["norm"].requires_grad_(True)
+    model.head.requires_grad_(True)
+    model.q.bias.requires_grad_(True)
+    with torch.no_grad():
+        model.blocks[0]["norm"].bias.add_(1.0)
+        model.q.bias.add_(0.5)
+        model.head[0].weight.mul_(2.0)
+        model.head[1].running_mean.add_(0.25)
+    save_adapter(model, tmp_path)
+    again = load_adapter(toy(), tmp_path).eval()
+    torch.testing.assert_close(again(X), model(X))
+    theirs = peft.PeftModel.from_pretrained(toy(), tmp_path).eval()
+    torch.testing.assert_close(theirs(X), model(X))
+
+
+def test_ours_with_ranks_of_its_own_for_layers(tmp_path):
+    model = apply_lora(toy(), ["q"], rank=2, alpha=6)
+    apply_lora_again = apply_lora(nn.ModuleDict({"blocks": model.blocks}), ["fc1"], rank=4, alpha=2)
+    assert apply_lora_again["blocks"] is model.blocks
+    for _, layer in adapted_layers(model):
+        nn.init.normal_(layer.lora_B)
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(toy(), tmp_path).eval()
+    torch.testing.assert_close(theirs(X), model(X))
+    torch.testing.assert_close(load_adapter(toy(), tmp_path)(X), model(X))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"fc1": 5}, "alpha_pattern": {"q": 1}},
+        {"bias": "lora_only"},
+        {"modules_to_save": ["head", "norm"]},
+        {"lora_dropout": 0.25},
+    ],
+)
+def test_peft_adapter_loads_into_a_plain_model(tmp_path, options):
+    theirs = in_peft(**options)
+    theirs.save_pretrained(tmp_path)
+    ours = load_adapter(toy(), tmp_path).eval()
+    torch.testing.assert_close(ours(X), theirs(X))
+    assert len(list(adapted_layers(ours))) == 3
+    assert ours.q.dropout == options.get("lora_dropout", 0.0)
+
+
+def test_peft_adapter_loads_over_a_4_bit_base(tmp_path):
+    theirs = in_peft()
+    theirs.save_pretrained(tmp_path)
+    ours = load_adapter(apply_qlora(toy(), TARGETS, rank=3, alpha=6), tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    for path, layer in adapted_layers(ours):
+        assert torch.equal(layer.lora_B, stored[f"base_model.model.{path}.lora_B.weight"])
+    assert (ours(X) - theirs(X)).norm() < 0.3 * theirs(X).norm()
+
+
+def test_round_trip_over_a_4_bit_base(tmp_path):
+    model = trained(apply_qlora)
+    save_adapter(model, tmp_path)
+    other = load_adapter(apply_qlora(toy(), TARGETS, rank=3, alpha=6), tmp_path)
+    assert torch.equal(other(X), model(X))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def saved(tmp_path):
+    save_adapter(trained(apply_lora), tmp_path)
+    return tmp_path
+
+
+def edit(folder, **settings):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+def edit_tensors(folder, change):
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+PREFIX = "base_model.model.q.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json: no such file"),
+        (lambda f: (f / "adapter_model.safetensors").unlink(), "adapter_model.safetensors: no such file"),
+        (lambda f: (f / "adapter_config.json").write_text("{"), "not a JSON file"),
+        (lambda f: (f / "adapter_config.json").write_text("{}"), "has no r"),
+        (
+            lambda f: (f / "adapter_model.safetensors").write_bytes(
+                (f / "adapter_model.safetensors").read_bytes()[:200]
+            ),
+            "not a complete safetensors file",
+        ),
+        (lambda f: edit(f, use_dora=True), "use_dora must be False, got True"),
+        (lambda f: edit(f, peft_type="IA3"), "peft_type must be 'LORA', got 'IA3'"),
+        (lambda f: edit_tensors(f, lambda t: t.pop(PREFIX)), "q has no lora_A; the file is incomplete"),
+        (lambda f: edit_tensors(f, lambda t: t.update({PREFIX: torch.ones(3, 9)})), r"must have shape \(3, 8\)"),
+        (
+            lambda f: edit_tensors(f, lambda t: t.update({"base_model.model.nope.lora_A.weight": torch.ones(3, 8)})),
+            "nope must be a linear layer of the model, found no such module",
+        ),
+        (
+            lambda f: edit_tensors(f, lambda t: t.update({"base_model.model.extra": torch.ones(3)})),
+            "has no counterpart in the model",
+        ),
+        (lambda f: edit_tensors(f, lambda t: [t.pop(k) for k in list(t)]), "required a LoRA adapter"),
+    ],
+)
+def test_damaged_adapter_is_refused_and_nothing_changes(tmp_path, damage, message):
+    folder = saved(tmp_path)
+    damage(folder)
+    model = toy()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(InputError, match=message):
+        load_adapter(model, folder)
+    assert not list(adapted_layers(model))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_another_rank_is_refused(tmp_path):
+    with pytest.raises(InputError, match="has rank 3, alpha 6 .* the model has rank 4"):
+        load_adapter(apply_qlora(toy(), TARGETS, rank=4), saved(tmp_path))
+
+
+def test_a_model_without_adapter_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no layer of the model carries an adapter"):
+        save_adapter(toy(), tmp_path / "new")
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,108 @@
+"""Building: the wheel, the extension, and installation where it cannot be built."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from harlora.kernels import dispatch
+
+ROOT = Path(__file__).parent.parent
+COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy of the files that a build reads."""
+    for name in ("kernels", "harlora", "csrc"):
+        ignored = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / "source" / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "source" / name)
+    return tmp_path / "source"
+
+
+def build(source, tmp_path, **environment):
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-build-isolation", "--no-deps", "--wheel-dir",
+         str(tmp_path / "wheels"), str(source)],
+        capture_output=True, text=True, check=False, env={**os.environ, "HARLORA_CUDA": "0", **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (tmp_path / "wheels").glob("*.whl")
+    return wheel, zipfile.ZipFile(wheel).namelist(), done.stdout + done.stderr
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
+def test_the_wheel_has_one_top_level_name_and_serves_every_python(source, tmp_path):
+    wheel, names, _ = build(source, tmp_path)
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"harlora"}
+    for name in ("harlora/kernels/_C.so", "harlora/kernels/ops.py", "harlora/py.typed", "harlora/nn/linear.py"):
+        assert name in names
+    assert "-py3-none-" in wheel.name
+    # Without this checkout in sight, the built extension loads and serves.
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    code = (
+        "import harlora, torch; from harlora.kernels import dispatch\n"
+        "assert 'installed' in harlora.__file__, harlora.__file__\n"
+        "assert dispatch.load_extension() == '', dispatch.load_extension()\n"
+        "harlora.dequantize_4bit(harlora.quantize_4bit(torch.randn(3, 70)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_installs_without_a_compiler_with_one_warning(source, tmp_path):
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    _, names, said = build(source, tmp_path, PATH=str(empty), CXX="")
+    assert "harlora/kernels/_C.so" not in names
+    assert "harlora/kernels/reference.py" in names
+    warned = re.findall(r"warning: .*the compiled extension is left out.*no C\+\+ compiler was found.*", said)
+    assert len(warned) == 1
+
+
+def test_installs_where_the_code_does_not_compile(source, tmp_path):
+    (source / "csrc" / "cpu" / "dequantize_4bit.cpp").write_text("this is not C++")
+    _, names, said = build(source, tmp_path)
+    assert "harlora/kernels/_C.so" not in names
+    assert len(re.findall("warning: .*the compiled extension is left out", said)) == 1
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
+def test_the_extension_of_this_installation_serves():
+    assert dispatch.load_extension() == ""
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("harlora_cpp::dequantize_4bit", "CPU")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
+def test_the_extension_has_its_cuda_part_where_nvcc_is():
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("harlora_cpp::dequantize_4bit", "CUDA")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
+@pytest.mark.parametrize("arch", ["80", "90a", "100"])
+def test_cuda_code_compiles_without_spills(tmp_path, arch):
+    include = Path(torch.__file__).parent / "include"
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        done = subprocess.run(
+            ["nvcc", "-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA",
+             f"-I{include}", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v", "-c", str(source),
+             "-o", str(tmp_path / "out.o")],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        spills = [int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr)]
+        registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
+        assert registers
+        assert max(registers) <= 64
+        assert set(spills) == {0}
