@@ -1,0 +1,212 @@
+"""Every dataset by name: where its files are looked for, who reads them, and its windows through a checked cache."""
+
+import difflib
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from harlora.data import dsa, motionsense, synthetic, uci_hapt, uci_har
+from harlora.data.archive import Archive
+from harlora.data.recording import Recording
+from harlora.data.windows import HOP, WINDOW, Windows, cut
+from harlora.errors import InputError
+from harlora.files import load_tensors, save_tensors
+
+ROOT_VARIABLE = "HARLORA_DATA"
+CACHE_VARIABLE = "HARLORA_CACHE"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One dataset.
+
+    domain: datasets of the same domain are the same people; never count them as two.
+    folder: under the data root. download: the authors' address. licence: as found there.
+    read: the reader, or None for synthetic data.
+    placement: where the device sat; of a dataset with several, the one that is used.
+    """
+
+    name: str
+    title: str
+    domain: str
+    placement: str
+    folder: str
+    download: str
+    licence: str
+    read: Callable[[Archive], Iterator[Recording]] | None
+
+    @property
+    def is_synthetic(self) -> bool:
+        """Whether the recordings are made up."""
+        return self.read is None
+
+    def find(self, root: Path) -> Path | None:
+        """Its archive or extracted folder under ``root``, or None."""
+        folder = root / self.folder
+        if self.is_synthetic or not folder.is_dir():
+            return None
+        archives = sorted(folder.glob("*.zip"))
+        if archives:
+            return archives[0]
+        return folder if any(entry.is_file() for entry in folder.rglob("*")) else None
+
+    def recordings(self, root: Path) -> Iterator[Recording]:
+        """Its recordings, at the one placement that is used.
+
+        Raises: InputError that says where to get the archive and where to put it, if it is not under ``root``.
+        """
+        if self.read is None:
+            yield from synthetic.read(self.name)
+            return
+        path = self.find(root)
+        if path is None:
+            raise InputError(
+                f"{self.name}: no archive in {root / self.folder}; download {self.download} and put the file there, "
+                f"or set {ROOT_VARIABLE} to the folder that has {self.folder}/"
+            )
+        for recording in self.read(Archive(path)):
+            if recording.placement == self.placement:
+                yield recording
+
+
+DATASETS = {
+    dataset.name: dataset
+    for dataset in (
+        Dataset(
+            name="motionsense",
+            title="MotionSense",
+            domain="motionsense",
+            placement="front pocket",
+            folder="motionsense",
+            download="https://github.com/mmalekzadeh/motion-sense/raw/master/data/A_DeviceMotion_data.zip",
+            licence="MIT / ODbL; cite Malekzadeh et al. 2018",
+            read=motionsense.read,
+        ),
+        Dataset(
+            name="uci_hapt",
+            title="UCI HAR (raw signals, HAPT)",
+            domain="uci",
+            placement="waist",
+            folder="uci_hapt",
+            download="https://archive.ics.uci.edu/static/public/341/"
+            "smartphone+based+recognition+of+human+activities+and+postural+transitions.zip",
+            licence="as is, no commercial use; cite Reyes-Ortiz et al. 2015",
+            read=uci_hapt.read,
+        ),
+        Dataset(
+            name="uci_har",
+            title="UCI HAR (windows)",
+            domain="uci",
+            placement="waist",
+            folder="uci_har",
+            download="https://archive.ics.uci.edu/static/public/240/human+activity+recognition+using+smartphones.zip",
+            licence="as is, no commercial use; cite Anguita et al. 2013",
+            read=uci_har.read,
+        ),
+        Dataset(
+            name="dsa",
+            title="Daily and Sports Activities",
+            domain="dsa",
+            placement="torso",
+            folder="dsa",
+            download="https://archive.ics.uci.edu/static/public/256/daily+and+sports+activities.zip",
+            licence="UCI repository; cite Altun et al. 2010",
+            read=dsa.read,
+        ),
+        *(
+            Dataset(
+                name=name,
+                title=f"SYNTHETIC {name[-1].upper()}",
+                domain=name,
+                placement=domain.placement,
+                folder="",
+                download="",
+                licence="made by harlora",
+                read=None,
+            )
+            for name, domain in synthetic.DOMAINS.items()
+        ),
+    )
+}
+
+
+def data_root(given: Path | None = None) -> Path:
+    """The folder with the datasets: ``given``, or ``HARLORA_DATA``, or ``data`` under the current folder.
+
+    Raises: InputError if the one that was named is no folder.
+    """
+    named = os.environ.get(ROOT_VARIABLE)
+    root = given or Path(named or "data")
+    if (given or named) and not root.is_dir():
+        raise InputError(
+            f"{'--data' if given else ROOT_VARIABLE} names {root}, which is no folder; correct or unset it"
+        )
+    return root
+
+
+def cache_folder() -> Path:
+    """Where windows are cached: ``HARLORA_CACHE``, or ``harlora`` in the user's cache folder."""
+    if given := os.environ.get(CACHE_VARIABLE):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "harlora"
+
+
+def dataset(name: str) -> Dataset:
+    """The dataset called ``name``.
+
+    Raises: InputError that lists the names if there is none.
+    """
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"unknown dataset {name!r}{hint} Known: {', '.join(DATASETS)}")
+    return DATASETS[name]
+
+
+def available(root: Path) -> list[Dataset]:
+    """The real datasets under ``root``, one of each domain; the synthetic ones if there is none."""
+    found: dict[str, Dataset] = {}
+    for entry in DATASETS.values():
+        if entry.find(root) is not None:
+            found.setdefault(entry.domain, entry)
+    return list(found.values()) or [entry for entry in DATASETS.values() if entry.is_synthetic]
+
+
+def _digest(path: Path | None) -> str:
+    """A hash of the files that a dataset's windows depend on: its data, and the code that reads and cuts them."""
+    digest = hashlib.sha256()
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    data = [] if path is None else [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in [*sources, *data]:
+        digest.update(file.name.encode())
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def load_windows(name: str, root: Path, cache: Path | None = None, *, window: int = WINDOW, hop: int = HOP) -> Windows:
+    """All windows of a dataset, from the cache when its files and this code are unchanged.
+
+    Raises: InputError if the dataset is unknown, missing or damaged, or the cached file is.
+    """
+    entry = dataset(name)
+    path = entry.find(root)
+    if path is None and not entry.is_synthetic:
+        next(iter(entry.recordings(root)))  # raises with the remedy
+    folder = cache_folder() if cache is None else cache
+    file = folder / f"{name}-{window}-{hop}-{_digest(path)}.safetensors"
+    if file.exists():
+        tensors, info = load_tensors(file, kind="windows", remedy="delete it, it will be made again")
+        fields: dict[str, Any] = {key: tensor.numpy() for key, tensor in tensors.items()}
+        return Windows(**fields, **{**info, "subject_names": tuple(info["subject_names"])})
+    windows = cut(entry.recordings(root), window=window, hop=hop)
+    arrays = {key: value for key, value in vars(windows).items() if isinstance(value, np.ndarray)}
+    info = {key: value for key, value in vars(windows).items() if key not in arrays}
+    save_tensors(file, {key: torch.from_numpy(array) for key, array in arrays.items()}, kind="windows", info=info)
+    return windows

@@ -1,0 +1,69 @@
+"""Sensors with clocks of their own, on made and on real streams."""
+
+import csv
+import io
+
+import numpy as np
+import pytest
+
+from harlora.data.streams import align
+from harlora.errors import InputError
+
+RNG = np.random.default_rng(0)
+
+
+def curve(times):
+    return np.stack([np.sin(2 * times), np.cos(times), 0.3 * times], axis=1)
+
+
+def clock(start, stop, rate):
+    times = np.arange(start, stop, 1 / rate)
+    return times[RNG.random(len(times)) > 0.1]
+
+
+def test_both_signals_are_those_of_the_same_moment():
+    accel_s, gyro_s = clock(100.0, 160.0, 97.0), clock(100.7, 158.0, 61.0)
+    ((start, accel, gyro),) = align(accel_s, curve(accel_s), gyro_s, curve(gyro_s), rate_hz=50, longest_gap_s=1.0)
+    assert start == max(accel_s[0], gyro_s[0])
+    times = start + np.arange(len(accel)) / 50
+    assert times[-1] <= min(accel_s[-1], gyro_s[-1])
+    assert len(times) == pytest.approx(50 * 57.2, abs=20)
+    np.testing.assert_allclose(accel, curve(times), atol=0.01)
+    np.testing.assert_allclose(gyro, curve(times), atol=0.01)
+
+
+def test_nothing_is_interpolated_across_a_gap():
+    accel_s = np.concatenate([clock(0, 10, 50), clock(14, 20, 50)])
+    gyro_s = np.concatenate([clock(0, 5, 50), clock(7, 20, 50)])
+    stretches = list(align(accel_s, curve(accel_s), gyro_s, curve(gyro_s), rate_hz=50, longest_gap_s=0.5))
+    spans = [(round(start), round(start + len(accel) / 50)) for start, accel, _ in stretches]
+    assert spans == [(0, 5), (7, 10), (14, 20)]
+
+
+def test_order_and_repetition_do_not_matter():
+    times = clock(0, 10, 50)
+    values = curve(times)
+    order = RNG.permutation(len(times))
+    mixed = np.concatenate([times[order], times[:30]]), np.concatenate([values[order], values[:30]])
+    (plain,) = align(times, values, times, values, rate_hz=50, longest_gap_s=1.0)
+    (other,) = align(*mixed, *mixed, rate_hz=50, longest_gap_s=1.0)
+    np.testing.assert_array_equal(plain[1], other[1])
+
+
+def test_wrong_streams_are_refused():
+    with pytest.raises(InputError, match="the gyroscope requires one finite time a sample, got 2 times for 3"):
+        list(align(np.arange(3.0), np.zeros((3, 3)), np.arange(2.0), np.zeros((3, 3)), rate_hz=50, longest_gap_s=1.0))
+
+
+def test_real_streams_of_a_phone(real_data):
+    """HHAR: accelerometer and gyroscope of one phone, rows that do not correspond."""
+    streams = []
+    for sensor in ("accelerometer", "gyroscope"):
+        text = real_data(f"hhar_sample/headerless/Phones_{sensor}.csv").read_text()
+        rows = np.array([[float(v) for v in row[1:6]] for row in csv.reader(io.StringIO(text))])
+        streams += [rows[:, 1] / 1e9, rows[:, 2:5]]
+    stretches = list(align(*streams, rate_hz=50, longest_gap_s=0.5))
+    assert sum(len(accel) for _, accel, _ in stretches) > 2000
+    for _, accel, gyro in stretches:
+        assert accel.shape == gyro.shape
+        assert 9 < np.median(np.linalg.norm(accel, axis=1)) < 11
