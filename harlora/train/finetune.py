@@ -1,0 +1,449 @@
+"""Adapting a pretrained encoder to one dataset, by one of several methods, and scoring it on what it has not seen."""
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from harlora.data.augment import rescale, rotate, small_rotations, warp_time
+from harlora.data.labels import VOCABULARY
+from harlora.data.splits import PROTOCOLS, Split, fewer_labels, split
+from harlora.data.windows import Normalizer, Windows
+from harlora.errors import InputError
+from harlora.files import load_tensors, save_tensors
+from harlora.kernels.format import BLOCKSIZES, QUANT_TYPES
+from harlora.models.mae import MAE, Classifier, Encoder, MAEConfig
+from harlora.nn import adapted_layers, apply_lora, apply_qlora, save_adapter
+from harlora.train.fit import Optimisation, Report, fit, silent
+from harlora.train.memory import held_bytes, matrix_bytes, step_peak_bytes
+from harlora.train.metrics import macro_f1, scores
+from harlora.train.pretrain import Pretrained, thinned
+from harlora.train.runs import open_run, provenance
+
+CHECKPOINT = "classifier.safetensors"
+TARGET_MODULES = ("q", "k", "v", "o", "fc1", "fc2")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What trains, and from what.
+
+    learning_rate: that the method is used with unless another is given.
+    encoder_trains: with all its weights. adapter: "lora", "qlora" or None. pretrained: or else random weights.
+    on_target: trained on labels of the target; or else on those of the sources.
+    """
+
+    learning_rate: float
+    encoder_trains: bool = False
+    adapter: str | None = None
+    pretrained: bool = True
+    on_target: bool = True
+
+
+METHODS: Mapping[str, Method] = {
+    "zero_shot": Method(2e-3, on_target=False),
+    "linear_probe": Method(2e-3),
+    "scratch": Method(1e-3, encoder_trains=True, pretrained=False),
+    "full": Method(1e-3, encoder_trains=True),
+    "lora": Method(2e-3, adapter="lora"),
+    "qlora": Method(2e-3, adapter="qlora"),
+}
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How the encoder is adapted."""
+
+    method: str = "qlora"
+    """zero_shot, linear_probe, scratch, full, lora or qlora. All have the same head; linear_probe and zero_shot train
+    nothing else."""
+    protocol: str = "subject"
+    """subject: nobody is on both sides of the split; paper: windows at random."""
+    rank: int = 8
+    """Of LoRA and QLoRA, on q, k, v, o, fc1 and fc2 of every block."""
+    alpha: float = 16.0
+    """The low-rank branch is scaled by alpha / rank."""
+    adapter_dropout: float = 0.0
+    """On the input of the low-rank branch."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead."""
+    train_norms: bool = True
+    """Let LayerNorms, biases and the patch embedding train beside the adapters."""
+    quant_type: str = "nf4"
+    """nf4 or fp4, of QLoRA's weights."""
+    blocksize: int = 64
+    """Weights that share a scale in QLoRA: 32, 64, 128, ... 4096."""
+    double_quant: bool = True
+    """Store QLoRA's scales in 8 bits."""
+    epochs: int = 30
+    """Passes over the training windows."""
+    batch_size: int = 64
+    """Windows a step."""
+    learning_rate: float = 0.0
+    """The highest of the one-cycle schedule; 0 takes the method's own."""
+    weight_decay: float = 0.01
+    """Of matrices; biases and norms have none."""
+    patience: int = 10
+    """Stop after so many epochs without a better macro-F1 on the validation part."""
+    label_smoothing: float = 0.1
+    """Of the cross-entropy."""
+    turned_deg: float = 5.0
+    """Training windows are turned about a random axis by about so many degrees."""
+    warp: float = 0.85
+    """A random part of each training window, at least this share of it, is stretched to the whole."""
+    rescaled: float = 0.05
+    """Standard deviation of a random factor on each sensor of a training window."""
+    label_fraction: float = 1.0
+    """Share of the training windows that is used."""
+    windows_per_class: int = 0
+    """Use so many training windows of each class instead; 0 is off."""
+    max_windows: int = 0
+    """At most so many windows of a dataset, drawn at random; 0 takes all."""
+    seed: int = 0
+    """Of the split and of everything random."""
+
+    def check(self) -> None:
+        """Raise InputError unless every setting has a possible value."""
+        if self.method not in METHODS:
+            raise InputError(f"unknown method {self.method!r}; required one of {', '.join(METHODS)}")
+        if self.protocol not in PROTOCOLS:
+            raise InputError(f"unknown protocol {self.protocol!r}; required one of {', '.join(PROTOCOLS)}")
+        if self.rank < 1:
+            raise InputError(f"rank must be at least 1, got {self.rank}")
+        if self.quant_type not in QUANT_TYPES or self.blocksize not in BLOCKSIZES:
+            raise InputError(
+                f"quant_type must be one of {QUANT_TYPES} and blocksize one of {BLOCKSIZES}, "
+                f"got {self.quant_type!r} and {self.blocksize}"
+            )
+
+    def optimisation(self) -> Optimisation:
+        """The training schedule.
+
+        Raises: InputError if a value is not positive.
+        """
+        rate = self.learning_rate or METHODS[self.method].learning_rate
+        return Optimisation(self.epochs, self.batch_size, rate, self.weight_decay, patience=self.patience)
+
+
+@dataclass(frozen=True, eq=False)
+class _Samples:
+    """Windows of one or several datasets with classes counted from 0, and which of them train and validate.
+
+    origin: ``(n,)``, the dataset of each window; mean, std: ``(datasets, 1, channels)``, of each dataset.
+    """
+
+    signals: Tensor
+    classes: Tensor
+    train: Tensor
+    validation: Tensor
+    origin: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def normalised(self, signals: Tensor, indices: Tensor) -> Tensor:
+        """``signals``, changed or not, of the windows at ``indices``."""
+        origin = self.origin[indices]
+        return (signals - self.mean[origin]) / self.std[origin]
+
+
+def _statistics(normalizers: Sequence[Normalizer]) -> tuple[Tensor, Tensor]:
+    mean = torch.tensor([normalizer.mean for normalizer in normalizers])
+    return mean[:, None], torch.tensor([normalizer.std for normalizer in normalizers])[:, None]
+
+
+def build_classifier(config: FinetuneConfig, encoder: Encoder, classes: int) -> Classifier:
+    """A copy of the encoder with a new head, and what the method adapts set to train."""
+    method = METHODS[config.method]
+    torch.manual_seed(config.seed)
+    encoder = copy.deepcopy(encoder) if method.pretrained else MAE(encoder.config).encoder
+    model = Classifier(encoder, classes)
+    if method.encoder_trains:
+        return model
+    model.encoder.requires_grad_(False)
+    settings = {
+        "rank": config.rank, "alpha": config.alpha, "dropout": config.adapter_dropout, "rslora": config.rslora,
+    }  # fmt: skip
+    if method.adapter == "lora":
+        apply_lora(model.encoder, TARGET_MODULES, **settings)  # type: ignore[arg-type]
+    elif method.adapter == "qlora":
+        apply_qlora(
+            model.encoder,
+            TARGET_MODULES,
+            **settings,  # type: ignore[arg-type]
+            quant_type=config.quant_type,
+            blocksize=config.blocksize,
+            double_quant=config.double_quant,
+        )
+    if method.adapter and config.train_norms:
+        for name, parameter in model.encoder.named_parameters():
+            if name.endswith("bias") or "norm" in name or name.startswith("patch_embed"):
+                parameter.requires_grad_(True)
+    return model
+
+
+def _target_samples(
+    config: FinetuneConfig, target: Windows, parts: Split, labels: tuple[str, ...], normalizer: Normalizer
+) -> _Samples:
+    index = {VOCABULARY.index(name): position for position, name in enumerate(labels)}
+    per_class = config.windows_per_class or None
+    train = fewer_labels(target, parts.train, fraction=config.label_fraction, per_class=per_class, seed=config.seed)
+    classes = torch.tensor([index[int(label)] for label in target.labels])
+    return _Samples(
+        torch.from_numpy(target.signals),
+        classes,
+        torch.from_numpy(train),
+        torch.from_numpy(parts.validation),
+        torch.zeros(len(target), dtype=torch.int64),
+        *_statistics([normalizer]),
+    )
+
+
+def _source_samples(sources: Sequence[Windows], labels: tuple[str, ...], seed: int) -> _Samples:
+    """The windows of the sources whose label the target has too; a tenth of the subjects validate."""
+    index = {VOCABULARY.index(name): position for position, name in enumerate(labels)}
+    signals, classes, train, validation, origin, offset = [], [], [], [], [], 0
+    normalizers: list[Normalizer] = []
+    for source in sources:
+        kept = source.take(np.flatnonzero(np.isin(source.labels, list(index))))
+        if not len(kept):
+            continue
+        parts = split(kept, "subject", seed)
+        signals.append(torch.from_numpy(kept.signals))
+        classes.append(torch.tensor([index[int(label)] for label in kept.labels]))
+        train.append(torch.from_numpy(np.concatenate([parts.train, parts.test])) + offset)
+        validation.append(torch.from_numpy(parts.validation) + offset)
+        origin.append(torch.full((len(kept),), len(normalizers)))
+        normalizers.append(Normalizer.fit(source.signals))
+        offset += len(kept)
+    if not signals:
+        raise InputError(f"zero_shot: no source has windows of any of the target's labels {', '.join(labels)}")
+    return _Samples(
+        torch.cat(signals),
+        torch.cat(classes),
+        torch.cat(train),
+        torch.cat(validation),
+        torch.cat(origin),
+        *_statistics(normalizers),
+    )
+
+
+@torch.no_grad()
+def _in_batches(function: nn.Module, inputs: Tensor, device: torch.device) -> Tensor:
+    return torch.cat([function(batch.to(device)).cpu() for batch in inputs.split(512)])
+
+
+def finetune(
+    config: FinetuneConfig,
+    target: Windows,
+    pretrained: Pretrained,
+    out: Path,
+    *,
+    sources: Sequence[Windows] = (),
+    device: torch.device,
+    report: Report = silent,
+) -> dict[str, Any]:
+    """Adapt ``pretrained`` to ``target`` and return the scores on its test part with what it cost.
+
+    A finished run under ``out`` is not repeated. The target is normalised with statistics of its training part, of
+    which ``zero_shot`` sees nothing else; the epoch is chosen on the validation part. The run's folder keeps the
+    classifier, the metrics and, for LoRA and QLoRA, the adapter in PEFT's format.
+
+    sources: for ``zero_shot``, which learns from their labels alone.
+    Raises: InputError if the target was among the sources, or a file of the run is damaged.
+    """
+    config.check()
+    if target.dataset in pretrained.sources:
+        raise InputError(
+            f"the encoder was pretrained on {target.dataset} itself; required one pretrained on the other datasets"
+        )
+    if config.method == "zero_shot" and not sources:
+        raise InputError("zero_shot learns from labels of the source datasets; give at least one")
+    target = thinned(target, config.max_windows, config.seed)
+    sources = [thinned(source, config.max_windows, config.seed) for source in sources]
+    used = sources if config.method == "zero_shot" else []
+    signature = {
+        "kind": "finetune",
+        "config": asdict(config),
+        "target": {target.dataset: target.fingerprint()},
+        "sources": {source.dataset: source.fingerprint() for source in used},
+        "pretrained": pretrained.identity if METHODS[config.method].pretrained else None,
+        "model": asdict(pretrained.encoder.config),
+        "device": device.type,
+    }
+    run = open_run(out, f"{config.method}-{target.dataset}-{config.protocol}", signature)
+    if (finished := run.metrics()) is not None:
+        return finished
+    parts = split(target, config.protocol, config.seed)
+    labels = target.label_names()
+    normalizer = Normalizer.fit(target.signals[parts.train])
+    if config.method == "zero_shot":
+        samples = _source_samples(used, labels, config.seed)
+    else:
+        samples = _target_samples(config, target, parts, labels, normalizer)
+    model = build_classifier(config, pretrained.encoder, len(labels)).to(device)
+    trained = _train(config, model, samples, run.identity, run.state_file, device, report)
+
+    test = normalizer(target.signals[parts.test])
+    truth = np.searchsorted([VOCABULARY.index(name) for name in labels], target.labels[parts.test])
+    predicted = _in_batches(model, torch.from_numpy(test), device).argmax(dim=1).numpy()
+    paths = [path for path, _ in adapted_layers(model)] or [
+        path for path, layer in model.named_modules() if path.rsplit(".", 1)[-1] in TARGET_MODULES
+    ]
+    held, dense = matrix_bytes(model, paths)
+    metrics = {
+        "scores": scores(truth, predicted, labels),
+        "parameters": {
+            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            # Of the 4-bit weights every code counts, not every byte.
+            "total": sum(p.numel() for p in model.parameters()) + (dense // 4 if config.method == "qlora" else 0),
+        },
+        "bytes": {**trained.bytes, "matrices": held, "matrices_float32": dense},
+        "seconds": trained.seconds,
+        "windows": {
+            "train": len(samples.train), "validation": len(samples.validation), "test": len(parts.test),
+        },
+        "test_subjects": [target.subject_names[i] for i in np.unique(target.subjects[parts.test])],
+        "best_epoch": trained.best_epoch,
+        "history": trained.history,
+        "config": asdict(config),
+        "learning_rate": trained.learning_rate,
+        "target": target.dataset,
+        "sources": list(pretrained.sources),
+        "synthetic": target.dataset.startswith("synthetic"),
+        "pretrained": {"identity": pretrained.identity, "loss": pretrained.loss, "seconds": pretrained.seconds},
+        "identity": run.identity,
+        "provenance": provenance(device),
+    }  # fmt: skip
+    info = {
+        "config": asdict(config),
+        "model": asdict(pretrained.encoder.config),
+        "normalizer": asdict(normalizer),
+        "labels": list(labels),
+        "target": target.dataset,
+    }
+    save_tensors(run.folder / CHECKPOINT, model.state_dict(), kind="classifier checkpoint", info=info)
+    if METHODS[config.method].adapter:
+        save_adapter(model, run.folder / "adapter")
+    run.finish(metrics)
+    return metrics
+
+
+@dataclass(frozen=True)
+class _Trained:
+    bytes: dict[str, int]
+    seconds: float
+    best_epoch: int
+    history: list[dict[str, float]]
+    learning_rate: float
+
+
+def _train(
+    config: FinetuneConfig,
+    model: Classifier,
+    samples: _Samples,
+    identity: str,
+    state_file: Path,
+    device: torch.device,
+    report: Report,
+) -> _Trained:
+    classes = samples.classes
+    frozen = not any(p.requires_grad for p in model.encoder.parameters())
+    began = time.perf_counter()
+    module: nn.Module = model
+    inputs = samples.signals
+    if frozen:
+        # The encoder never changes, so each window passes it once, without augmentation.
+        module = model.head
+        model.eval()
+        everything = torch.arange(len(inputs))
+        inputs = torch.cat(
+            [
+                _in_batches(_MeanToken(model.encoder), samples.normalised(inputs[part], part), device)
+                for part in everything.split(4096)
+            ]
+        )
+
+    encoding_s = time.perf_counter() - began
+
+    def prepared(indices: Tensor) -> Tensor:
+        return inputs[indices] if frozen else samples.normalised(inputs[indices], indices)
+
+    def batch_loss(indices: Tensor) -> Tensor:
+        x = inputs[indices]
+        if not frozen:
+            if config.turned_deg:
+                x = rotate(x, small_rotations(len(x), config.turned_deg))
+            if config.warp < 1:
+                x = warp_time(x, config.warp)
+            if config.rescaled:
+                x = rescale(x, config.rescaled)
+            x = samples.normalised(x, indices)
+        logits = module(x.to(device))
+        return F.cross_entropy(logits, classes[indices].to(device), label_smoothing=config.label_smoothing)
+
+    def validate() -> float:
+        part = samples.validation
+        predicted = _in_batches(module, prepared(part), device).argmax(dim=1)
+        return macro_f1(classes[part].numpy(), predicted.numpy())
+
+    settings = config.optimisation()
+    fitted = fit(
+        module,
+        batch_loss,
+        samples.train,
+        settings,
+        seed=config.seed,
+        identity=identity,
+        state_file=state_file,
+        validate=validate if len(samples.validation) else None,
+        report=report,
+    )
+    held = held_bytes(model, fitted.optimizer)
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    batch = samples.train[: settings.batch_size]
+    module.train()
+    module.zero_grad(set_to_none=True)
+
+    def step() -> None:
+        batch_loss(batch).backward()
+        fitted.optimizer.step()
+
+    held["step_peak"] = step_peak_bytes(step, device)
+    module.zero_grad(set_to_none=True)
+    module.load_state_dict(state)  # the measured step is not part of the training
+    module.eval()
+    return _Trained(held, encoding_s + fitted.seconds, fitted.best_epoch, fitted.history, settings.learning_rate)
+
+
+class _MeanToken(nn.Module):
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean: Tensor = self.encoder(x).mean(dim=1)
+        return mean
+
+
+def load_classifier(file: Path) -> tuple[Classifier, Normalizer, tuple[str, ...]]:
+    """The classifier in a checkpoint that `finetune` wrote, its normaliser and its labels.
+
+    Raises: InputError if the file is missing, damaged or not such a checkpoint.
+    """
+    remedy = f"give the {CHECKPOINT} of a `harlora finetune` run"
+    tensors, info = load_tensors(file, kind="classifier checkpoint", remedy=remedy)
+    config = FinetuneConfig(**info["config"])
+    model = build_classifier(config, Encoder(MAEConfig(**info["model"])), len(info["labels"]))
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise InputError(f"{file}: is a checkpoint of another model ({error}); {remedy}") from error
+    normalizer = Normalizer(tuple(info["normalizer"]["mean"]), tuple(info["normalizer"]["std"]))
+    return model.eval(), normalizer, tuple(info["labels"])

@@ -1,0 +1,159 @@
+"""Self-supervised pretraining of the masked autoencoder on unlabelled windows of several datasets."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from harlora.data.augment import random_rotations, rescale, rotate
+from harlora.data.windows import Normalizer, Windows
+from harlora.errors import InputError
+from harlora.files import load_tensors, save_tensors
+from harlora.models.mae import MAE, Encoder, MAEConfig
+from harlora.train.fit import Optimisation, Report, fit, silent
+from harlora.train.runs import open_run, provenance
+
+CHECKPOINT = "encoder.safetensors"
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """How the encoder is pretrained."""
+
+    model: MAEConfig = field(default_factory=MAEConfig)
+    epochs: int = 50
+    """Passes over all windows of all sources."""
+    batch_size: int = 256
+    """Windows a step."""
+    learning_rate: float = 1e-3
+    """The highest of the one-cycle schedule."""
+    weight_decay: float = 0.05
+    """Of matrices; biases and norms have none."""
+    rotated: float = 0.5
+    """Share of the windows that are turned at random, as if the device sat another way."""
+    rescaled: float = 0.1
+    """Standard deviation of a random factor on each sensor."""
+    max_windows: int = 0
+    """At most so many windows of each dataset, drawn at random; 0 takes all."""
+    seed: int = 0
+    """Of everything random."""
+
+    def optimisation(self) -> Optimisation:
+        """The training schedule.
+
+        Raises: InputError if a value is not positive.
+        """
+        return Optimisation(self.epochs, self.batch_size, self.learning_rate, self.weight_decay)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A pretrained encoder and what it was made from.
+
+    identity: a hash of its configuration and data. sources: the datasets it has seen.
+    """
+
+    encoder: Encoder
+    identity: str
+    sources: tuple[str, ...]
+    loss: float
+    seconds: float
+
+
+def thinned(windows: Windows, most: int, seed: int) -> Windows:
+    """At most ``most`` windows, drawn at random; all of them if ``most`` is 0."""
+    if not most or len(windows) <= most:
+        return windows
+    chosen = np.random.default_rng([seed, 11]).permutation(len(windows))[:most]
+    return windows.take(np.sort(chosen))
+
+
+def pretrain(
+    config: PretrainConfig, sources: Sequence[Windows], out: Path, *, device: torch.device, report: Report = silent
+) -> Path:
+    """The checkpoint of an encoder pretrained on ``sources``, made anew only if ``out`` does not have it.
+
+    The loss is that of `MAE`; its masked patches are drawn anew for every window and epoch. Each dataset is
+    normalised with its own statistics.
+
+    Raises: InputError if there is no source, or a file of the run is damaged.
+    """
+    if not sources:
+        raise InputError("pretraining requires at least one source dataset, got none")
+    try:
+        config.model.check()
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    parts = [thinned(windows, config.max_windows, config.seed) for windows in sources]
+    signature = {
+        "kind": "pretrain",
+        "config": asdict(config),
+        "sources": {part.dataset: part.fingerprint() for part in parts},
+        "device": device.type,
+    }
+    run = open_run(out, "pretrain", signature)
+    file = run.folder / CHECKPOINT
+    if run.metrics() is not None and file.exists():
+        return file
+    torch.manual_seed(config.seed)
+    model = MAE(config.model).to(device)
+    signals = torch.from_numpy(np.concatenate([part.signals for part in parts]))
+    normalizers = [Normalizer.fit(part.signals) for part in parts]
+    origin = torch.repeat_interleave(torch.tensor([len(part) for part in parts]))
+    mean = torch.tensor([normalizer.mean for normalizer in normalizers])[:, None]  # (sources, 1, channels)
+    std = torch.tensor([normalizer.std for normalizer in normalizers])[:, None]
+
+    def batch_loss(indices: torch.Tensor) -> torch.Tensor:
+        x = signals[indices]
+        if config.rotated:
+            turned = torch.rand(len(x)) < config.rotated
+            x[turned] = rotate(x[turned], random_rotations(int(turned.sum())))
+        if config.rescaled:
+            x = rescale(x, config.rescaled)
+        x = (x - mean[origin[indices]]) / std[origin[indices]]
+        loss: torch.Tensor = model(x.to(device))[0]
+        return loss
+
+    fitted = fit(
+        model,
+        batch_loss,
+        torch.arange(len(signals)),
+        config.optimisation(),
+        seed=config.seed,
+        identity=run.identity,
+        state_file=run.state_file,
+        report=report,
+    )
+    info = {
+        "identity": run.identity,
+        "model": asdict(config.model),
+        "sources": [part.dataset for part in parts],
+        "loss": fitted.history[-1]["loss"],
+        "seconds": fitted.seconds,
+    }
+    save_tensors(file, model.encoder.state_dict(), kind="encoder checkpoint", info=info)
+    run.finish({**info, "history": fitted.history, "provenance": provenance(device)})
+    return file
+
+
+def load_pretrained(file: Path) -> Pretrained:
+    """The encoder in a checkpoint that `pretrain` wrote.
+
+    Raises: InputError if the file is missing, damaged or not such a checkpoint.
+    """
+    remedy = "give the encoder.safetensors of a `harlora pretrain` run"
+    tensors, info = load_tensors(file, kind="encoder checkpoint", remedy=remedy)
+    encoder = Encoder(MAEConfig(**info["model"]))
+    try:
+        encoder.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise InputError(f"{file}: is a checkpoint of another model ({error}); {remedy}") from error
+    return Pretrained(
+        encoder=encoder,
+        identity=info["identity"],
+        sources=tuple(info["sources"]),
+        loss=info["loss"],
+        seconds=info["seconds"],
+    )

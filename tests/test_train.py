@@ -1,0 +1,451 @@
+"""Training, resuming, adapting and the leave-one-dataset-out study, on small synthetic data."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from harlora.data import load_windows, split
+from harlora.errors import InputError
+from harlora.models import MAE
+from harlora.nn import QLoRALinear, adapted_layers
+from harlora.train import lodo as lodo_module
+from harlora.train.finetune import METHODS, build_classifier, finetune, load_classifier
+from harlora.train.fit import Optimisation, fit
+from harlora.train.lodo import PRESETS, Study, lodo
+from harlora.train.memory import held_bytes, step_peak_bytes
+from harlora.train.metrics import macro_f1, scores
+from harlora.train.pretrain import load_pretrained, pretrain, thinned
+from small import FINETUNE, MODEL, PRETRAIN
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    empty, cache = tmp_path_factory.mktemp("root"), tmp_path_factory.mktemp("cache")
+    return [load_windows(f"synthetic_{letter}", empty, cache) for letter in "abc"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(data, tmp_path_factory):
+    return pretrain(PRETRAIN, data[1:], tmp_path_factory.mktemp("runs"), device=CPU)
+
+
+@pytest.fixture
+def pretrained(checkpoint):
+    return load_pretrained(checkpoint)
+
+
+# The loop
+
+
+class KilledError(Exception):
+    pass
+
+
+def toy_training(state_file, *, stop_after=None, dropout=0.3, validate=True, epochs=6, identity="a", **options):
+    torch.manual_seed(1)
+    x = torch.randn(90, 5)
+    y = (x.sum(dim=1) > 0).long()
+    model = nn.Sequential(
+        nn.Linear(5, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(dropout), QLoRALinear(16, 2, rank=2)
+    )
+    steps = 0
+
+    def batch_loss(indices):
+        noisy = x[indices] + 0.1 * torch.randn(len(indices), 5)
+        return nn.functional.cross_entropy(model(noisy), y[indices])
+
+    def report(done, total, note):
+        nonlocal steps
+        steps += 1
+        assert steps <= total
+        assert "loss" in note
+        if stop_after is not None and done >= stop_after:
+            raise KilledError
+
+    fitted = fit(
+        model,
+        batch_loss,
+        torch.arange(70),
+        Optimisation(epochs, 16, 1e-2, 0.01, **options),
+        seed=3,
+        identity=identity,
+        state_file=state_file,
+        validate=(lambda: float((model(x[70:]).argmax(1) == y[70:]).float().mean())) if validate else None,
+        report=report,
+        save_every_s=0.0,
+    )
+    return model, fitted
+
+
+@pytest.mark.parametrize("validate", [True, False])
+@pytest.mark.parametrize("stop_after", [1, 20, 41, 73, 119])
+def test_a_killed_training_goes_on_to_the_same_result(tmp_path, stop_after, validate):
+    expected, fitted = toy_training(tmp_path / "undisturbed", validate=validate)
+    state = tmp_path / "state"
+    with pytest.raises(KilledError):
+        toy_training(state, stop_after=stop_after, validate=validate)
+    assert state.exists() is (stop_after > 20)
+    model, resumed = toy_training(state, validate=validate)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    assert resumed.history == fitted.history
+    assert resumed.best_epoch == fitted.best_epoch
+    assert resumed.seconds > 0
+
+
+def test_training_twice_gives_the_same_and_another_seed_another(tmp_path):
+    one, other = (toy_training(tmp_path / name)[0] for name in "ab")
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name])
+
+
+def test_the_best_epoch_is_kept_and_patience_ends_training(tmp_path):
+    score = iter([0.1, 0.9, 0.5, 0.4, 0.3, 0.2])
+    model = nn.Linear(3, 1)
+    weights = []
+
+    def validate():
+        weights.append(model.weight.detach().clone())
+        return next(score)
+
+    fitted = fit(
+        model, lambda i: model(torch.ones(len(i), 3)).square().mean(), torch.arange(40),
+        Optimisation(6, 8, 0.1, 0.0, patience=3),
+        seed=0, identity="x", state_file=tmp_path / "state", validate=validate,
+    )  # fmt: skip
+    assert fitted.best_epoch == 2
+    assert len(fitted.history) == 5
+    assert torch.equal(model.weight, weights[1])
+
+
+def test_a_state_of_another_run_or_a_damaged_one_is_refused(tmp_path):
+    state = tmp_path / "state"
+    with pytest.raises(KilledError):
+        toy_training(state, stop_after=45)
+    with pytest.raises(InputError, match="belongs to another run; delete it"):
+        toy_training(state, identity="b")
+    state.write_bytes(state.read_bytes()[:-10])
+    with pytest.raises(InputError, match=r"state: not a complete safetensors file .*delete it, the run begins anew"):
+        toy_training(state)
+
+
+def test_too_few_windows_and_impossible_settings(tmp_path):
+    with pytest.raises(InputError, match="requires 2 windows or more, got 1"):
+        fit(nn.Linear(1, 1), lambda i: i, torch.arange(1), Optimisation(1, 1, 1.0, 0.0), seed=0, identity="",
+            state_file=tmp_path / "s")  # fmt: skip
+    with pytest.raises(InputError, match="epochs must be above 0"):
+        Optimisation(0, 1, 1.0, 0.0)
+
+
+def test_only_trainable_parameters_move(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    model[0].requires_grad_(False)
+    before = model[0].weight.clone()
+    fit(model, lambda i: model(torch.ones(len(i), 4)).sum(), torch.arange(10), Optimisation(1, 5, 0.1, 0.5), seed=0,
+        identity="", state_file=tmp_path / "s")  # fmt: skip
+    assert torch.equal(model[0].weight, before)
+
+
+# Metrics and memory
+
+
+def test_scores_by_hand():
+    truth, predicted = np.array([0, 0, 1, 1, 2, 2]), np.array([0, 0, 1, 0, 0, 0])
+    result = scores(truth, predicted, ["a", "b", "c"])
+    assert result["accuracy"] == 0.5
+    assert result["precision"] == pytest.approx((2 / 5 + 1 + 0) / 3)
+    assert result["recall"] == pytest.approx((1 + 0.5 + 0) / 3)
+    f1 = [2 * 0.4 / 1.4, 2 * 0.5 / 1.5, 0.0]
+    assert result["f1"] == pytest.approx(f1)
+    assert result["macro_f1"] == pytest.approx(sum(f1) / 3)
+    assert result["confusion"] == [[2, 0, 0], [1, 1, 0], [2, 0, 0]]
+    assert macro_f1(truth[:4], predicted[:4]) == pytest.approx((2 * (2 / 3) / (5 / 3) + 2 * 0.5 / 1.5) / 2)
+
+
+def test_a_label_that_never_occurs_still_counts_in_the_score():
+    assert scores(np.array([0, 0]), np.array([0, 0]), ["a", "b"])["macro_f1"] == 0.5
+
+
+def test_held_bytes_are_those_of_the_tensors():
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), QLoRALinear(8, 4, rank=2))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    assert held_bytes(model, optimizer)["optimizer"] == 0
+    model(torch.randn(4, 8)).sum().backward()
+    optimizer.step()
+    held = held_bytes(model, optimizer)
+    trained = 4 * (8 + 8 + 2 * 8 + 4 * 2)
+    quantised = 8 * 4 // 2 + 4
+    assert held["trainable"] == held["gradients"] == trained
+    assert held["frozen"] == 4 * (64 + 8) + 4 * 16 + 8 + quantised + 4 * 4  # linear, statistics, 4 bits, bias
+    steps = len([p for p in model.parameters() if p.requires_grad])
+    assert held["optimizer"] == 2 * trained + 4 * steps
+
+
+def test_step_peak_counts_what_lives_at_once():
+    kept = []
+
+    def step():
+        kept.append(torch.ones(1000, 1000))
+        for _ in range(5):
+            torch.ones(500, 1000).sum()
+
+    peak = step_peak_bytes(step, CPU)
+    assert 6_000_000 <= peak < 6_100_000
+
+
+# Pretraining
+
+
+def test_pretraining_is_reused_by_content(data, tmp_path):
+    first = pretrain(PRETRAIN, data[1:], tmp_path, device=CPU)
+    written = first.stat().st_mtime_ns
+    assert pretrain(PRETRAIN, data[1:], tmp_path, device=CPU) == first
+    assert first.stat().st_mtime_ns == written
+    for other in (
+        pretrain(replace(PRETRAIN, seed=1), data[1:], tmp_path, device=CPU),
+        pretrain(PRETRAIN, data[:2], tmp_path, device=CPU),
+    ):
+        assert other.parent != first.parent
+    assert not list(tmp_path.glob("*/state.safetensors"))
+
+
+def test_pretraining_checkpoint_holds_the_encoder(checkpoint, pretrained):
+    assert pretrained.sources == ("synthetic_b", "synthetic_c")
+    assert pretrained.encoder.config == MODEL
+    assert json.loads((checkpoint.parent / "metrics.json").read_text())["loss"] == pretrained.loss
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f.unlink(), "no such file"),
+        (lambda f: f.write_bytes(b"hello"), "not a complete safetensors file"),
+        (lambda f: f.write_bytes(f.read_bytes()[:-3] + b"abc"), "checksum does not match"),
+    ],
+)
+def test_damaged_checkpoints_are_refused(checkpoint, tmp_path, change, message):
+    file = tmp_path / "encoder.safetensors"
+    file.write_bytes(checkpoint.read_bytes())
+    change(file)
+    with pytest.raises(InputError, match=message):
+        load_pretrained(file)
+
+
+def test_a_pickle_is_never_opened(tmp_path):
+    file = tmp_path / "encoder.safetensors"
+    torch.save({"a": 1}, file)
+    with pytest.raises(InputError, match="not a complete safetensors file"):
+        load_pretrained(file)
+
+
+def test_a_checkpoint_of_another_kind_is_refused(data, pretrained, checkpoint, tmp_path):
+    metrics = finetune(FINETUNE, data[0], pretrained, tmp_path, device=CPU)
+    (file,) = tmp_path.glob(f"*{metrics['identity']}/classifier.safetensors")
+    with pytest.raises(InputError, match="required a harlora encoder checkpoint file, found classifier checkpoint"):
+        load_pretrained(file)
+    with pytest.raises(InputError, match="found encoder checkpoint"):
+        load_classifier(checkpoint)
+
+
+# Adapting
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("protocol", ["subject", "paper"])
+def test_every_method_runs(data, pretrained, tmp_path, method, protocol):
+    config = replace(FINETUNE, method=method, protocol=protocol)
+    metrics = finetune(config, data[0], pretrained, tmp_path, sources=data[1:], device=CPU)
+    assert 0 <= metrics["scores"]["macro_f1"] <= 1
+    assert metrics["synthetic"] is True
+    assert metrics["seconds"] > 0
+    assert all(value > 0 for value in metrics["bytes"].values())
+    assert sum(map(sum, metrics["scores"]["confusion"])) == metrics["windows"]["test"]
+    json.dumps(metrics, allow_nan=False)
+    (folder,) = tmp_path.glob(f"*{metrics['identity']}")
+    assert (folder / "adapter" / "adapter_model.safetensors").exists() is (METHODS[method].adapter is not None)
+    # Finished runs are read, not repeated.
+    before = (folder / "metrics.json").stat().st_mtime_ns
+    assert finetune(config, data[0], pretrained, tmp_path, sources=data[1:], device=CPU) == metrics
+    assert (folder / "metrics.json").stat().st_mtime_ns == before
+    # The saved classifier gives the scores that were reported.
+    model, normalizer, labels = load_classifier(folder / "classifier.safetensors")
+    target = thinned(data[0], config.max_windows, 0)
+    test = split(target, protocol, 0).test
+    with torch.no_grad():
+        predicted = model(torch.from_numpy(normalizer(target.signals[test]))).argmax(dim=1).numpy()
+    truth = np.searchsorted(np.unique(target.labels), target.labels[test])
+    assert scores(truth, predicted, labels) == metrics["scores"]
+
+
+def trainable(config, classes=3):
+    model = build_classifier(config, MAE(MODEL).encoder, classes)
+    return model, {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_what_each_method_trains():
+    head = {f"head.{i}.{part}" for i in (0, 1, 4) for part in ("weight", "bias")}
+    for method in ("zero_shot", "linear_probe"):
+        assert trainable(replace(FINETUNE, method=method))[1] == head
+    for method in ("full", "scratch"):
+        model, names = trainable(replace(FINETUNE, method=method))
+        assert names == {name for name, _ in model.named_parameters()}
+    for method in ("lora", "qlora"):
+        model, names = trainable(replace(FINETUNE, method=method, train_norms=False))
+        assert len(dict(adapted_layers(model))) == 12
+        assert names - head == {f"{path}.lora_{x}" for path, _ in adapted_layers(model) for x in "AB"}
+        _, more = trainable(replace(FINETUNE, method=method))
+        assert {"encoder.norm.weight", "encoder.blocks.0.attention.q.bias", "encoder.patch_embed.weight"} <= more
+
+
+def test_scratch_forgets_the_pretraining():
+    torch.manual_seed(9)
+    encoder = MAE(MODEL).encoder
+    pretrained = {name: value.clone() for name, value in encoder.state_dict().items()}
+    full = build_classifier(replace(FINETUNE, method="full"), encoder, 3)
+    scratch = build_classifier(replace(FINETUNE, method="scratch"), encoder, 3)
+    assert torch.equal(full.encoder.blocks[0].fc1.weight, pretrained["blocks.0.fc1.weight"])
+    assert not torch.equal(scratch.encoder.blocks[0].fc1.weight, pretrained["blocks.0.fc1.weight"])
+
+
+def test_qlora_holds_less_than_lora_and_lora_less_than_full(data, pretrained, tmp_path):
+    total, matrices = {}, {}
+    for method in ("full", "lora", "qlora"):
+        metrics = finetune(replace(FINETUNE, method=method, epochs=1), data[0], pretrained, tmp_path, device=CPU)
+        size = metrics["bytes"]
+        total[method] = sum(size[key] for key in ("frozen", "trainable", "gradients", "optimizer"))
+        matrices[method] = size["matrices"] / size["matrices_float32"]
+    assert total["qlora"] < total["lora"] < total["full"]
+    assert matrices["qlora"] <= 0.15
+    assert matrices["lora"] == matrices["full"] == 1
+
+
+def test_fewer_labels_train_on_fewer_windows(data, pretrained, tmp_path):
+    config = replace(FINETUNE, method="linear_probe", windows_per_class=2)
+    metrics = finetune(config, data[0], pretrained, tmp_path, device=CPU)
+    assert metrics["windows"]["train"] == 14
+    half = finetune(
+        replace(FINETUNE, method="linear_probe", label_fraction=0.5), data[0], pretrained, tmp_path, device=CPU
+    )
+    full = finetune(replace(FINETUNE, method="linear_probe"), data[0], pretrained, tmp_path, device=CPU)
+    assert abs(half["windows"]["train"] - full["windows"]["train"] / 2) < 8
+    assert half["windows"]["test"] == full["windows"]["test"] == metrics["windows"]["test"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "qlra"}, "unknown method 'qlra'; required one of zero_shot"),
+        ({"protocol": "random"}, "unknown protocol 'random'"),
+        ({"rank": 0}, "rank must be at least 1"),
+        ({"blocksize": 7}, "blocksize one of"),
+    ],
+)
+def test_wrong_configurations_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        replace(FINETUNE, **changes).check()
+
+
+def test_zero_shot_needs_sources(data, pretrained, tmp_path):
+    with pytest.raises(InputError, match="give at least one"):
+        finetune(replace(FINETUNE, method="zero_shot"), data[0], pretrained, tmp_path, device=CPU)
+
+
+# The study
+
+
+class Quiet:
+    def __init__(self):
+        self.lines, self.runs = [], []
+
+    def run(self, name, number, total):
+        self.runs.append((name, number, total))
+        return lambda done, steps, note: None
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+@pytest.fixture
+def tiny_preset(monkeypatch):
+    monkeypatch.setitem(PRESETS, "quick", lodo_module.Preset(replace(PRETRAIN, epochs=1), replace(FINETUNE, epochs=1)))
+
+
+@pytest.mark.usefixtures("tiny_preset")
+def test_a_study_covers_every_combination(tmp_path):
+    study = Study(
+        targets=("synthetic_a", "synthetic_b"), sources=("synthetic_a", "synthetic_b", "synthetic_c"),
+        methods=("zero_shot", "linear_probe", "qlora"), ranks=(2, 4), windows_per_class=(3,),
+    )  # fmt: skip
+    quiet = Quiet()
+    records = lodo(study, tmp_path, tmp_path / "runs", tmp_path / "results", device=CPU, progress=quiet)
+    # For a target and protocol: zero-shot, probe and qlora at two ranks, the latter two with all labels and with few.
+    assert len(records) == 2 * 2 * (1 + 2 * (1 + 2))
+    assert len(list((tmp_path / "results").glob("*.json"))) == len(records)
+    assert len(list((tmp_path / "runs").glob("pretrain-*"))) == 2  # once for a target
+    assert len(quiet.runs) == len(records) + 2
+    assert quiet.runs[-1][1] == quiet.runs[-1][2]
+    assert all("SYNTHETIC" in line for line in quiet.lines)
+    for record in records:
+        assert record["target"] not in record["sources"]
+        assert record["config"]["alpha"] == 2 * record["config"]["rank"]
+    # Again: nothing is computed anew, and the results are not touched.
+    times = {file: file.stat().st_mtime_ns for file in (tmp_path / "results").iterdir()}
+    again = lodo(study, tmp_path, tmp_path / "runs", tmp_path / "results", device=CPU, progress=Quiet())
+    assert again == records
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "results").iterdir()} == times
+
+
+@pytest.mark.usefixtures("tiny_preset")
+def test_a_study_killed_in_the_middle_ends_the_same(tmp_path, monkeypatch):
+    study = Study(targets=("synthetic_a",), sources=("synthetic_b",), methods=("lora",), protocols=("paper",))
+
+    def run(name):
+        return lodo(study, tmp_path, tmp_path / name, tmp_path / f"results-{name}", device=CPU, progress=Quiet())
+
+    (expected,) = run("undisturbed")
+    original = lodo_module.finetune
+
+    def killed(*args, **options):
+        def report(done, total, note):
+            if done == 5:
+                raise KilledError
+
+        return original(*args, **{**options, "report": report})
+
+    monkeypatch.setattr(lodo_module, "finetune", killed)
+    with pytest.raises(KilledError):
+        run("killed")
+    assert not (tmp_path / "results-killed").exists()
+    monkeypatch.setattr(lodo_module, "finetune", original)
+    (record,) = run("killed")
+    for key in ("scores", "history", "best_epoch", "bytes", "identity"):
+        assert record[key] == expected[key], key
+
+
+def test_wrong_studies_are_refused(tmp_path):
+    for options, message in (
+        ({"preset": "huge"}, "unknown preset 'huge'; required one of quick, standard"),
+        ({"methods": ("qlra",)}, "unknown method 'qlra'"),
+        ({"protocols": ("random",)}, "unknown protocol"),
+        ({"ranks": (0,)}, "rank must be at least 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Study(**options).check()
+    with pytest.raises(InputError, match="leaves no dataset to pretrain on"):
+        lodo(Study(targets=("synthetic_a",), sources=("synthetic_a",)), tmp_path, tmp_path, tmp_path, device=CPU,
+             progress=Quiet())  # fmt: skip
+
+
+def test_a_config_that_was_edited_is_refused(data, tmp_path):
+    file = pretrain(PRETRAIN, data[1:], tmp_path, device=CPU)
+    config = file.parent / "config.json"
+    config.write_text(config.read_text().replace('"epochs": 2', '"epochs": 3'))
+    with pytest.raises(InputError, match=r"config\.json: was changed after the run began"):
+        pretrain(PRETRAIN, data[1:], tmp_path, device=CPU)
