@@ -1,6 +1,10 @@
+# make lodo    from a bare clone to the table: environment, installation, the main study in its quick preset
 # make test    the tests;  make check  formatting, lint, types
+# make study   the committed results: about four hours on two cores; goes on where it was stopped
+# make report  docs/results.md from the committed results
 #
 # PYTHON   the interpreter for the environment          TORCH   which torch is installed into it
+# ARGS     further options of `harlora lodo`            HARLORA_DATA   the folder with the datasets
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -8,7 +12,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: test check clean
+.PHONY: lodo test check study report clean
+
+lodo: $(VENV)/.har
+	$(BIN)/harlora lodo $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/pytest -n auto
@@ -21,10 +28,22 @@ check: $(VENV)/.dev
 	@ln -s $(CURDIR)/harlora/* $(CURDIR)/kernels build/typecheck/harlora/
 	cd build/typecheck && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml harlora
 
+study: $(VENV)/.har
+	$(BIN)/harlora lodo --preset standard --targets uci_hapt motionsense
+	$(BIN)/harlora lodo --preset standard --targets uci_hapt --protocols subject paper --methods lora qlora --ranks 2 32
+	$(MAKE) report
+
+report: $(VENV)/.har
+	$(BIN)/harlora report --readme README.md
+
 # torch comes first and pinned: an extension is built against it, and an unpinned one would bring another build.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH) 'setuptools>=77' ninja
+	touch $@
+
+$(VENV)/.har: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[har]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch $(SOURCES)

@@ -1,0 +1,286 @@
+"""The command line: one dataclass a command, its fields the options, its ``run`` the call."""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from harlora.data.catalog import DATASETS, ROOT_VARIABLE, available, data_root, dataset, load_windows
+from harlora.data.inspect import draw, hours
+from harlora.data.labels import VOCABULARY
+from harlora.data.windows import RATE_HZ
+from harlora.errors import InputError
+from harlora.progress import Bars
+from harlora.report.build import build_report
+from harlora.report.tables import COLUMNS, groups, heading, row
+from harlora.train.finetune import CHECKPOINT, FinetuneConfig, finetune
+from harlora.train.lodo import Study, lodo
+from harlora.train.pretrain import PretrainConfig, load_pretrained, pretrain
+
+RESULTS = Path("bench/results/lodo")
+
+# A terminal says how wide it is; a log file does not, and a table broken into slivers helps nobody.
+console = Console(width=None if sys.stdout.isatty() else 160)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where it runs."""
+
+    data: Path | None = None
+    """Folder with the datasets; by default $HARLORA_DATA, else ./data."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:0."""
+    threads: int = 0
+    """CPU threads; 0 leaves the choice to torch."""
+
+    def ready(self) -> tuple[Path, torch.device]:
+        """The data root and the device, after checking both."""
+        if self.threads < 0:
+            raise InputError(f"--threads must be at least 0, got {self.threads}")
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise InputError(f"--device must be cpu, cuda or cuda:0, got {self.device!r}") from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise InputError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
+        return data_root(self.data), device
+
+
+@dataclass(frozen=True)
+class DataList:
+    """What is found where: subjects, windows of each class, hours."""
+
+    data: Path | None = None
+    """Folder with the datasets; by default $HARLORA_DATA, else ./data."""
+
+    def run(self) -> None:
+        root = data_root(self.data)
+        used = {entry.name for entry in available(root)}
+        table = Table(title=f"Datasets under {root}", title_justify="left", show_lines=True)
+        for column in ("dataset", "found", "subjects", "hours", "windows", "of each class", "dropped", "licence"):
+            table.add_column(column, overflow="fold")
+        for entry in DATASETS.values():
+            where = entry.find(root)
+            if where is None and not entry.is_synthetic:
+                found = f"no; put the archive into {root / entry.folder}: {entry.download}"
+                table.add_row(entry.name, found, "", "", "", "", "", entry.licence)
+                continue
+            windows = load_windows(entry.name, root)
+            classes = ", ".join(
+                f"{label} {int((windows.labels == VOCABULARY.index(label)).sum())}" for label in windows.label_names()
+            )
+            dropped = ", ".join(f"{name} {count}" for name, count in windows.dropped.items())
+            dropped += f"; {windows.too_short} stretches too short" if windows.too_short else ""
+            table.add_row(
+                entry.name + ("" if entry.name in used else " (not used)"),
+                "SYNTHETIC, made on the fly" if where is None else str(where),
+                str(len(windows.subject_names)),
+                f"{hours(windows):.1f}",
+                str(len(windows)),
+                classes,
+                dropped,
+                entry.licence,
+            )
+        console.print(table)
+        console.print(
+            "Windows of 128 samples at 50 Hz with 50 % overlap. Dropped: windows whose activity has no label in the "
+            "vocabulary. Not used by `harlora lodo`: the same people as another set, or synthetic beside real data."
+        )
+
+
+@dataclass(frozen=True)
+class DataInspect:
+    """Draw example windows of each class to a PNG."""
+
+    name: tyro.conf.Positional[str]
+    """The dataset; `harlora data list` shows them."""
+    out: Path | None = None
+    """The picture; by default NAME.png in the current folder."""
+    data: Path | None = None
+    """Folder with the datasets; by default $HARLORA_DATA, else ./data."""
+
+    def run(self) -> None:
+        entry = dataset(self.name)
+        windows = load_windows(self.name, data_root(self.data))
+        file = self.out or Path(f"{self.name}.png")
+        title = f"{entry.title}, {entry.placement}: {len(windows)} windows of {len(windows.subject_names)} subjects"
+        draw(windows, title, file)
+        console.print(f"{title}, {windows.signals.shape[1] / RATE_HZ:.2f} s each: {file}", highlight=False)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Look at datasets."""
+
+    command: tyro.conf.OmitSubcommandPrefixes[
+        Annotated[DataList, tyro.conf.subcommand("list")] | Annotated[DataInspect, tyro.conf.subcommand("inspect")]
+    ]
+
+    def run(self) -> None:
+        self.command.run()
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Pretrain an encoder on unlabelled windows and print where its checkpoint is."""
+
+    sources: tuple[str, ...] = ()
+    """Datasets to learn from; by default all that are found."""
+    out: Path = Path("runs")
+    """Folder for run directories; an unfinished run goes on, a finished one is not repeated."""
+    config: tyro.conf.OmitArgPrefixes[PretrainConfig] = field(default_factory=PretrainConfig)
+    machine: tyro.conf.OmitArgPrefixes[Machine] = field(default_factory=Machine)
+
+    def run(self) -> None:
+        root, device = self.machine.ready()
+        names = [dataset(name).name for name in self.sources] or [entry.name for entry in available(root)]
+        windows = [load_windows(name, root) for name in names]
+        with Bars(console) as bars:
+            report = bars.run(f"pretraining on {', '.join(names)}", 1, 1)
+            file = pretrain(self.config, windows, self.out, device=device, report=report)
+        pretrained = load_pretrained(file)
+        console.print(f"masked MSE {pretrained.loss:.4f} after {pretrained.seconds:.0f} s: {file}", highlight=False)
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Adapt a pretrained encoder to one dataset and score it on what it has not seen."""
+
+    target: str
+    """The dataset to adapt to; the encoder must not have seen it."""
+    pretrained: Path
+    """encoder.safetensors of a `harlora pretrain` run."""
+    out: Path = Path("runs")
+    """Folder for run directories; an unfinished run goes on, a finished one is not repeated."""
+    config: tyro.conf.OmitArgPrefixes[FinetuneConfig] = field(default_factory=FinetuneConfig)
+    machine: tyro.conf.OmitArgPrefixes[Machine] = field(default_factory=Machine)
+
+    def run(self) -> None:
+        root, device = self.machine.ready()
+        self.config.check()
+        dataset(self.target)
+        pretrained = load_pretrained(self.pretrained)
+        needed = pretrained.sources if self.config.method == "zero_shot" else ()
+        sources = [load_windows(name, root) for name in needed]
+        with Bars(console) as bars:
+            report = bars.run(f"{self.target}, {self.config.method}", 1, 1)
+            metrics = finetune(
+                self.config, load_windows(self.target, root), pretrained, self.out,
+                sources=sources, device=device, report=report,
+            )  # fmt: skip
+        _print_tables([metrics])
+        folder = self.out / f"{self.config.method}-{self.target}-{self.config.protocol}-{metrics['identity']}"
+        console.print(f"classifier: {folder / CHECKPOINT}", highlight=False)
+
+
+@dataclass(frozen=True)
+class Lodo:
+    """Leave one dataset out: pretrain on the others, adapt to it by every method, and report what each cost and
+    reached. Uses synthetic data where no real dataset is found.
+    """
+
+    study: tyro.conf.OmitArgPrefixes[Study] = field(default_factory=Study)
+    out: Path = Path("runs")
+    """Folder for run directories; a killed study goes on where it was."""
+    results: Path | None = None
+    """Folder for one JSON a run; by default bench/results/lodo/PRESET, with -synthetic behind it where data is."""
+    machine: tyro.conf.OmitArgPrefixes[Machine] = field(default_factory=Machine)
+
+    def run(self) -> None:
+        root, device = self.machine.ready()
+        self.study.check()
+        synthetic = any(entry.is_synthetic for entry in available(root)) or any(
+            dataset(name).is_synthetic for name in (*self.study.targets, *self.study.sources)
+        )
+        if synthetic:
+            console.print(
+                f"SYNTHETIC data: no dataset under {root}. The numbers show that the program works and nothing else; "
+                f"`harlora data list` says where to get real recordings and {ROOT_VARIABLE} where they are.",
+                style="bold red",
+                highlight=False,
+            )
+        results = self.results or RESULTS / (self.study.preset + ("-synthetic" if synthetic else ""))
+        with Bars(console) as bars:
+            records = lodo(self.study, root, self.out, results, device=device, progress=bars)
+        _print_tables(records)
+        report = build_report(results, results / "report" / "results.md")
+        console.print(f"one JSON a run: {results}\ntables and pictures: {report}", highlight=False)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Build the results page and its pictures from results JSON alone."""
+
+    results: tyro.conf.Positional[Path] = RESULTS / "standard"
+    """Folder with the JSON files of `harlora lodo`."""
+    out: Path = Path("docs/results.md")
+    """The page; pictures go to the folder images beside it."""
+    readme: Path | None = None
+    """A file in which the lines between <!-- results --> and <!-- /results --> become the headline table."""
+
+    def run(self) -> None:
+        console.print(f"{build_report(self.results, self.out, self.readme)}", highlight=False)
+
+
+Command = (
+    Annotated[Data, tyro.conf.subcommand("data")]
+    | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
+    | Annotated[Finetune, tyro.conf.subcommand("finetune")]
+    | Annotated[Lodo, tyro.conf.subcommand("lodo")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+)
+
+
+def _print_tables(records: list[dict[str, object]]) -> None:
+    everything = range(len(COLUMNS))
+    # Scores and costs below each other where they do not fit side by side.
+    parts = [everything] if console.width >= 135 else [everything[:5], (0, *everything[5:])]
+    for members in groups(records):
+        console.print(heading(members), style="bold", highlight=False)
+        for columns in parts:
+            table = Table(box=box.SIMPLE_HEAD)
+            for column in columns:
+                table.add_column(COLUMNS[column], justify="right" if column else "left")
+            for record in members:
+                cells = row(record)
+                table.add_row(*(cells[column] for column in columns))
+            console.print(table)
+    console.print(
+        "trainable = parameters; frozen to step peak in MB; held = frozen + trained + as much for gradients + "
+        "optimiser state; step peak = what one training step allocates on top, mostly activations",
+        highlight=False,
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The program ``harlora``."""
+    command = tyro.cli(
+        Command,
+        prog="harlora",
+        description="4-bit QLoRA for human activity recognition: data, pretraining, adaptation, reports.",
+        args=arguments,
+    )
+    try:
+        command.run()
+    except InputError as error:
+        if os.environ.get("HARLORA_TRACEBACK"):
+            raise
+        Console(stderr=True, width=10_000).print(f"harlora: {error}", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("harlora: stopped; the same command goes on from here", highlight=False)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

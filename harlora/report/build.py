@@ -1,0 +1,289 @@
+"""``docs/results.md`` and its pictures, built from the results JSON alone."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from harlora.data.catalog import DATASETS
+from harlora.errors import InputError
+from harlora.files import write_text
+from harlora.report import plots
+from harlora.report.paper import MEMORY_MB, PARAMETERS, SCORES
+from harlora.report.tables import (
+    COLUMNS,
+    PROTOCOL_TITLES,
+    TITLES,
+    Record,
+    groups,
+    heading,
+    held,
+    markdown,
+    megabytes,
+    method_title,
+    row,
+)  # fmt: skip
+
+
+def read_results(folder: Path) -> list[Record]:
+    """Every result in ``folder``.
+
+    Raises: InputError if there is none, or a file is not a result of `harlora lodo`.
+    """
+    records = []
+    for file in sorted(folder.glob("*.json")):
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            for key in ("scores", "bytes", "config", "target", "provenance", "synthetic"):
+                record[key]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise InputError(f"{file}: not a result of `harlora lodo` ({error!r}); move it away") from error
+        records.append(record)
+    if not records:
+        raise InputError(f"{folder}: has no results JSON; run `harlora lodo` first, or name the folder it wrote to")
+    return records
+
+
+def build_report(results: Path, out: Path, readme: Path | None = None) -> Path:
+    """Write the report on the results in a folder to ``out``, its pictures to ``images`` beside it.
+
+    readme: a file in which the lines between ``<!-- results -->`` and ``<!-- /results -->`` become the headline table.
+    Raises: InputError as `read_results`, or if ``readme`` has no such lines.
+    """
+    records = read_results(results)
+    if readme is not None:
+        _fill(readme, records)
+    images = out.parent / "images"
+    parts = [_opening(records, results)]
+    plain = [record for record in records if _is_plain(record)]
+    parts += [_section(members, images, out) for members in groups(plain)]
+    parts.append(_bytes_section(plain, images, out))
+    parts.append(_sweeps(records, images, out))
+    parts.append(_how(records))
+    write_text(out, "\n".join(part for part in parts if part))
+    return out
+
+
+_BEGIN, _END = "<!-- results -->", "<!-- /results -->"
+
+
+def _fill(readme: Path, records: Sequence[Record]) -> None:
+    text = readme.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        raise InputError(f"{readme}: has no lines {_BEGIN} and {_END} to put the results between")
+    write_text(readme, f"{before}{_BEGIN}\n{_headline(records)}{_END}{after}")
+
+
+def _headline(records: Sequence[Record]) -> str:
+    """The macro-F1 of every method on new people, and what is held for it in training."""
+    chosen = [g for g in groups(r for r in records if _is_plain(r)) if _protocol(g) == "subject"]
+    methods = [m for m in TITLES if any(r["config"]["method"] == m for g in chosen for r in g)]
+    rows = []
+    for members in chosen:
+        by_method = {record["config"]["method"]: record for record in members}
+        rows.append([_title(members), *(_score(by_method.get(method), "macro_f1") for method in methods)])
+    if chosen:
+        by_method = {record["config"]["method"]: record for record in chosen[0]}
+        sizes = [megabytes(held(by_method[m])) if m in by_method else "" for m in methods]
+        rows.append(["MB held in training", *sizes])
+    return markdown(["macro-F1 on new people", *(TITLES[m] for m in methods)], rows)
+
+
+def _is_plain(record: Record) -> bool:
+    """Whether all labels were used and, of a rank sweep, the rank is the usual one."""
+    config = record["config"]
+    return config["label_fraction"] == 1 and not config["windows_per_class"] and config["rank"] == 8
+
+
+def _link(text: str, image: Path, out: Path) -> str:
+    return f"![{text}]({image.relative_to(out.parent).as_posix()})\n"
+
+
+def _opening(records: Sequence[Record], results: Path) -> str:
+    synthetic = any(record["synthetic"] for record in records)
+    title = "# Results on SYNTHETIC data" if synthetic else "# Results"
+    lines = [
+        title,
+        "",
+        f"Leave one dataset out: the encoder is pretrained on the other datasets without labels, then adapted to the "
+        f"one left out. Built by `harlora report` from the {len(records)} JSON files in "
+        f"`{results.as_posix()}`; nothing here is typed by hand.",
+        "",
+    ]
+    if synthetic:
+        lines += ["**The recordings are made up. These numbers say nothing about people.**", ""]
+    headline = [members for members in groups(r for r in records if _is_plain(r)) if _protocol(members) == "subject"]
+    if headline:
+        lines += [
+            "The headline is the **subject split**: nobody is on both sides. The paper splits windows at random, so "
+            "overlapping windows of the same people are on both sides; that saturates and says little about a new "
+            "person.",
+            "",
+        ]
+        lines += [_headline(records)]
+    return "\n".join(lines)
+
+
+def _protocol(members: Sequence[Record]) -> str:
+    protocol: str = members[0]["config"]["protocol"]
+    return protocol
+
+
+def _title(members: Sequence[Record]) -> str:
+    return DATASETS[members[0]["target"]].title
+
+
+def _score(record: Record | None, key: str) -> str:
+    return "" if record is None else f"{record['scores'][key]:.3f}"
+
+
+def _section(members: Sequence[Record], images: Path, out: Path) -> str:
+    first = members[0]
+    target, protocol = first["target"], _protocol(members)
+    name = f"confusion-{target}-{protocol}.png"
+    plots.confusion(members, images / name)
+    windows = first["windows"]
+    tested = "" if protocol == "paper" else f" of {len(first['test_subjects'])} people"
+    lines = [
+        f"## {_title(members)}: {PROTOCOL_TITLES[protocol]}",
+        "",
+        ("SYNTHETIC data. " if first["synthetic"] else "")
+        + f"Pretrained on {', '.join(first['sources'])}. Tested on {windows['test']:,} windows{tested}. "
+        f"Bytes are in MB (10⁶); held = frozen + trained + gradients + optimiser; step peak = what one training step "
+        "allocates on top, mostly activations.",
+        "",
+        markdown(COLUMNS, [row(record) for record in members]),
+    ]
+    paper = SCORES.get(DATASETS[target].domain, {})
+    if protocol == "paper" and paper and not first["synthetic"]:
+        rows = []
+        for record in members:
+            method = record["config"]["method"]
+            if method in paper:
+                theirs, score = paper[method], record["scores"]
+                rows.append(
+                    [
+                        method_title(record), f"{score['accuracy']:.3f}", f"{theirs.accuracy:.3f}",
+                        f"{score['macro_f1']:.3f}", f"{theirs.macro_f1:.3f}",
+                        f"{score['macro_f1'] - theirs.macro_f1:+.3f}", f"{record['seconds']:.0f}", str(theirs.seconds),
+                    ]
+                )  # fmt: skip
+        header = ["method", "accuracy", "paper", "macro-F1", "paper", "difference", "seconds", "paper"]
+        lines += ["Beside the paper's figures (other sources, other machine):", "", markdown(header, rows)]
+    lines += [_link(heading(members), images / name, out)]
+    return "\n".join(lines)
+
+
+def _bytes_section(records: Sequence[Record], images: Path, out: Path) -> str:
+    chosen = [members for members in groups(records) if _protocol(members) == "subject"] or groups(records)
+    if not chosen:
+        return ""
+    panels = [(_title(members), members) for members in chosen]
+    plots.by_bytes(panels, images / "macro-f1-by-bytes.png")
+    members = chosen[0]
+    rows = []
+    for record in members:
+        size = record["bytes"]
+        theirs = MEMORY_MB.get(record["config"]["method"])
+        counts = PARAMETERS.get(record["config"]["method"])
+        rows.append(
+            [
+                method_title(record),
+                megabytes(size["matrices"]),
+                f"{size['matrices'] / size['matrices_float32']:.3f}",
+                megabytes(held(record)),
+                megabytes(size["step_peak"]),
+                megabytes(held(record) + size["step_peak"]),
+                "" if theirs is None else " / ".join(f"{value:.2f}" for value in theirs),
+                f"{record['parameters']['trainable']:,} of {record['parameters']['total']:,}",
+                "" if counts is None else f"{counts[0]:,} of {counts[1]:,}",
+            ]
+        )
+    header = [
+        "method", "encoder matrices", "share of float32", "held", "step peak", "total",
+        "paper: total / trained / buffer", "trained parameters", "paper",
+    ]  # fmt: skip
+    return "\n".join(
+        [
+            "## Memory",
+            "",
+            f"Counted on the tensors and measured on one training step of 64 windows, {_title(members)}; MB. The "
+            "paper's QLoRA held 6.22 MB and needed 4.82 MB of buffers on top, more than its LoRA.",
+            "",
+            markdown(header, rows),
+            _link("Macro-F1 by bytes held in training", images / "macro-f1-by-bytes.png", out),
+        ]
+    )
+
+
+def _sweeps(records: Sequence[Record], images: Path, out: Path) -> str:
+    lines: list[str] = []
+    full = [r for r in records if r["config"]["label_fraction"] == 1 and not r["config"]["windows_per_class"]]
+    for members in groups(full):
+        ranks = {r["config"]["rank"] for r in members if r["config"]["method"] in ("lora", "qlora")}
+        if len(ranks) < 2:
+            continue
+        target, protocol = members[0]["target"], _protocol(members)
+        name = f"rank-{target}-{protocol}.png"
+        with_paper = protocol == "paper" and DATASETS[target].domain == "uci"
+        plots.by_rank(members, images / name, with_paper=with_paper)
+        lines += [f"## Rank: {_title(members)}, {PROTOCOL_TITLES[protocol]}", ""]
+        swept = [r for r in members if r["config"]["method"] in ("lora", "qlora")]
+        lines += [markdown(COLUMNS, [row(record) for record in swept])]
+        lines += [_link(f"Macro-F1 by rank, {heading(members)}", images / name, out)]
+    fewer = [r for r in records if r not in full]
+    for members in groups(fewer):
+        lines += [f"## Fewer labels: {_title(members)}, {PROTOCOL_TITLES[_protocol(members)]}", ""]
+        rows = [
+            [
+                f"{config['windows_per_class']} windows a class"
+                if config["windows_per_class"]
+                else f"{config['label_fraction']:.0%} of the training windows",
+                *row(record),
+            ]
+            for record in members
+            if (config := record["config"])
+        ]
+        lines += [markdown(["labels", *COLUMNS], rows)]
+    return "\n".join(lines)
+
+
+def _how(records: Sequence[Record]) -> str:
+    def every(values: list[Any]) -> str:
+        return ", ".join(sorted({str(value) for value in values}))
+
+    origin = [record["provenance"] for record in records]
+    configs = [record["config"] for record in records]
+    lines = [
+        "## How these were made",
+        "",
+        f"- Command: {every(['`' + o['command'] + '`' for o in origin])}",
+        f"- Commit: {every([o['commit'] or 'unknown' for o in origin])}"
+        + (" (with uncommitted changes)" if any(o["dirty"] for o in origin) else ""),
+        f"- Machine: {every([o['device'] for o in origin])}, {every([o['threads'] for o in origin])} threads; "
+        f"torch {every([o['versions']['torch'] for o in origin])}",
+        f"- Seeds: {every([c['seed'] for c in configs])}. One seed gives no spread: differences of about .01 between "
+        "methods can be chance.",
+        f"- Fine-tuning: {every([c['epochs'] for c in configs])} epochs, "
+        f"batch {every([c['batch_size'] for c in configs])}, "
+        f"learning rates {_rates(records)}; the epoch is chosen on a validation part that is neither trained on nor "
+        "tested on.",
+        f"- Pretraining: {every([round(r['pretrained']['seconds']) for r in records])} s an encoder, once for each "
+        "target, shared by its runs and not part of the seconds above.",
+        "- LoRA and QLoRA train the adapters, the head, LayerNorms, biases and the patch embedding"
+        if all(c["train_norms"] for c in configs)
+        else "- LoRA and QLoRA train the adapters and the head",
+        "- linear probe and zero-shot train the same head as every method on the mean token of the frozen encoder; "
+        "zero-shot learns from the sources' labels that the target has too, and never sees a label of the target.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _rates(records: Sequence[Record]) -> str:
+    rates: dict[str, set[float]] = {}
+    for record in records:
+        rates.setdefault(TITLES[record["config"]["method"]], set()).add(record["learning_rate"])
+    return ", ".join(f"{name} {'/'.join(f'{rate:g}' for rate in sorted(values))}" for name, values in rates.items())

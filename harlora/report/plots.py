@@ -1,0 +1,124 @@
+"""Pictures of a study: confusion matrices, accuracy by rank, accuracy by bytes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from harlora.files import replacing
+from harlora.report.paper import RANK_MACRO_F1
+from harlora.report.tables import Record, held, method_title
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+COLOURS = {
+    "zero_shot": "#999999",
+    "linear_probe": "#cc79a7",
+    "scratch": "#e69f00",
+    "full": "#000000",
+    "lora": "#0072b2",
+    "qlora": "#d55e00",
+}
+_MARKERS = {"zero_shot": "X", "linear_probe": "v", "scratch": "s", "full": "D", "lora": "o", "qlora": "^"}
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Write a figure as PNG and close it."""
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=120, format="png", metadata={"Software": None})
+    plt.close(figure)
+
+
+def _stamp(figure: Figure, records: Sequence[Record]) -> None:
+    if any(record["synthetic"] for record in records):
+        figure.text(0.5, 0.5, "SYNTHETIC DATA", fontsize=34, color="#d00000", alpha=0.18, rotation=20, ha="center")
+
+
+def confusion(records: Sequence[Record], file: Path) -> None:
+    """Confusion matrices side by side, each row in percent of the true label."""
+    columns = min(3, len(records))
+    rows = -(-len(records) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.4 * columns + 0.6, 3.3 * rows + 0.3), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(records) :]:
+        axis.set_axis_off()
+    for position, (axis, record) in enumerate(zip(axes.flat, records, strict=False)):
+        score = record["scores"]
+        matrix = np.array(score["confusion"], dtype=float)
+        share = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+        axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
+        for (i, j), value in np.ndenumerate(share):
+            if value >= 0.5:
+                axis.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7,
+                          color="white" if value > 55 else "black")  # fmt: skip
+        ticks = np.arange(len(score["labels"]))
+        axis.set_xticks(ticks, score["labels"], rotation=45, ha="right", fontsize=7)
+        axis.set_yticks(ticks, score["labels"] if position % columns == 0 else [], fontsize=7)
+        axis.set_title(f"{method_title(record)}: macro-F1 {score['macro_f1']:.3f}", fontsize=9)
+    figure.supxlabel("predicted", fontsize=8)
+    figure.supylabel("true (rows sum to 100 %)", fontsize=8)
+    _stamp(figure, records)
+    save(figure, file)
+
+
+def by_rank(records: Sequence[Record], file: Path, *, with_paper: bool) -> None:
+    """Macro-F1 by rank of LoRA and QLoRA, with full fine-tuning and the probe as lines."""
+    figure, axis = plt.subplots(figsize=(6.0, 3.6), layout="constrained")
+    for method in ("lora", "qlora"):
+        points = sorted(
+            (record["config"]["rank"], record["scores"]["macro_f1"])
+            for record in records
+            if record["config"]["method"] == method
+        )
+        if points:
+            axis.plot(*zip(*points, strict=True), marker=_MARKERS[method], color=COLOURS[method],
+                      label=f"{method_title({'config': {'method': method, 'rank': 0}}).split(' r=')[0]}")  # fmt: skip
+    for method, style in (("full", "-"), ("linear_probe", "--")):
+        for record in records:
+            if record["config"]["method"] == method:
+                axis.axhline(record["scores"]["macro_f1"], color=COLOURS[method], linestyle=style, linewidth=1,
+                             label=method_title(record))  # fmt: skip
+    if with_paper:
+        axis.plot(*zip(*RANK_MACRO_F1.items(), strict=True), color="#777777", marker=".", linestyle=":",
+                  label="LoRA in the paper")  # fmt: skip
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_xlabel("rank")
+    axis.set_ylabel("macro-F1")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    _stamp(figure, records)
+    save(figure, file)
+
+
+def by_bytes(groups: Sequence[tuple[str, Sequence[Record]]], file: Path) -> None:
+    """Macro-F1 by the bytes held through training, one panel for each group of results."""
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4.2 * columns + 0.6, 3.0 * rows + 0.6), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(groups) :]:
+        axis.set_axis_off()
+    for axis, (title, records) in zip(axes.flat, groups, strict=False):
+        for record in records:
+            method = record["config"]["method"]
+            axis.scatter(held(record) / 1e6, record["scores"]["macro_f1"], s=52, marker=_MARKERS[method],
+                         color=COLOURS[method], label=method_title(record), zorder=3)  # fmt: skip
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if value in (2, 3, 5, 20, 30, 50) else "")
+        axis.tick_params(axis="x", which="minor", labelsize=7)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("MB held in training (weights, gradients, optimiser)", fontsize=8)
+        axis.grid(alpha=0.3)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("macro-F1")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3 * columns, fontsize=8, frameon=False)
+    _stamp(figure, [record for _, records in groups for record in records])
+    save(figure, file)

@@ -1,0 +1,144 @@
+"""Tables and pictures, from records made by hand."""
+
+import copy
+import json
+
+import pytest
+
+from harlora.errors import InputError
+from harlora.report.build import build_report, read_results
+from harlora.report.paper import SCORES
+from harlora.report.tables import COLUMNS, groups, held, markdown, row
+from harlora.train.finetune import METHODS
+
+
+def record(method="qlora", target="uci_hapt", protocol="paper", rank=8, f1=0.9, **config):
+    return {
+        "scores": {
+            "accuracy": 0.91234, "macro_f1": f1, "precision": 0.92, "recall": 0.93, "labels": ["sit", "walk"],
+            "f1": [0.9, 0.9], "support": [10, 10], "confusion": [[9, 1], [1, 9]],
+        },
+        "parameters": {"trainable": 1234, "total": 99999},
+        "bytes": {"frozen": 1_000_000, "trainable": 500_000, "gradients": 500_000, "optimizer": 1_000_000,
+                  "step_peak": 7_000_000, "matrices": 140, "matrices_float32": 1000},
+        "seconds": 12.6,
+        "windows": {"train": 60, "validation": 20, "test": 20},
+        "test_subjects": ["1", "2"],
+        "config": {"method": method, "protocol": protocol, "rank": rank, "seed": 0, "label_fraction": 1.0,
+                   "windows_per_class": 0, "epochs": 5, "batch_size": 64, "train_norms": True, **config},
+        "learning_rate": 0.002,
+        "target": target,
+        "sources": ["motionsense", "dsa"],
+        "synthetic": target.startswith("synthetic"),
+        "pretrained": {"identity": "x", "loss": 0.1, "seconds": 100.0},
+        "identity": "0123456789abcdef",
+        "provenance": {"command": "harlora lodo", "commit": "abc", "dirty": False, "device": "a CPU", "threads": 2,
+                       "versions": {"torch": "2.13.0"}},
+    }  # fmt: skip
+
+
+def written(tmp_path, records):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for number, one in enumerate(records):
+        (folder / f"{number}.json").write_text(json.dumps(one))
+    return folder
+
+
+def test_a_row_has_what_the_columns_say():
+    cells = dict(zip(COLUMNS, row(record()), strict=True))
+    assert cells["method"] == "QLoRA r=8"
+    assert cells["accuracy"] == "0.912"
+    assert cells["trainable"] == "1,234"
+    assert cells["held"] == "3.00"
+    assert cells["step peak"] == "7.00"
+    assert cells["seconds"] == "13"
+    assert held(record()) == 3_000_000
+
+
+def test_groups_are_sorted():
+    made = [record(method, target, protocol) for method in reversed(list(METHODS)) for target in ("uci_hapt", "dsa")
+            for protocol in ("paper", "subject")]  # fmt: skip
+    found = groups(made)
+    assert [(g[0]["target"], g[0]["config"]["protocol"]) for g in found] == [
+        ("dsa", "subject"), ("dsa", "paper"), ("uci_hapt", "subject"), ("uci_hapt", "paper"),
+    ]  # fmt: skip
+    assert [r["config"]["method"] for r in found[0]] == list(METHODS)
+
+
+def test_markdown_table():
+    assert markdown(["a", "b"], [["x", "1"]]) == "| a | b |\n|---|---:|\n| x | 1 |\n"
+
+
+def test_the_page_has_every_number_and_the_papers_beside(tmp_path):
+    made = [record(method, protocol=protocol, f1=0.8 + 0.01 * i) for i, method in enumerate(METHODS)
+            for protocol in ("paper", "subject")]  # fmt: skip
+    made += [record("lora", rank=32, f1=0.777), record("qlora", rank=32, f1=0.778)]
+    made += [record("qlora", windows_per_class=5, f1=0.555)]
+    page = build_report(written(tmp_path, made), tmp_path / "docs" / "results.md").read_text()
+    assert "SYNTHETIC" not in page
+    for value in ("0.800", "0.850", "0.777", "0.778", "0.555"):
+        assert value in page
+    for method in ("full", "lora", "qlora"):
+        theirs = SCORES["uci"][method]
+        assert f"{theirs.macro_f1:.3f}" in page
+        assert str(theirs.seconds) in page
+    assert "428,832 of 2,636,105" in page
+    assert "6.22 / 1.64 / 4.82" in page
+    assert "5 windows a class" in page
+    assert "The headline is the **subject split**" in page
+    assert page.index("new people (subject split)") < page.index("random windows (the paper's split)")
+    images = {link.split(")")[0] for link in page.split("](")[1:]}
+    assert len(images) == 4
+    for image in images:
+        assert (tmp_path / "docs" / image).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_is_the_same_every_time(tmp_path):
+    folder = written(tmp_path, [record("full"), record("lora"), record("qlora")])
+    outputs = []
+    for name in "ab":
+        build_report(folder, tmp_path / name / "results.md")
+        outputs.append({file.name: file.read_bytes() for file in (tmp_path / name).rglob("*") if file.is_file()})
+    assert outputs[0] == outputs[1]
+
+
+def test_synthetic_results_say_so(tmp_path):
+    made = [record(m, target="synthetic_a", protocol=p) for m in ("full", "qlora") for p in ("paper", "subject")]
+    page = build_report(written(tmp_path, made), tmp_path / "page.md").read_text()
+    assert page.startswith("# Results on SYNTHETIC data")
+    assert "say nothing about people" in page
+    assert "Beside the paper's figures" not in page
+
+
+def test_readme_block_is_filled(tmp_path):
+    made = [record(m, protocol="subject", f1=0.9 + 0.01 * i) for i, m in enumerate(("full", "lora", "qlora"))]
+    folder = written(tmp_path, made)
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+    build_report(folder, tmp_path / "page.md", readme)
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- results -->\n| macro-F1 on new people | full | LoRA | QLoRA |\n")
+    assert text.endswith("<!-- /results -->\nafter\n")
+    assert "| UCI HAR (raw signals, HAPT) | 0.900 | 0.910 | 0.920 |" in text
+    assert "| MB held in training | 3.00 | 3.00 | 3.00 |" in text
+    assert "old" not in text
+    readme.write_text("nothing to fill")
+    with pytest.raises(InputError, match="has no lines <!-- results -->"):
+        build_report(folder, tmp_path / "page.md", readme)
+
+
+def test_other_files_are_refused(tmp_path):
+    with pytest.raises(InputError, match="has no results JSON"):
+        read_results(tmp_path)
+    for content in ("{", "[1]", '{"scores": {}}', "3"):
+        (tmp_path / "x.json").write_text(content)
+        with pytest.raises(InputError, match=r"x\.json: not a result of `harlora lodo`"):
+            read_results(tmp_path)
+
+
+def test_records_are_not_changed(tmp_path):
+    made = [record("full"), record("qlora")]
+    before = copy.deepcopy(made)
+    groups(made)
+    assert made == before
