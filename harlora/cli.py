@@ -19,7 +19,7 @@ from harlora.data.windows import RATE_HZ
 from harlora.errors import InputError
 from harlora.progress import Bars
 from harlora.report.build import build_report
-from harlora.report.tables import COLUMNS, groups, heading, row
+from harlora.report.tables import COLUMNS, groups, heading, pooled, row
 from harlora.train.finetune import CHECKPOINT, FinetuneConfig, finetune
 from harlora.train.lodo import Study, lodo
 from harlora.train.pretrain import PretrainConfig, load_pretrained, pretrain
@@ -245,7 +245,7 @@ def _print_tables(records: list[dict[str, object]]) -> None:
     everything = range(len(COLUMNS))
     # Scores and costs below each other where they do not fit side by side.
     parts = [everything] if console.width >= 135 else [everything[:5], (0, *everything[5:])]
-    for members in groups(records):
+    for members in groups(pooled(records)):
         console.print(heading(members), style="bold", highlight=False)
         for columns in parts:
             table = Table(box=box.SIMPLE_HEAD)

@@ -71,7 +71,7 @@ def test_pretrain_then_finetune(capsys, tmp_path):
         assert "SYNTHETIC data" in said
         assert "classifier: runs" in said
     said = fails(capsys, "finetune", "--target", "synthetic_b", "--pretrained", checkpoint)
-    assert "pretrained on synthetic_b itself" in said
+    assert "pretrained on synthetic_b, which has the people of synthetic_b" in said
 
 
 def test_data_list_and_inspect(capsys, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from harlora.errors import InputError
 from harlora.report.build import build_report, read_results
 from harlora.report.paper import SCORES
-from harlora.report.tables import COLUMNS, groups, held, markdown, row
+from harlora.report.tables import COLUMNS, groups, held, markdown, plain, pooled, row
 from harlora.train.finetune import METHODS
 
 
@@ -64,6 +64,25 @@ def test_groups_are_sorted():
         ("dsa", "subject"), ("dsa", "paper"), ("uci_hapt", "subject"), ("uci_hapt", "paper"),
     ]  # fmt: skip
     assert [r["config"]["method"] for r in found[0]] == list(METHODS)
+
+
+def test_several_seeds_become_one_row_with_their_spread(tmp_path):
+    made = [record("lora", seed=seed, f1=f1) for seed, f1 in ((0, 0.8), (1, 0.9))] + [record("qlora", f1=0.7)]
+    lora, qlora = pooled(made)
+    assert lora["scores"]["macro_f1"] == pytest.approx(0.85)
+    assert lora["scores"]["confusion"] == [[18, 2], [2, 18]]
+    assert row(lora)[2] == "0.850 ± 0.071"
+    assert row(qlora)[2] == "0.700"
+    page = build_report(written(tmp_path, made), tmp_path / "page.md").read_text()
+    assert "0.850 ± 0.071" in page
+    assert "means ± standard deviations over the seeds" in page
+    assert "from the 3 JSON files" in page
+
+
+def test_main_tables_take_rank_8_or_else_the_lowest():
+    made = [record("lora", rank=rank) for rank in (2, 8, 32)] + [record("qlora", rank=rank) for rank in (16, 4)]
+    assert [(r["config"]["method"], r["config"]["rank"]) for r in plain(made)] == [("lora", 8), ("qlora", 4)]
+    assert plain([record("full", label_fraction=0.5), record("full", windows_per_class=5)]) == []
 
 
 def test_markdown_table():

@@ -352,6 +352,19 @@ def test_wrong_configurations_are_refused(changes, message):
         replace(FINETUNE, **changes).check()
 
 
+def test_the_same_people_are_never_on_both_sides(data, pretrained, tmp_path):
+    for source, target in (("uci_har", "uci_hapt"), ("uci_hapt", "uci_hapt")):
+        with pytest.raises(InputError, match=f"pretrained on {source}, which has the people of {target}"):
+            finetune(FINETUNE, replace(data[0], dataset=target), replace(pretrained, sources=(source,)), tmp_path,
+                     device=CPU)  # fmt: skip
+    twice = [replace(one, dataset=name) for one, name in zip(data, ("uci_har", "uci_hapt"), strict=False)]
+    with pytest.raises(InputError, match="uci_har and uci_hapt are the same recordings of the same people"):
+        pretrain(PRETRAIN, twice, tmp_path, device=CPU)
+    study = Study(targets=("synthetic_a",), sources=("uci_har", "uci_hapt"))
+    with pytest.raises(InputError, match="are the same recordings"):
+        lodo(study, tmp_path, tmp_path, tmp_path, device=CPU, progress=Quiet())
+
+
 def test_zero_shot_needs_sources(data, pretrained, tmp_path):
     with pytest.raises(InputError, match="give at least one"):
         finetune(replace(FINETUNE, method="zero_shot"), data[0], pretrained, tmp_path, device=CPU)

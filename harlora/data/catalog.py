@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,20 @@ def dataset(name: str) -> Dataset:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InputError(f"unknown dataset {name!r}{hint} Known: {', '.join(DATASETS)}")
     return DATASETS[name]
+
+
+def domain(name: str) -> str:
+    """The people and devices that a dataset comes from; a dataset that is not in the catalogue is its own domain."""
+    return DATASETS[name].domain if name in DATASETS else name
+
+
+def require_apart(names: Iterable[str]) -> None:
+    """Raise InputError if two of the datasets are the same people."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(domain(name), name)
+        if other != name:
+            raise InputError(f"{other} and {name} are the same recordings of the same people; use one of them")
 
 
 def available(root: Path) -> list[Dataset]:

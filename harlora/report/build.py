@@ -21,7 +21,10 @@ from harlora.report.tables import (
     markdown,
     megabytes,
     method_title,
+    plain,
+    pooled,
     row,
+    score_text,
 )  # fmt: skip
 
 
@@ -51,14 +54,15 @@ def build_report(results: Path, out: Path, readme: Path | None = None) -> Path:
     Raises: InputError as `read_results`, or if ``readme`` has no such lines.
     """
     records = read_results(results)
+    shown = pooled(records)
+    main = plain(shown)
     if readme is not None:
-        _fill(readme, records)
+        _fill(readme, main)
     images = out.parent / "images"
-    parts = [_opening(records, results)]
-    plain = [record for record in records if _is_plain(record)]
-    parts += [_section(members, images, out) for members in groups(plain)]
-    parts.append(_bytes_section(plain, images, out))
-    parts.append(_sweeps(records, images, out))
+    parts = [_opening(main, len(records), results)]
+    parts += [_section(members, images, out) for members in groups(main)]
+    parts.append(_bytes_section(main, images, out))
+    parts.append(_sweeps(shown, images, out))
     parts.append(_how(records))
     write_text(out, "\n".join(part for part in parts if part))
     return out
@@ -78,7 +82,7 @@ def _fill(readme: Path, records: Sequence[Record]) -> None:
 
 def _headline(records: Sequence[Record]) -> str:
     """The macro-F1 of every method on new people, and what is held for it in training."""
-    chosen = [g for g in groups(r for r in records if _is_plain(r)) if _protocol(g) == "subject"]
+    chosen = [members for members in groups(records) if _protocol(members) == "subject"]
     methods = [m for m in TITLES if any(r["config"]["method"] == m for g in chosen for r in g)]
     rows = []
     for members in chosen:
@@ -91,31 +95,24 @@ def _headline(records: Sequence[Record]) -> str:
     return markdown(["macro-F1 on new people", *(TITLES[m] for m in methods)], rows)
 
 
-def _is_plain(record: Record) -> bool:
-    """Whether all labels were used and, of a rank sweep, the rank is the usual one."""
-    config = record["config"]
-    return config["label_fraction"] == 1 and not config["windows_per_class"] and config["rank"] == 8
-
-
 def _link(text: str, image: Path, out: Path) -> str:
     return f"![{text}]({image.relative_to(out.parent).as_posix()})\n"
 
 
-def _opening(records: Sequence[Record], results: Path) -> str:
+def _opening(records: Sequence[Record], files: int, results: Path) -> str:
     synthetic = any(record["synthetic"] for record in records)
     title = "# Results on SYNTHETIC data" if synthetic else "# Results"
     lines = [
         title,
         "",
         f"Leave one dataset out: the encoder is pretrained on the other datasets without labels, then adapted to the "
-        f"one left out. Built by `harlora report` from the {len(records)} JSON files in "
+        f"one left out. Built by `harlora report` from the {files} JSON files in "
         f"`{results.as_posix()}`; nothing here is typed by hand.",
         "",
     ]
     if synthetic:
         lines += ["**The recordings are made up. These numbers say nothing about people.**", ""]
-    headline = [members for members in groups(r for r in records if _is_plain(r)) if _protocol(members) == "subject"]
-    if headline:
+    if any(_protocol(members) == "subject" for members in groups(records)):
         lines += [
             "The headline is the **subject split**: nobody is on both sides. The paper splits windows at random, so "
             "overlapping windows of the same people are on both sides; that saturates and says little about a new "
@@ -136,7 +133,7 @@ def _title(members: Sequence[Record]) -> str:
 
 
 def _score(record: Record | None, key: str) -> str:
-    return "" if record is None else f"{record['scores'][key]:.3f}"
+    return "" if record is None else score_text(record, key)
 
 
 def _section(members: Sequence[Record], images: Path, out: Path) -> str:
@@ -165,8 +162,8 @@ def _section(members: Sequence[Record], images: Path, out: Path) -> str:
                 theirs, score = paper[method], record["scores"]
                 rows.append(
                     [
-                        method_title(record), f"{score['accuracy']:.3f}", f"{theirs.accuracy:.3f}",
-                        f"{score['macro_f1']:.3f}", f"{theirs.macro_f1:.3f}",
+                        method_title(record), score_text(record, "accuracy"), f"{theirs.accuracy:.3f}",
+                        score_text(record, "macro_f1"), f"{theirs.macro_f1:.3f}",
                         f"{score['macro_f1'] - theirs.macro_f1:+.3f}", f"{record['seconds']:.0f}", str(theirs.seconds),
                     ]
                 )  # fmt: skip
@@ -264,8 +261,12 @@ def _how(records: Sequence[Record]) -> str:
         + (" (with uncommitted changes)" if any(o["dirty"] for o in origin) else ""),
         f"- Machine: {every([o['device'] for o in origin])}, {every([o['threads'] for o in origin])} threads; "
         f"torch {every([o['versions']['torch'] for o in origin])}",
-        f"- Seeds: {every([c['seed'] for c in configs])}. One seed gives no spread: differences of about .01 between "
-        "methods can be chance.",
+        f"- Seeds: {every([c['seed'] for c in configs])}."
+        + (
+            " One seed gives no spread; small differences between methods can be chance."
+            if len({c["seed"] for c in configs}) == 1
+            else " Scores are means ± standard deviations over the seeds."
+        ),
         f"- Fine-tuning: {every([c['epochs'] for c in configs])} epochs, "
         f"batch {every([c['batch_size'] for c in configs])}, "
         f"learning rates {_rates(records)}; the epoch is chosen on a validation part that is neither trained on nor "

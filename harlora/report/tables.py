@@ -1,5 +1,6 @@
 """The table of a study's results, for the terminal and for Markdown."""
 
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -42,12 +43,56 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:.2f}"
 
 
+_SCORES = ("accuracy", "macro_f1", "precision", "recall")
+
+
+def pooled(records: Iterable[Record]) -> list[Record]:
+    """Results that differ in the seed alone as one: means, ``spread`` (standard deviations), confusion summed."""
+    found: dict[tuple[Any, ...], list[Record]] = {}
+    for record in sorted(records, key=order):
+        found.setdefault(order(record)[:-1], []).append(record)
+    return [members[0] if len(members) == 1 else _pool(members) for members in found.values()]
+
+
+def _pool(members: Sequence[Record]) -> Record:
+    first = members[0]
+    values = {key: [member["scores"][key] for member in members] for key in _SCORES}
+    rows = zip(*(member["scores"]["confusion"] for member in members), strict=True)
+    confusion = [[sum(cells) for cells in zip(*same, strict=True)] for same in rows]
+    means = {key: statistics.fmean(several) for key, several in values.items()}
+    return {
+        **first,
+        "scores": {**first["scores"], **means, "confusion": confusion},
+        "spread": {key: statistics.stdev(several) for key, several in values.items()},
+        "seconds": statistics.fmean(member["seconds"] for member in members),
+    }
+
+
+def plain(records: Iterable[Record]) -> list[Record]:
+    """Results with all labels and, of several ranks, rank 8 or else the lowest: those of the main tables."""
+    whole = [r for r in records if r["config"]["label_fraction"] == 1 and not r["config"]["windows_per_class"]]
+    chosen = []
+    for members in groups(whole):
+        for method in METHODS:
+            same = [record for record in members if record["config"]["method"] == method]
+            ranks = {record["config"]["rank"] for record in same}
+            rank = 8 if 8 in ranks else min(ranks, default=0)
+            chosen += [record for record in same if record["config"]["rank"] == rank]
+    return chosen
+
+
+def score_text(record: Record, key: str) -> str:
+    """A score with three decimals, and its standard deviation over seeds if there are several."""
+    spread = record.get("spread")
+    return f"{record['scores'][key]:.3f}" + (f" ± {spread[key]:.3f}" if spread else "")
+
+
 def row(record: Record) -> list[str]:
     """One line of the table, in the order of `COLUMNS`."""
-    score, size = record["scores"], record["bytes"]
+    size = record["bytes"]
     return [
         method_title(record),
-        *(f"{score[key]:.3f}" for key in ("accuracy", "macro_f1", "precision", "recall")),
+        *(score_text(record, key) for key in _SCORES),
         f"{record['parameters']['trainable']:,}",
         *(megabytes(size[key]) for key in ("frozen", "trainable", "optimizer")),
         megabytes(held(record)),

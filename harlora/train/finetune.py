@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harlora.data.augment import rescale, rotate, small_rotations, warp_time
+from harlora.data.catalog import domain
 from harlora.data.labels import VOCABULARY
 from harlora.data.splits import PROTOCOLS, Split, fewer_labels, split
 from harlora.data.windows import Normalizer, Windows
@@ -206,7 +207,7 @@ def _target_samples(
 
 
 def _source_samples(sources: Sequence[Windows], labels: tuple[str, ...], seed: int) -> _Samples:
-    """The windows of the sources whose label the target has too; a tenth of the subjects validate."""
+    """The windows of the sources whose label the target has too; 12 % of the subjects validate."""
     index = {VOCABULARY.index(name): position for position, name in enumerate(labels)}
     signals, classes, train, validation, origin, offset = [], [], [], [], [], 0
     normalizers: list[Normalizer] = []
@@ -256,13 +257,15 @@ def finetune(
     classifier, the metrics and, for LoRA and QLoRA, the adapter in PEFT's format.
 
     sources: for ``zero_shot``, which learns from their labels alone.
-    Raises: InputError if the target was among the sources, or a file of the run is damaged.
+    Raises: InputError if the encoder has seen the target's people, or a file of the run is damaged.
     """
     config.check()
-    if target.dataset in pretrained.sources:
-        raise InputError(
-            f"the encoder was pretrained on {target.dataset} itself; required one pretrained on the other datasets"
-        )
+    for source in pretrained.sources:
+        if domain(source) == domain(target.dataset):
+            raise InputError(
+                f"the encoder was pretrained on {source}, which has the people of {target.dataset}; required one "
+                "pretrained on the other datasets"
+            )
     if config.method == "zero_shot" and not sources:
         raise InputError("zero_shot learns from labels of the source datasets; give at least one")
     target = thinned(target, config.max_windows, config.seed)

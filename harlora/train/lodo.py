@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from harlora.data.catalog import available, dataset, load_windows
+from harlora.data.catalog import available, dataset, load_windows, require_apart
 from harlora.data.splits import PROTOCOLS
 from harlora.data.windows import Windows
 from harlora.errors import InputError
@@ -136,6 +136,7 @@ def lodo(
     plan = []
     for target in targets:
         others = [source.name for source in sources if source.domain != target.domain]
+        require_apart(others)
         if not others:
             raise InputError(
                 f"leaving out {target.name} leaves no dataset to pretrain on; give at least two datasets of "

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from harlora.data.augment import random_rotations, rescale, rotate
+from harlora.data.catalog import require_apart
 from harlora.data.windows import Normalizer, Windows
 from harlora.errors import InputError
 from harlora.files import load_tensors, save_tensors
@@ -78,10 +79,11 @@ def pretrain(
     The loss is that of `MAE`; its masked patches are drawn anew for every window and epoch. Each dataset is
     normalised with its own statistics.
 
-    Raises: InputError if there is no source, or a file of the run is damaged.
+    Raises: InputError if there is no source, two are the same people, or a file of the run is damaged.
     """
     if not sources:
         raise InputError("pretraining requires at least one source dataset, got none")
+    require_apart(windows.dataset for windows in sources)
     try:
         config.model.check()
     except ValueError as error:
