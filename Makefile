@@ -30,7 +30,8 @@ check: $(VENV)/.dev
 
 study: $(VENV)/.har
 	$(BIN)/harlora lodo --preset standard --targets uci_hapt motionsense
-	$(BIN)/harlora lodo --preset standard --targets uci_hapt --protocols subject paper --methods lora qlora --ranks 2 32
+	$(BIN)/harlora lodo --preset standard --targets uci_hapt --methods lora qlora --ranks 2 32
+	$(BIN)/harlora lodo --preset standard --targets uci_hapt --protocols paper --methods full lora qlora --label-fractions 0.5
 	$(MAKE) report
 
 report: $(VENV)/.har

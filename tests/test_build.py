@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def source(tmp_path):
     for name in ("kernels", "harlora", "csrc"):
         ignored = shutil.ignore_patterns("*.so", "__pycache__")
         shutil.copytree(ROOT / name, tmp_path / "source" / name, ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"):
         shutil.copy(ROOT / name, tmp_path / "source" / name)
     return tmp_path / "source"
 
@@ -76,6 +77,18 @@ def test_installs_where_the_code_does_not_compile(source, tmp_path):
     _, names, said = build(source, tmp_path)
     assert "harlora/kernels/_C.so" not in names
     assert len(re.findall("warning: .*the compiled extension is left out", said)) == 1
+
+
+def test_the_source_distribution_can_be_built_from(source, tmp_path):
+    code = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.split("/", 1)[-1] for name in opened.getnames()}
+    for part in ("csrc", "kernels", "harlora"):
+        kept = [path.relative_to(source).as_posix() for path in (source / part).rglob("*") if path.is_file()]
+        assert not set(kept) - names
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")

@@ -94,6 +94,9 @@ def test_the_page_has_every_number_and_the_papers_beside(tmp_path):
             for protocol in ("paper", "subject")]  # fmt: skip
     made += [record("lora", rank=32, f1=0.777), record("qlora", rank=32, f1=0.778)]
     made += [record("qlora", windows_per_class=5, f1=0.555)]
+    made += [
+        {**record("lora", label_fraction=0.5, f1=0.666), "windows": {"train": 2900, "validation": 1200, "test": 3000}}
+    ]
     page = build_report(written(tmp_path, made), tmp_path / "docs" / "results.md").read_text()
     assert "SYNTHETIC" not in page
     for value in ("0.800", "0.850", "0.777", "0.778", "0.555"):
@@ -105,6 +108,8 @@ def test_the_page_has_every_number_and_the_papers_beside(tmp_path):
     assert "428,832 of 2,636,105" in page
     assert "6.22 / 1.64 / 4.82" in page
     assert "5 windows a class" in page
+    assert "| 29% of all windows | LoRA r=8 |" in page
+    assert "| 0.926 at 30% |" in page
     assert "The headline is the **subject split**" in page
     assert page.index("new people (subject split)") < page.index("random windows (the paper's split)")
     images = {link.split(")")[0] for link in page.split("](")[1:]}

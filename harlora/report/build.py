@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from harlora.data.catalog import DATASETS
+from harlora.data.splits import TEST_FRACTION
 from harlora.errors import InputError
 from harlora.files import write_text
 from harlora.report import plots
-from harlora.report.paper import MEMORY_MB, PARAMETERS, SCORES
+from harlora.report.paper import LABEL_SHARE_ACCURACY, MEMORY_MB, PARAMETERS, SCORES
 from harlora.report.tables import (
     COLUMNS,
     PROTOCOL_TITLES,
@@ -230,21 +231,34 @@ def _sweeps(records: Sequence[Record], images: Path, out: Path) -> str:
         swept = [r for r in members if r["config"]["method"] in ("lora", "qlora")]
         lines += [markdown(COLUMNS, [row(record) for record in swept])]
         lines += [_link(f"Macro-F1 by rank, {heading(members)}", images / name, out)]
-    fewer = [r for r in records if r not in full]
-    for members in groups(fewer):
-        lines += [f"## Fewer labels: {_title(members)}, {PROTOCOL_TITLES[_protocol(members)]}", ""]
-        rows = [
-            [
-                f"{config['windows_per_class']} windows a class"
-                if config["windows_per_class"]
-                else f"{config['label_fraction']:.0%} of the training windows",
-                *row(record),
-            ]
-            for record in members
-            if (config := record["config"])
-        ]
-        lines += [markdown(["labels", *COLUMNS], rows)]
+    few = [r for r in records if r not in full]
+    for members in groups(few):
+        title = f"## Fewer labels: {_title(members)}, {PROTOCOL_TITLES[_protocol(members)]}"
+        rows = [[_labels(record), *row(record), _paper_accuracy(record)] for record in members]
+        header = ["trained on", *COLUMNS, "accuracy in the paper"]
+        lines += [title, "", markdown(header, rows)]
     return "\n".join(lines)
+
+
+def _trained_share(record: Record) -> float:
+    """The share of all windows that is trained on; the test part is a fixed share of them."""
+    share: float = record["windows"]["train"] / record["windows"]["test"] * TEST_FRACTION
+    return share
+
+
+def _labels(record: Record) -> str:
+    count = record["config"]["windows_per_class"]
+    return f"{count} windows a class" if count else f"{_trained_share(record):.0%} of all windows"
+
+
+def _paper_accuracy(record: Record) -> str:
+    """The paper's accuracy at the nearest share of labels, where it has one within 3 %."""
+    config = record["config"]
+    theirs = LABEL_SHARE_ACCURACY.get(config["method"], {})
+    if config["windows_per_class"] or config["protocol"] != "paper" or DATASETS[record["target"]].domain != "uci":
+        return ""
+    near = [share for share in theirs if abs(share - _trained_share(record)) <= 0.03]
+    return f"{theirs[near[0]]:.3f} at {near[0]:.0%}" if near else ""
 
 
 def _how(records: Sequence[Record]) -> str:
