@@ -6,7 +6,7 @@ is traced, and asks `dispatch` for the backend. The public functions around them
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -35,111 +35,41 @@ _SCHEMAS = {
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"harlora::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
 
-
-# quantize_4bit ------------------------------------------------------------------------------------------------------
-
-
-def _check_quantize(weight: Tensor, quant_type: str, blocksize: int) -> None:
-    check_format("quantize_4bit", quant_type, blocksize)
-    if weight.dtype not in WEIGHT_DTYPES:
-        raise TypeError(
-            f"quantize_4bit: weight must be float32, bfloat16 or float16, got {weight.dtype}; convert it first"
-        )
-    if weight.numel() == 0:
-        raise ValueError(f"quantize_4bit: weight must have at least one value, got shape {tuple(weight.shape)}")
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+_Quantized = tuple[Tensor, Tensor, Tensor | None, Tensor | None, str, int]  # the arguments of _QUANTIZED
 
 
-@torch.library.impl("harlora::quantize_4bit", "CompositeExplicitAutograd")
-def _quantize_4bit(
-    weight: Tensor, quant_type: str, blocksize: int, double_quant: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_quantize(weight, quant_type, blocksize)
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = dispatch.select("quantize_4bit", weight.device)(
-        weight.detach(), quant_type, blocksize, double_quant
-    )
-    return result
+class Arguments(Protocol):
+    """The arguments of one operator, in the order of its schema, and what it does with them."""
+
+    def __init__(self, *arguments: Any) -> None:
+        """Take the arguments as torch passes them."""
+
+    def check(self) -> None:
+        """Raise unless they fit the operator and each other; symbolic sizes are fine."""
+
+    def run(self) -> Any:
+        """Compute the result on real tensors."""
+
+    def fake(self) -> Any:
+        """Make tensors with the shapes and dtypes of the result, without values."""
 
 
-@torch.library.register_fake("harlora::quantize_4bit")
-def _quantize_4bit_fake(
-    weight: Tensor, quant_type: str, blocksize: int, double_quant: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_quantize(weight, quant_type, blocksize)
-    blocks = -(-weight.numel() // blocksize)
-    packed = weight.new_empty(((weight.numel() + 1) // 2, 1), dtype=torch.uint8)
-    absmax = weight.new_empty((blocks,), dtype=torch.uint8 if double_quant else torch.float32)
-    nested = weight.new_empty((-(-blocks // NESTED_BLOCKSIZE) if double_quant else 0,), dtype=torch.float32)
-    offset = weight.new_empty(() if double_quant else (0,), dtype=torch.float32)
-    return packed, absmax, nested, offset
+def _register(operator: str, arguments: type[Arguments]) -> None:
+    """Register the one kernel and the fake of an operator; both check their arguments first."""
 
+    def kernel(*given: Any) -> Any:
+        called = arguments(*given)
+        called.check()
+        return called.run()
 
-# dequantize_4bit ----------------------------------------------------------------------------------------------------
+    def fake(*given: Any) -> Any:
+        called = arguments(*given)
+        called.check()
+        return called.fake()
 
-
-def _check_dequantize(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-) -> None:
-    check_format("dequantize_4bit", quant_type, blocksize)
-    check_packed("dequantize_4bit", prod(shape), packed, absmax, nested_absmax, nested_offset, blocksize)
-    _check_devices("dequantize_4bit", packed, absmax=absmax, nested_absmax=nested_absmax, nested_offset=nested_offset)
-    if dtype not in COMPUTE_DTYPES:
-        raise TypeError(f"dequantize_4bit: dtype must be one of {COMPUTE_DTYPES}, got {dtype}")
-
-
-@torch.library.impl("harlora::dequantize_4bit", "CompositeExplicitAutograd")
-def _dequantize_4bit(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    _check_dequantize(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, dtype)
-    return _dense(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, dtype)
-
-
-def _dense(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    out = torch.empty(shape, dtype=dtype, device=packed.device)
-    scale = reference.scales(absmax, nested_absmax, nested_offset)
-    dispatch.select("dequantize_4bit", packed.device)(packed, scale, quant_type, blocksize, out)
-    return out
-
-
-@torch.library.register_fake("harlora::dequantize_4bit")
-def _dequantize_4bit_fake(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    _check_dequantize(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, dtype)
-    return packed.new_empty(shape, dtype=dtype)
-
-
-# qlora_linear -------------------------------------------------------------------------------------------------------
+    torch.library.impl(f"harlora::{operator}", "CompositeExplicitAutograd")(kernel)
+    torch.library.register_fake(f"harlora::{operator}")(fake)
 
 
 def _check_devices(function: str, first: Tensor, **others: Tensor | None) -> None:
@@ -151,21 +81,95 @@ def _check_devices(function: str, first: Tensor, **others: Tensor | None) -> Non
             )
 
 
+# quantize_4bit ------------------------------------------------------------------------------------------------------
+
+
+class _Quantize(NamedTuple):
+    weight: Tensor
+    quant_type: str
+    blocksize: int
+    double_quant: bool
+
+    def check(self) -> None:
+        check_format("quantize_4bit", self.quant_type, self.blocksize)
+        if self.weight.dtype not in WEIGHT_DTYPES:
+            raise TypeError(
+                f"quantize_4bit: weight must be float32, bfloat16 or float16, got {self.weight.dtype}; convert it first"
+            )
+        if self.weight.numel() == 0:
+            raise ValueError(
+                f"quantize_4bit: weight must have at least one value, got shape {tuple(self.weight.shape)}"
+            )
+
+    def run(self) -> Four:
+        quantize = dispatch.select("quantize_4bit", self.weight.device)
+        result: Four = quantize(self.weight.detach(), self.quant_type, self.blocksize, self.double_quant)
+        return result
+
+    def fake(self) -> Four:
+        weight, nested = self.weight, self.double_quant
+        blocks = -(-weight.numel() // self.blocksize)
+        return (
+            weight.new_empty(((weight.numel() + 1) // 2, 1), dtype=torch.uint8),
+            weight.new_empty((blocks,), dtype=torch.uint8 if nested else torch.float32),
+            weight.new_empty((-(-blocks // NESTED_BLOCKSIZE) if nested else 0,), dtype=torch.float32),
+            weight.new_empty(() if nested else (0,), dtype=torch.float32),
+        )
+
+
+_register("quantize_4bit", _Quantize)
+
+
+# dequantize_4bit ----------------------------------------------------------------------------------------------------
+
+
+class _Dequantize(NamedTuple):
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_offset: Tensor | None
+    quant_type: str
+    blocksize: int
+    shape: Sequence[int]
+    dtype: torch.dtype
+
+    def check(self) -> None:
+        packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, dtype = self
+        function = "dequantize_4bit"
+        check_format(function, quant_type, blocksize)
+        check_packed(function, prod(shape), packed, absmax, nested_absmax, nested_offset, blocksize)
+        _check_devices(function, packed, absmax=absmax, nested_absmax=nested_absmax, nested_offset=nested_offset)
+        if dtype not in COMPUTE_DTYPES:
+            raise TypeError(f"{function}: dtype must be one of {COMPUTE_DTYPES}, got {dtype}")
+
+    def run(self) -> Tensor:
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.packed.device)
+        scale = reference.scales(self.absmax, self.nested_absmax, self.nested_offset)
+        dequantize = dispatch.select("dequantize_4bit", self.packed.device)
+        dequantize(self.packed, scale, self.quant_type, self.blocksize, out)
+        return out
+
+    def fake(self) -> Tensor:
+        return self.packed.new_empty(self.shape, dtype=self.dtype)
+
+
+_register("dequantize_4bit", _Dequantize)
+
+
+# qlora_linear -------------------------------------------------------------------------------------------------------
+
+
 def _check_qlora(
     function: str,
     x: Tensor,
     in_features: int,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
+    quantized: _Quantized,
     out_features: int,
     bias: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
 ) -> None:
+    packed, absmax, nested_absmax, nested_offset, quant_type, blocksize = quantized
     if x.dtype not in COMPUTE_DTYPES:
         raise TypeError(f"{function}: x must be float32, bfloat16, float16 or float64, got {x.dtype}")
     check_format(function, quant_type, blocksize)
@@ -193,162 +197,128 @@ def _check_qlora(
     )  # fmt: skip
 
 
-def _check_forward(x: Tensor, *quantized_and_rest: Any) -> None:
-    if x.dim() == 0:
-        raise ValueError("qlora_linear: x must have at least one dimension, got a scalar")
-    _check_qlora("qlora_linear", x, x.shape[-1], *quantized_and_rest)
+class _Forward(NamedTuple):
+    x: Tensor
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_offset: Tensor | None
+    quant_type: str
+    blocksize: int
+    out_features: int
+    bias: Tensor | None
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    scaling: float
+
+    @property
+    def quantized(self) -> _Quantized:
+        return self[1:7]
+
+    @property
+    def t_shape(self) -> tuple[int, ...]:
+        return (0,) if self.lora_A is None else (*self.x.shape[:-1], self.lora_A.shape[0])
+
+    def check(self) -> None:
+        if self.x.dim() == 0:
+            raise ValueError("qlora_linear: x must have at least one dimension, got a scalar")
+        _check_qlora("qlora_linear", self.x, self.x.shape[-1], self.quantized, *self[7:11])
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        x = self.x
+        weight = _Dequantize(*self.quantized, (self.out_features, x.shape[-1]), x.dtype).run()
+        y, t = dispatch.select("qlora_linear", x.device)(x.reshape(-1, x.shape[-1]), weight, *self[8:])
+        return y.view(*x.shape[:-1], self.out_features), t.view(self.t_shape)
+
+    def fake(self) -> tuple[Tensor, Tensor]:
+        return self.x.new_empty((*self.x.shape[:-1], self.out_features)), self.x.new_empty(self.t_shape)
 
 
-@torch.library.impl("harlora::qlora_linear", "CompositeExplicitAutograd")
-def _qlora_linear(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    out_features: int,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
-    quantized = (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize)
-    _check_forward(x, *quantized, out_features, bias, lora_A, lora_B)
-    weight = _dense(*quantized, (out_features, x.shape[-1]), x.dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    y, t = dispatch.select("qlora_linear", x.device)(rows, weight, bias, lora_A, lora_B, scaling)
-    rank = () if lora_A is None else (lora_A.shape[0],)
-    return y.view(*x.shape[:-1], out_features), t.view(*x.shape[:-1], *rank) if rank else t
+_register("qlora_linear", _Forward)
 
 
-@torch.library.register_fake("harlora::qlora_linear")
-def _qlora_linear_fake(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    out_features: int,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
-    quantized = (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize)
-    _check_forward(x, *quantized, out_features, bias, lora_A, lora_B)
-    t = x.new_empty(0) if lora_A is None else x.new_empty((*x.shape[:-1], lora_A.shape[0]))
-    return x.new_empty((*x.shape[:-1], out_features)), t
+class _Backward(NamedTuple):
+    grad: Tensor
+    x: Tensor | None
+    t: Tensor | None
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_offset: Tensor | None
+    quant_type: str
+    blocksize: int
+    in_features: int
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    scaling: float
+    output_mask: Sequence[bool]
+
+    @property
+    def quantized(self) -> _Quantized:
+        return self[3:9]
+
+    def check(self) -> None:
+        function, leading = "qlora_linear_backward", self.grad.shape[:-1]
+        x, t, A, B = self.x, self.t, self.lora_A, self.lora_B
+        _check_qlora(function, self.grad, self.in_features, self.quantized, self.grad.shape[-1], None, A, B)
+        if self.output_mask[2] and (x is None or A is None or x.shape != (*leading, self.in_features)):
+            raise ValueError(f"{function}: the gradient of lora_A requires x of shape (..., in_features) and lora_A")
+        if self.output_mask[3] and (t is None or B is None or t.shape != (*leading, B.shape[1])):
+            raise ValueError(f"{function}: the gradient of lora_B requires t of shape (..., rank) and lora_B")
+
+    def run(self) -> Four:
+        grad, x, t = self.grad, self.x, self.t
+        weight = None
+        if self.output_mask[0]:
+            weight = _Dequantize(*self.quantized, (grad.shape[-1], self.in_features), grad.dtype).run()
+        grad_x, *others = dispatch.select("qlora_linear_backward", grad.device)(
+            grad.reshape(-1, grad.shape[-1]),
+            None if x is None else x.reshape(-1, self.in_features),
+            None if t is None or self.lora_B is None else t.reshape(-1, self.lora_B.shape[1]),
+            weight,
+            *self[10:],
+        )
+        return grad_x.view(*grad.shape[:-1], self.in_features) if self.output_mask[0] else grad_x, *others
+
+    def fake(self) -> Four:
+        grad, mask = self.grad, self.output_mask
+        empty = (0,)
+        return (
+            grad.new_empty((*grad.shape[:-1], self.in_features) if mask[0] else empty),
+            grad.new_empty((grad.shape[-1],) if mask[1] else empty),
+            grad.new_empty(self.lora_A.shape if mask[2] and self.lora_A is not None else empty),
+            grad.new_empty(self.lora_B.shape if mask[3] and self.lora_B is not None else empty),
+        )
 
 
-_Quantized = tuple[Tensor, Tensor, Tensor | None, Tensor | None, str, int]
-
-
-def _check_backward(
-    grad: Tensor, x: Tensor | None, t: Tensor | None, quantized: _Quantized, in_features: int,
-    lora_A: Tensor | None, lora_B: Tensor | None, output_mask: Sequence[bool],
-) -> None:  # fmt: skip
-    function = "qlora_linear_backward"
-    _check_qlora(function, grad, in_features, *quantized, grad.shape[-1], None, lora_A, lora_B)
-    if output_mask[2] and (x is None or lora_A is None or x.shape != (*grad.shape[:-1], in_features)):
-        raise ValueError(f"{function}: the gradient of lora_A requires x of shape (..., {in_features}) and lora_A")
-    if output_mask[3] and (t is None or lora_B is None or t.shape != (*grad.shape[:-1], lora_B.shape[1])):
-        raise ValueError(f"{function}: the gradient of lora_B requires t of shape (..., rank) and lora_B")
-
-
-@torch.library.impl("harlora::qlora_linear_backward", "CompositeExplicitAutograd")
-def _qlora_linear_backward(
-    grad: Tensor,
-    x: Tensor | None,
-    t: Tensor | None,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    in_features: int,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    quantized = (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize)
-    _check_backward(grad, x, t, quantized, in_features, lora_A, lora_B, output_mask)
-    out_features = grad.shape[-1]
-    weight = _dense(*quantized, (out_features, in_features), grad.dtype) if output_mask[0] else None
-    grad_x, grad_bias, grad_A, grad_B = dispatch.select("qlora_linear_backward", grad.device)(
-        grad.reshape(-1, out_features),
-        None if x is None else x.reshape(-1, in_features),
-        None if t is None or lora_B is None else t.reshape(-1, lora_B.shape[1]),
-        weight,
-        lora_A,
-        lora_B,
-        scaling,
-        output_mask,
-    )
-    return grad_x.view(*grad.shape[:-1], in_features) if output_mask[0] else grad_x, grad_bias, grad_A, grad_B
-
-
-@torch.library.register_fake("harlora::qlora_linear_backward")
-def _qlora_linear_backward_fake(
-    grad: Tensor,
-    x: Tensor | None,
-    t: Tensor | None,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    in_features: int,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    quantized = (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize)
-    _check_backward(grad, x, t, quantized, in_features, lora_A, lora_B, output_mask)
-    empty = (0,)
-    return (
-        grad.new_empty((*grad.shape[:-1], in_features) if output_mask[0] else empty),
-        grad.new_empty((grad.shape[-1],) if output_mask[1] else empty),
-        grad.new_empty(lora_A.shape if output_mask[2] and lora_A is not None else empty),
-        grad.new_empty(lora_B.shape if output_mask[3] and lora_B is not None else empty),
-    )
-
+_register("qlora_linear_backward", _Backward)
 
 # Positions of the differentiable arguments of qlora_linear.
-_X, _BIAS, _LORA_A, _LORA_B = 0, 8, 9, 10
+_DIFFERENTIABLE = tuple(_Forward._fields.index(name) for name in ("x", "bias", "lora_A", "lora_B"))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    (x, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, _, _, lora_A, lora_B, scaling) = inputs
-    t = output[1]
-    needs = ctx.needs_input_grad
+    called, t = _Forward(*inputs), output[1]
+    _, _, needs_A, needs_B = (ctx.needs_input_grad[position] for position in _DIFFERENTIABLE)
+    packed, absmax, nested_absmax, nested_offset, quant_type, blocksize = called.quantized
     # x is kept for dA alone and t for dB alone; the dequantised weight is not kept at all.
-    keep_x = x if needs[_LORA_A] else None
-    keep_t = t if needs[_LORA_B] else None
-    ctx.save_for_backward(keep_x, keep_t, packed, absmax, nested_absmax, nested_offset, lora_A, lora_B)
-    ctx.rest = (quant_type, blocksize, x.shape[-1])
-    ctx.scaling = scaling
+    ctx.save_for_backward(
+        called.x if needs_A else None, t if needs_B else None,
+        packed, absmax, nested_absmax, nested_offset, called.lora_A, called.lora_B,
+    )  # fmt: skip
+    ctx.sizes = (quant_type, blocksize, called.x.shape[-1])
+    ctx.scaling = called.scaling
     ctx.mark_non_differentiable(t)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, _grad_t: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * 12
+    grads: list[Tensor | None] = [None] * len(_Forward._fields)
     if grad is not None:
-        x, t, packed, absmax, nested_absmax, nested_offset, lora_A, lora_B = ctx.saved_tensors
-        positions = (_X, _BIAS, _LORA_A, _LORA_B)
-        mask = [ctx.needs_input_grad[position] for position in positions]
-        results = torch.ops.harlora.qlora_linear_backward(
-            grad, x, t, packed, absmax, nested_absmax, nested_offset, *ctx.rest, lora_A, lora_B, ctx.scaling, mask
-        )
-        for position, wanted, result in zip(positions, mask, results, strict=True):
+        *tensors, lora_A, lora_B = ctx.saved_tensors
+        mask = [ctx.needs_input_grad[position] for position in _DIFFERENTIABLE]
+        results = torch.ops.harlora.qlora_linear_backward(grad, *tensors, *ctx.sizes, lora_A, lora_B, ctx.scaling, mask)
+        for position, wanted, result in zip(_DIFFERENTIABLE, mask, results, strict=True):
             grads[position] = result if wanted else None
     return tuple(grads)
 

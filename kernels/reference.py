@@ -3,6 +3,7 @@
 Arithmetic follows bitsandbytes 0.50.2 on CUDA (`csrc/kernels.cu`), which its CPU kernels do not always do.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -99,7 +100,7 @@ def qlora_linear_backward(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
-    output_mask: list[bool],
+    output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, bias, lora_A and lora_B, each empty unless ``output_mask`` asks for it.
 
