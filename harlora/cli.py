@@ -257,7 +257,8 @@ def _print_tables(records: list[dict[str, object]]) -> None:
             console.print(table)
     console.print(
         "trainable = parameters; frozen to step peak in MB; held = frozen + trained + as much for gradients + "
-        "optimiser state; step peak = what one training step allocates on top, mostly activations",
+        "optimiser state; step peak = the most that one training step allocates beside weights and optimiser, mostly "
+        "activations",
         highlight=False,
     )
 

@@ -8,7 +8,7 @@ import pytest
 from harlora.errors import InputError
 from harlora.report.build import build_report, read_results
 from harlora.report.paper import SCORES
-from harlora.report.tables import COLUMNS, groups, held, markdown, plain, pooled, row
+from harlora.report.tables import COLUMNS, groups, held, markdown, plain, pooled, row, total
 from harlora.train.finetune import METHODS
 
 
@@ -27,6 +27,7 @@ def record(method="qlora", target="uci_hapt", protocol="paper", rank=8, f1=0.9, 
         "config": {"method": method, "protocol": protocol, "rank": rank, "seed": 0, "label_fraction": 1.0,
                    "windows_per_class": 0, "epochs": 5, "batch_size": 64, "train_norms": True, **config},
         "learning_rate": 0.002,
+        "preset": "standard",
         "target": target,
         "sources": ["motionsense", "dsa"],
         "synthetic": target.startswith("synthetic"),
@@ -39,7 +40,7 @@ def record(method="qlora", target="uci_hapt", protocol="paper", rank=8, f1=0.9, 
 
 def written(tmp_path, records):
     folder = tmp_path / "results"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for number, one in enumerate(records):
         (folder / f"{number}.json").write_text(json.dumps(one))
     return folder
@@ -54,6 +55,7 @@ def test_a_row_has_what_the_columns_say():
     assert cells["step peak"] == "7.00"
     assert cells["seconds"] == "13"
     assert held(record()) == 3_000_000
+    assert total(record()) == 9_500_000  # gradients are part of the step, not counted twice
 
 
 def test_groups_are_sorted():
@@ -83,6 +85,25 @@ def test_main_tables_take_rank_8_or_else_the_lowest():
     made = [record("lora", rank=rank) for rank in (2, 8, 32)] + [record("qlora", rank=rank) for rank in (16, 4)]
     assert [(r["config"]["method"], r["config"]["rank"]) for r in plain(made)] == [("lora", 8), ("qlora", 4)]
     assert plain([record("full", label_fraction=0.5), record("full", windows_per_class=5)]) == []
+
+
+def test_the_page_says_which_aims_were_missed_and_by_how_much(tmp_path):
+    made = [record("linear_probe", f1=0.9), record("full", f1=0.98), record("lora", f1=0.975), record("qlora", f1=0.9)]
+    made += [record("qlora", protocol="subject", f1=0.94), record("qlora", "dsa", f1=0.1)]
+    page = build_report(written(tmp_path, made), tmp_path / "page.md").read_text()
+    verdicts = [line.split(" | ")[1:] for line in page.partition("## Aims")[2].splitlines() if "macro-F1 of" in line]
+    assert verdicts == [
+        ["macro-F1 of QLoRA at least 0.940", "0.9400", "reached |"],
+        ["macro-F1 of full at least 0.980", "0.9800", "reached |"],
+        ["macro-F1 of LoRA at least 0.980", "0.9750", "**missed by 0.0050** |"],
+        ["macro-F1 of QLoRA at least 0.978", "0.9000", "**missed by 0.0780** |"],
+        ["macro-F1 of QLoRA at most 0.003 below that of LoRA (0.9750)", "0.9000", "**missed by 0.0720** |"],
+        ["macro-F1 of LoRA above that of the linear probe (0.9000)", "0.9750", "reached |"],
+        ["macro-F1 of QLoRA above that of the linear probe (0.9000)", "0.9000", "**missed by 0.0000** |"],
+    ]
+    assert "4 of 7 were missed" in page
+    quick = [{**one, "preset": "quick"} for one in made]
+    assert "## Aims" not in build_report(written(tmp_path / "quick", quick), tmp_path / "page.md").read_text()
 
 
 def test_markdown_table():

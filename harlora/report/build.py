@@ -9,7 +9,7 @@ from harlora.data.catalog import DATASETS
 from harlora.data.splits import TEST_FRACTION
 from harlora.errors import InputError
 from harlora.files import write_text
-from harlora.report import plots
+from harlora.report import aims, plots
 from harlora.report.paper import LABEL_SHARE_ACCURACY, MEMORY_MB, PARAMETERS, SCORES
 from harlora.report.tables import (
     COLUMNS,
@@ -26,6 +26,7 @@ from harlora.report.tables import (
     pooled,
     row,
     score_text,
+    total,
 )  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def read_results(folder: Path) -> list[Record]:
     for file in sorted(folder.glob("*.json")):
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
-            for key in ("scores", "bytes", "config", "target", "provenance", "synthetic"):
+            for key in ("scores", "bytes", "config", "target", "provenance", "synthetic", "preset"):
                 record[key]
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise InputError(f"{file}: not a result of `harlora lodo` ({error!r}); move it away") from error
@@ -63,6 +64,7 @@ def build_report(results: Path, out: Path, readme: Path | None = None) -> Path:
     parts = [_opening(main, len(records), results)]
     parts += [_section(members, images, out) for members in groups(main)]
     parts.append(_bytes_section(main, images, out))
+    parts.append(_aims(main))
     parts.append(_sweeps(shown, images, out))
     parts.append(_how(records))
     write_text(out, "\n".join(part for part in parts if part))
@@ -149,8 +151,8 @@ def _section(members: Sequence[Record], images: Path, out: Path) -> str:
         "",
         ("SYNTHETIC data. " if first["synthetic"] else "")
         + f"Pretrained on {', '.join(first['sources'])}. Tested on {windows['test']:,} windows{tested}. "
-        f"Bytes are in MB (10⁶); held = frozen + trained + gradients + optimiser; step peak = what one training step "
-        "allocates on top, mostly activations.",
+        f"Bytes are in MB (10⁶); held = frozen + trained + gradients + optimiser; step peak = the most that "
+        "one training step allocates beside weights and optimiser: gradients and, mostly, activations.",
         "",
         markdown(COLUMNS, [row(record) for record in members]),
     ]
@@ -193,27 +195,38 @@ def _bytes_section(records: Sequence[Record], images: Path, out: Path) -> str:
                 f"{size['matrices'] / size['matrices_float32']:.3f}",
                 megabytes(held(record)),
                 megabytes(size["step_peak"]),
-                megabytes(held(record) + size["step_peak"]),
+                megabytes(total(record)),
                 "" if theirs is None else " / ".join(f"{value:.2f}" for value in theirs),
                 f"{record['parameters']['trainable']:,} of {record['parameters']['total']:,}",
                 "" if counts is None else f"{counts[0]:,} of {counts[1]:,}",
             ]
         )
     header = [
-        "method", "encoder matrices", "share of float32", "held", "step peak", "total",
+        "method", "encoder matrices", "share of float32", "held", "step peak", "total at the peak",
         "paper: total / trained / buffer", "trained parameters", "paper",
     ]  # fmt: skip
     return "\n".join(
         [
             "## Memory",
             "",
-            f"Counted on the tensors and measured on one training step of 64 windows, {_title(members)}; MB. The "
+            f"Counted on the tensors and measured on one training step of {members[0]['config']['batch_size']} "
+            f"windows, {_title(members)}; MB. Gradients are made within the step and counted once in the total. The "
             "paper's QLoRA held 6.22 MB and needed 4.82 MB of buffers on top, more than its LoRA.",
             "",
             markdown(header, rows),
             _link("Macro-F1 by bytes held in training", images / "macro-f1-by-bytes.png", out),
         ]
     )
+
+
+def _aims(records: Sequence[Record]) -> str:
+    rows = [row for members in groups(records) for row in aims.rows(members)]
+    if not rows:
+        return ""
+    missed = sum(row[-1] != "reached" for row in rows)
+    said = "All were reached." if not missed else f"{missed} of {len(rows)} were missed."
+    table = markdown(["where", "aim", "reached", ""], rows)
+    return f"## Aims\n\nSet before the study was run. {said}\n\n{table}"
 
 
 def _sweeps(records: Sequence[Record], images: Path, out: Path) -> str:

@@ -38,6 +38,14 @@ def held(record: Record) -> int:
     return sum(record["bytes"][key] for key in ("frozen", "trainable", "gradients", "optimizer"))
 
 
+def total(record: Record) -> int:
+    """Bytes at the fullest moment of a training step: what stays between steps and what one step allocates.
+
+    The gradients are made within the step and count there.
+    """
+    return sum(record["bytes"][key] for key in ("frozen", "trainable", "optimizer", "step_peak"))
+
+
 def megabytes(count: int) -> str:
     """Millions of bytes, two decimals."""
     return f"{count / 1e6:.2f}"
