@@ -225,8 +225,12 @@ def _aims(records: Sequence[Record]) -> str:
         return ""
     missed = sum(row[-1] != "reached" for row in rows)
     said = "All were reached." if not missed else f"{missed} of {len(rows)} were missed."
-    table = markdown(["where", "aim", "reached", ""], rows)
-    return f"## Aims\n\nSet before the study was run. {said}\n\n{table}"
+    table = markdown(["aim", "reached", ""], rows)
+    fewest = min(record["windows"]["test"] for record in records)
+    return (
+        f"## Aims\n\nSet before the study was run. {said} One window of the smallest test part ({fewest:,} windows) is "
+        f"worth {1 / fewest:.5f} of accuracy.\n\n{table}"
+    )
 
 
 def _sweeps(records: Sequence[Record], images: Path, out: Path) -> str:
@@ -300,9 +304,9 @@ def _how(records: Sequence[Record]) -> str:
         "tested on.",
         f"- Pretraining: {every([round(r['pretrained']['seconds']) for r in records])} s an encoder, once for each "
         "target, shared by its runs and not part of the seconds above.",
-        "- LoRA and QLoRA train the adapters, the head, LayerNorms, biases and the patch embedding"
+        "- LoRA and QLoRA train the adapters, the head, LayerNorms, biases and the patch embedding."
         if all(c["train_norms"] for c in configs)
-        else "- LoRA and QLoRA train the adapters and the head",
+        else "- LoRA and QLoRA train the adapters and the head.",
         "- linear probe and zero-shot train the same head as every method on the mean token of the frozen encoder; "
         "zero-shot learns from the sources' labels that the target has too, and never sees a label of the target.",
         "",

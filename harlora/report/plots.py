@@ -9,6 +9,7 @@ import numpy as np
 from harlora.files import replacing
 from harlora.report.paper import RANK_MACRO_F1
 from harlora.report.tables import Record, held, method_title
+from harlora.train.finetune import METHODS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -96,7 +97,11 @@ def by_rank(records: Sequence[Record], file: Path, *, with_paper: bool) -> None:
 
 
 def by_bytes(groups: Sequence[tuple[str, Sequence[Record]]], file: Path) -> None:
-    """Macro-F1 by the bytes held through training, one panel for each group of results."""
+    """Macro-F1 by the bytes held through training, one panel for each group of results.
+
+    The scale is that of the methods trained on the target, which lie close together; a zero-shot score far below them
+    stands at the lower edge with its value.
+    """
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
     figure, axes = plt.subplots(
@@ -105,14 +110,23 @@ def by_bytes(groups: Sequence[tuple[str, Sequence[Record]]], file: Path) -> None
     for axis in axes.flat[len(groups) :]:
         axis.set_axis_off()
     for axis, (title, records) in zip(axes.flat, groups, strict=False):
+        everything = [record["scores"]["macro_f1"] for record in records]
+        adapted = [r["scores"]["macro_f1"] for r in records if METHODS[r["config"]["method"]].on_target]
+        highest, least = max(everything), min(adapted or everything)
+        margin = 0.12 * (highest - least) + 0.003
+        lowest = least - margin
+        axis.set_ylim(lowest - margin, highest + margin)
         for record in records:
-            method = record["config"]["method"]
-            axis.scatter(held(record) / 1e6, record["scores"]["macro_f1"], s=52, marker=_MARKERS[method],
-                         color=COLOURS[method], label=method_title(record), zorder=3)  # fmt: skip
+            method, score = record["config"]["method"], record["scores"]["macro_f1"]
+            at = (held(record) / 1e6, max(score, lowest))
+            axis.scatter(*at, s=52, marker=_MARKERS[method], color=COLOURS[method], label=method_title(record),
+                         zorder=3)  # fmt: skip
+            if score < lowest:
+                axis.annotate(f"{score:.3f} ↓", at, xytext=(8, 0), textcoords="offset points", fontsize=8, va="center")
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if value in (2, 3, 5, 20, 30, 50) else "")
-        axis.tick_params(axis="x", which="minor", labelsize=7)
+        axis.tick_params(which="both", labelsize=8)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("MB held in training (weights, gradients, optimiser)", fontsize=8)
         axis.grid(alpha=0.3)
