@@ -72,7 +72,7 @@ def toy_training(state_file, *, stop_after=None, dropout=0.3, validate=True, epo
         model,
         batch_loss,
         torch.arange(70),
-        Optimisation(epochs, 16, 1e-2, 0.01, **options),
+        Optimisation(epochs, 16, 1e-2, 0.01, averaged=3, **options),
         seed=3,
         identity=identity,
         state_file=state_file,
@@ -105,8 +105,12 @@ def test_training_twice_gives_the_same_and_another_seed_another(tmp_path):
         assert torch.equal(value, other.state_dict()[name])
 
 
-def test_the_best_epoch_is_kept_and_patience_ends_training(tmp_path):
-    score = iter([0.1, 0.9, 0.5, 0.4, 0.3, 0.2])
+@pytest.mark.parametrize(
+    ("averaged", "best_epoch", "epochs"),
+    [(1, 2, 5), (3, 3, 6)],  # means of 3: 0.1, 0.5, 0.5667, 0.5333, 0.5, 0.3667
+)
+def test_the_best_epoch_is_kept_and_patience_ends_training(tmp_path, averaged, best_epoch, epochs):
+    score = iter([0.1, 0.9, 0.7, 0.0, 0.8, 0.3, 1.0])
     model = nn.Linear(3, 1)
     weights = []
 
@@ -116,12 +120,12 @@ def test_the_best_epoch_is_kept_and_patience_ends_training(tmp_path):
 
     fitted = fit(
         model, lambda i: model(torch.ones(len(i), 3)).square().mean(), torch.arange(40),
-        Optimisation(6, 8, 0.1, 0.0, patience=3),
+        Optimisation(7, 8, 0.1, 0.0, averaged=averaged, patience=3),
         seed=0, identity="x", state_file=tmp_path / "state", validate=validate,
     )  # fmt: skip
-    assert fitted.best_epoch == 2
-    assert len(fitted.history) == 5
-    assert torch.equal(model.weight, weights[1])
+    assert fitted.best_epoch == best_epoch
+    assert len(fitted.history) == epochs
+    assert torch.equal(model.weight, weights[best_epoch - 1])
 
 
 def test_a_state_of_another_run_or_a_damaged_one_is_refused(tmp_path):

@@ -91,8 +91,10 @@ class FinetuneConfig:
     """The highest of the one-cycle schedule; 0 takes the method's own."""
     weight_decay: float = 0.01
     """Of matrices; biases and norms have none."""
+    averaged: int = 5
+    """An epoch is judged by the mean of the macro-F1 on the validation part in so many epochs up to it."""
     patience: int = 10
-    """Stop after so many epochs without a better macro-F1 on the validation part."""
+    """Stop after so many epochs without a better mean."""
     label_smoothing: float = 0.1
     """Of the cross-entropy."""
     turned_deg: float = 5.0
@@ -130,7 +132,9 @@ class FinetuneConfig:
         Raises: InputError if a value is not positive.
         """
         rate = self.learning_rate or METHODS[self.method].learning_rate
-        return Optimisation(self.epochs, self.batch_size, rate, self.weight_decay, patience=self.patience)
+        return Optimisation(
+            self.epochs, self.batch_size, rate, self.weight_decay, averaged=self.averaged, patience=self.patience
+        )
 
 
 @dataclass(frozen=True, eq=False)

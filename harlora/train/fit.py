@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,8 @@ class Optimisation:
     """How a model is trained.
 
     batch_size: windows a step. learning_rate: the highest of the one-cycle schedule. warmup: share of the steps in
-    which it rises. weight_decay: of matrices; vectors have none. patience: epochs without a better validation score
-    before training stops, or None.
+    which it rises. weight_decay: of matrices; vectors have none. averaged: an epoch is judged by the mean validation
+    score of so many epochs up to it. patience: epochs without a better mean before training stops, or None.
     """
 
     epochs: int
@@ -36,10 +37,11 @@ class Optimisation:
     weight_decay: float
     warmup: float = 0.1
     clip_norm: float = 1.0
+    averaged: int = 1
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "learning_rate"):
+        for name in ("epochs", "batch_size", "learning_rate", "averaged"):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
 
@@ -145,9 +147,9 @@ def fit(
             model.eval()
             with torch.no_grad():
                 entry["validation"] = validate()
-            if not best or entry["validation"] > history[best_epoch - 1]["validation"]:
-                best, best_epoch = {k: v.detach().clone() for k, v in model.state_dict().items()}, epoch + 1
         history.append(entry)
+        if validate and (not best or _mean_score(history, settings) > _mean_score(history[:best_epoch], settings)):
+            best, best_epoch = {k: v.detach().clone() for k, v in model.state_dict().items()}, epoch + 1
         seconds += time.perf_counter() - started
         if time.monotonic() - last_save >= save_every_s:
             tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
@@ -166,6 +168,12 @@ def fit(
         model.load_state_dict(best)
     model.eval()
     return Fitted(history, best_epoch or len(history), seconds, optimizer)
+
+
+def _mean_score(history: list[dict[str, float]], settings: Optimisation) -> float:
+    # On few people single scores jump about: the highest is often one early epoch's luck, and with it alone training
+    # would stop before the learning rate has fallen.
+    return fmean(entry["validation"] for entry in history[-settings.averaged :])
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
