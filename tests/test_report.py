@@ -105,7 +105,7 @@ def test_the_page_says_which_aims_were_missed_and_by_how_much(tmp_path):
         ["macro-F1 of LoRA above that of the linear probe (0.90000)", "0.97500", "reached |"],
         ["macro-F1 of QLoRA above that of the linear probe (0.90000)", "0.90000", "**missed by 0.00000** |"],
     ]
-    assert "4 of 7 were missed" in page
+    assert "Missed: 4 of 7." in page
     quick = [{**one, "preset": "quick"} for one in made]
     assert "## Aims" not in build_report(written(tmp_path / "quick", quick), tmp_path / "page.md").read_text()
 

@@ -224,7 +224,7 @@ def _aims(records: Sequence[Record]) -> str:
     if not rows:
         return ""
     missed = sum(row[-1] != "reached" for row in rows)
-    said = "All were reached." if not missed else f"{missed} of {len(rows)} were missed."
+    said = "All were reached." if not missed else f"Missed: {missed} of {len(rows)}."
     table = markdown(["aim", "reached", ""], rows)
     fewest = min(record["windows"]["test"] for record in records)
     return (
