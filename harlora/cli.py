@@ -244,7 +244,7 @@ Command = (
 def _print_tables(records: list[dict[str, object]]) -> None:
     everything = range(len(COLUMNS))
     # Scores and costs below each other where they do not fit side by side.
-    parts = [everything] if console.width >= 135 else [everything[:5], (0, *everything[5:])]
+    parts = [everything] if console.width >= 145 else [everything[:5], (0, *everything[5:])]
     for members in groups(pooled(records)):
         console.print(heading(members), style="bold", highlight=False)
         for columns in parts:
@@ -258,7 +258,7 @@ def _print_tables(records: list[dict[str, object]]) -> None:
     console.print(
         "trainable = parameters; frozen to step peak in MB; held = frozen + trained + as much for gradients + "
         "optimiser state; step peak = the most that one training step allocates beside weights and optimiser, mostly "
-        "activations",
+        "activations; epoch = the one kept, of those trained before the validation part stopped it",
         highlight=False,
     )
 

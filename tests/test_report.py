@@ -22,6 +22,8 @@ def record(method="qlora", target="uci_hapt", protocol="paper", rank=8, f1=0.9, 
         "bytes": {"frozen": 1_000_000, "trainable": 500_000, "gradients": 500_000, "optimizer": 1_000_000,
                   "step_peak": 7_000_000, "matrices": 140, "matrices_float32": 1000},
         "seconds": 12.6,
+        "best_epoch": 3,
+        "history": [{"loss": 0.5, "validation": 0.8}] * 5,
         "windows": {"train": 60, "validation": 20, "test": 20},
         "test_subjects": ["1", "2"],
         "config": {"method": method, "protocol": protocol, "rank": rank, "seed": 0, "label_fraction": 1.0,
@@ -53,6 +55,7 @@ def test_a_row_has_what_the_columns_say():
     assert cells["trainable"] == "1,234"
     assert cells["held"] == "3.00"
     assert cells["step peak"] == "7.00"
+    assert cells["epoch"] == "3 of 5"
     assert cells["seconds"] == "13"
     assert held(record()) == 3_000_000
     assert total(record()) == 9_500_000  # gradients are part of the step, not counted twice
@@ -70,11 +73,13 @@ def test_groups_are_sorted():
 
 def test_several_seeds_become_one_row_with_their_spread(tmp_path):
     made = [record("lora", seed=seed, f1=f1) for seed, f1 in ((0, 0.8), (1, 0.9))] + [record("qlora", f1=0.7)]
+    made[0]["best_epoch"] = 5
     lora, qlora = pooled(made)
     assert lora["scores"]["macro_f1"] == pytest.approx(0.85)
     assert lora["scores"]["confusion"] == [[18, 2], [2, 18]]
     assert row(lora)[2] == "0.850 ± 0.071"
     assert row(qlora)[2] == "0.700"
+    assert row(lora)[-2] == "4 of 5"
     page = build_report(written(tmp_path, made), tmp_path / "page.md").read_text()
     assert "0.850 ± 0.071" in page
     assert "means ± standard deviations over the seeds" in page

@@ -152,7 +152,8 @@ def _section(members: Sequence[Record], images: Path, out: Path) -> str:
         ("SYNTHETIC data. " if first["synthetic"] else "")
         + f"Pretrained on {', '.join(first['sources'])}. Tested on {windows['test']:,} windows{tested}. "
         f"Bytes are in MB (10⁶); held = frozen + trained + gradients + optimiser; step peak = the most that "
-        "one training step allocates beside weights and optimiser: gradients and, mostly, activations.",
+        "one training step allocates beside weights and optimiser: gradients and, mostly, activations; epoch = the "
+        "one kept, of those trained before the validation part stopped it.",
         "",
         markdown(COLUMNS, [row(record) for record in members]),
     ]
@@ -300,8 +301,8 @@ def _how(records: Sequence[Record]) -> str:
         ),
         f"- Fine-tuning: {every([c['epochs'] for c in configs])} epochs, "
         f"batch {every([c['batch_size'] for c in configs])}, "
-        f"learning rates {_rates(records)}; the epoch is chosen on a validation part that is neither trained on nor "
-        "tested on.",
+        f"learning rates {_rates(records)}; the epoch that is kept is chosen on a validation part that is neither "
+        "trained on nor tested on.",
         f"- Pretraining: {every([round(r['pretrained']['seconds']) for r in records])} s an encoder, once for each "
         "target, shared by its runs and not part of the seconds above.",
         "- LoRA and QLoRA train the adapters, the head, LayerNorms, biases and the patch embedding."

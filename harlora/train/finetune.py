@@ -92,7 +92,7 @@ class FinetuneConfig:
     weight_decay: float = 0.01
     """Of matrices; biases and norms have none."""
     averaged: int = 5
-    """An epoch is judged by the mean of the macro-F1 on the validation part in so many epochs up to it."""
+    """An epoch is judged, once there are so many, by the mean macro-F1 on the validation part in so many up to it."""
     patience: int = 10
     """Stop after so many epochs without a better mean."""
     label_smoothing: float = 0.1

@@ -28,7 +28,8 @@ class Optimisation:
 
     batch_size: windows a step. learning_rate: the highest of the one-cycle schedule. warmup: share of the steps in
     which it rises. weight_decay: of matrices; vectors have none. averaged: an epoch is judged by the mean validation
-    score of so many epochs up to it. patience: epochs without a better mean before training stops, or None.
+    score of so many epochs up to it; the epochs before there are so many are not judged. patience: epochs without a
+    better mean before training stops, or None.
     """
 
     epochs: int
@@ -126,7 +127,7 @@ def fit(
     last_save = time.monotonic()
     while len(history) < settings.epochs:
         epoch = len(history)
-        if validate and settings.patience is not None and epoch - best_epoch >= settings.patience:
+        if best and settings.patience is not None and epoch - best_epoch >= settings.patience:
             break
         started = time.perf_counter()
         torch.manual_seed(seed * 100_003 + epoch)
@@ -148,7 +149,8 @@ def fit(
             with torch.no_grad():
                 entry["validation"] = validate()
         history.append(entry)
-        if validate and (not best or _mean_score(history, settings) > _mean_score(history[:best_epoch], settings)):
+        judged = validate and epoch + 1 >= min(settings.averaged, settings.epochs)
+        if judged and (not best or _mean_score(history, settings) > _mean_score(history[:best_epoch], settings)):
             best, best_epoch = {k: v.detach().clone() for k, v in model.state_dict().items()}, epoch + 1
         seconds += time.perf_counter() - started
         if time.monotonic() - last_save >= save_every_s:
