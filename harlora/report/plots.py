@@ -8,7 +8,7 @@ import numpy as np
 
 from harlora.files import replacing
 from harlora.report.paper import RANK_MACRO_F1
-from harlora.report.tables import Record, held, method_title
+from harlora.report.tables import Record, epochs, held, method_title
 from harlora.train.finetune import METHODS
 
 matplotlib.use("Agg")
@@ -67,14 +67,21 @@ def confusion(records: Sequence[Record], file: Path) -> None:
 
 
 def by_rank(records: Sequence[Record], file: Path, *, with_paper: bool) -> None:
-    """Macro-F1 by rank of LoRA and QLoRA, with full fine-tuning and the probe as lines."""
+    """Macro-F1 by rank of LoRA and QLoRA, with full fine-tuning and the probe as lines.
+
+    A run that its validation part stopped before the end of its schedule says so, since rank is not all it differs in.
+    """
     figure, axis = plt.subplots(figsize=(6.0, 3.6), layout="constrained")
     for method in ("lora", "qlora"):
-        points = sorted(
-            (record["config"]["rank"], record["scores"]["macro_f1"])
-            for record in records
-            if record["config"]["method"] == method
-        )
+        same = sorted((r for r in records if r["config"]["method"] == method), key=lambda r: r["config"]["rank"])
+        points = [(record["config"]["rank"], record["scores"]["macro_f1"]) for record in same]
+        for record, point in zip(same, points, strict=True):
+            trained = epochs(record)[1]
+            if trained < record["config"]["epochs"]:
+                axis.annotate(f"stopped after {trained:.0f} of {record['config']['epochs']} epochs ", point, fontsize=7,
+                              color=COLOURS[method], ha="right", va="center", xytext=(-5, 0),
+                              textcoords="offset points",
+                              bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
         if points:
             axis.plot(*zip(*points, strict=True), marker=_MARKERS[method], color=COLOURS[method],
                       label=f"{method_title({'config': {'method': method, 'rank': 0}}).split(' r=')[0]}")  # fmt: skip

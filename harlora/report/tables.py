@@ -73,11 +73,11 @@ def _pool(members: Sequence[Record]) -> Record:
         "scores": {**first["scores"], **means, "confusion": confusion},
         "spread": {key: statistics.stdev(several) for key, several in values.items()},
         "seconds": statistics.fmean(member["seconds"] for member in members),
-        "epochs": tuple(statistics.fmean(counts) for counts in zip(*map(_epochs, members), strict=True)),
+        "epochs": tuple(statistics.fmean(counts) for counts in zip(*map(epochs, members), strict=True)),
     }
 
 
-def _epochs(record: Record) -> tuple[float, float]:
+def epochs(record: Record) -> tuple[float, float]:
     """The epoch whose weights were kept, and how many were trained before training stopped."""
     found: tuple[float, float] = record.get("epochs") or (record["best_epoch"], len(record["history"]))
     return found
@@ -112,7 +112,7 @@ def row(record: Record) -> list[str]:
         *(megabytes(size[key]) for key in ("frozen", "trainable", "optimizer")),
         megabytes(held(record)),
         megabytes(size["step_peak"]),
-        "{:.0f} of {:.0f}".format(*_epochs(record)),
+        "{:.0f} of {:.0f}".format(*epochs(record)),
         f"{record['seconds']:.0f}",
     ]
 
