@@ -1,6 +1,6 @@
 # make lodo    from a bare clone to the table: environment, installation, the main study in its quick preset
 # make test    the tests;  make check  formatting, lint, types
-# make study   the committed results: about four hours on two cores; goes on where it was stopped
+# make study   the committed results: three to four hours on two cores; goes on where it was stopped
 # make report  docs/results.md from the committed results
 #
 # PYTHON   the interpreter for the environment          TORCH   which torch is installed into it
