@@ -281,7 +281,3 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         Console(stderr=True).print("harlora: stopped; the same command goes on from here", highlight=False)
         sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()

@@ -30,6 +30,7 @@ ALLOWED = {
     "harlora.report": {"harlora.train", "harlora.data", "harlora.errors", "harlora.files"},
     "harlora.progress": {"harlora.train"},
     "harlora.cli": {"harlora.train", "harlora.report", "harlora.data", "harlora.errors", "harlora.progress"},
+    "harlora.__main__": {"harlora.cli"},
     "harlora": {"harlora.kernels", "harlora.nn", "harlora.models"},
 }  # fmt: skip
 
