@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Run the command line, or end with status 2 if the extra ``har`` is not installed."""
     try:
-        from harlora import cli
+        from harlora.cli import main as run
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "harlora":
             raise
@@ -15,7 +15,7 @@ def main() -> None:
             "pip install --no-build-isolation '.[har]' in the source folder\n"
         )
         sys.exit(2)
-    cli.main()
+    run()
 
 
 if __name__ == "__main__":

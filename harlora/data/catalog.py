@@ -164,8 +164,8 @@ def dataset(name: str) -> Dataset:
     """
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise InputError(f"unknown dataset {name!r}{hint} Known: {', '.join(DATASETS)}")
+        hint = f"; did you mean {near[0]}?" if near else ";"
+        raise InputError(f"unknown dataset {name!r}{hint} required one of {', '.join(DATASETS)}")
     return DATASETS[name]
 
 
