@@ -19,7 +19,7 @@ from harlora.data.windows import RATE_HZ
 from harlora.errors import InputError
 from harlora.progress import Bars
 from harlora.report.build import build_report
-from harlora.report.tables import COLUMNS, groups, heading, pooled, row
+from harlora.report.tables import COLUMNS, LEGEND, groups, heading, pooled, row
 from harlora.train.finetune import CHECKPOINT, FinetuneConfig, finetune
 from harlora.train.lodo import Study, lodo
 from harlora.train.pretrain import PretrainConfig, load_pretrained, pretrain
@@ -255,12 +255,7 @@ def _print_tables(records: list[dict[str, object]]) -> None:
                 cells = row(record)
                 table.add_row(*(cells[column] for column in columns))
             console.print(table)
-    console.print(
-        "trainable = parameters; frozen to step peak in MB; held = frozen + trained + as much for gradients + "
-        "optimiser state; step peak = the most that one training step allocates beside weights and optimiser, mostly "
-        "activations; epoch = the one kept, of those trained before the validation part stopped it",
-        highlight=False,
-    )
+    console.print(LEGEND, highlight=False)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from harlora.errors import InputError
+from harlora.report import plots
 from harlora.report.build import build_report, read_results
 from harlora.report.paper import SCORES
 from harlora.report.tables import COLUMNS, groups, held, markdown, plain, pooled, row, total
@@ -117,6 +118,17 @@ def test_the_page_says_which_aims_were_missed_and_by_how_much(tmp_path):
 
 def test_markdown_table():
     assert markdown(["a", "b"], [["x", "1"]]) == "| a | b |\n|---|---:|\n| x | 1 |\n"
+
+
+def test_the_rank_picture_names_the_runs_that_were_stopped(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        plots, "save", lambda figure, file: drawn.append([text.get_text() for text in figure.axes[0].texts])
+    )
+    stopped = {**record("lora", rank=32), "best_epoch": 2, "history": [{"loss": 0.5, "validation": 0.8}] * 3}
+    plots.by_rank([record("lora"), record("qlora"), stopped], tmp_path / "rank.png", with_paper=False)
+    plots.plt.close("all")
+    assert [[text.strip() for text in texts] for texts in drawn] == [["stopped after 3 of 5 epochs"]]
 
 
 def test_the_page_has_every_number_and_the_papers_beside(tmp_path):

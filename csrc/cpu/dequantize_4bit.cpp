@@ -14,7 +14,7 @@ namespace {
 template <typename T>
 void dequantize(const uint8_t* packed, const float* scale, const float* code, int64_t blocksize, int64_t n, T* out) {
   const int64_t blocks = (n + blocksize - 1) / blocksize;
-  // 8192 values take about 9 us on one thread (measured); for fewer no other thread is woken.
+  // For fewer than 8192 values no other thread is woken.
   const int64_t grain = std::max<int64_t>(1, 8192 / blocksize);
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t first, int64_t last) {
     for (int64_t block = first; block < last; ++block) {

@@ -13,6 +13,7 @@ from harlora.report import aims, plots
 from harlora.report.paper import LABEL_SHARE_ACCURACY, MEMORY_MB, PARAMETERS, SCORES
 from harlora.report.tables import (
     COLUMNS,
+    LEGEND,
     PROTOCOL_TITLES,
     TITLES,
     Record,
@@ -151,9 +152,7 @@ def _section(members: Sequence[Record], images: Path, out: Path) -> str:
         "",
         ("SYNTHETIC data. " if first["synthetic"] else "")
         + f"Pretrained on {', '.join(first['sources'])}. Tested on {windows['test']:,} windows{tested}. "
-        f"Bytes are in MB (10⁶); held = frozen + trained + gradients + optimiser; step peak = the most that "
-        "one training step allocates beside weights and optimiser: gradients and, mostly, activations; epoch = the "
-        "one kept, of those trained before the validation part stopped it.",
+        f"Columns: {LEGEND}",
         "",
         markdown(COLUMNS, [row(record) for record in members]),
     ]

@@ -20,6 +20,11 @@ COLUMNS = (
     "method", "accuracy", "macro-F1", "precision", "recall", "trainable", "frozen", "trained", "optimiser", "held",
     "step peak", "epoch", "seconds",
 )  # fmt: skip
+LEGEND = (
+    "trainable = parameters; bytes are in MB (10⁶); held = frozen + trained + gradients + optimiser; step peak = the "
+    "most that one training step allocates beside weights and optimiser: gradients and, mostly, activations; epoch = "
+    "the one whose weights were kept, of those trained."
+)
 PROTOCOL_TITLES = {
     "subject": "new people (subject split)",
     "paper": "random windows (the paper's split)",

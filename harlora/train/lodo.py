@@ -49,7 +49,7 @@ class Study:
     """Which runs a leave-one-dataset-out study consists of."""
 
     preset: str = "quick"
-    """quick: minutes, on a part of the windows; standard: about four hours on 2 cores."""
+    """quick: minutes, on a part of the windows; standard: hours, on all of them."""
     targets: tuple[str, ...] = ()
     """Datasets to leave out, one after the other; by default all that are found."""
     sources: tuple[str, ...] = ()
