@@ -10,6 +10,7 @@ HARLORA_CUDA=0 leaves the CUDA part out; HARLORA_CUDA_ARCHS, by default "80;90a;
 """
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -23,6 +24,12 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 SOURCES = ROOT / "csrc"
+# Flags of the CPU kernels for one instruction set each; which of them runs is decided at run time.
+VARIANTS = {
+    "kernels_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512",
+    "kernels_avx2": "-mavx2 -mfma -mf16c",
+}
+X86 = platform.machine().lower() in {"x86_64", "amd64"}
 # The oldest torch that the stable ABI calls may come from: 2.10.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
@@ -85,19 +92,23 @@ def ninja_file(torch: Path, cxx: str, cuda: Path | None, target: Path) -> str:
         return re.sub(r"([$ :])", r"$\1", str(path))
 
     common = f"-std=c++20 -O3 {STABLE_ABI} -I{SOURCES} -isystem {torch / 'include'}"
+    # Scales are a product and a sum, each rounded, as in the format's definition: no contraction.
+    warnings = "-Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized"  # both: GCC 12 about its own vector headers
     libraries = "-ltorch_cpu -ltorch -lc10"
     lines = [
-        f"cxxflags = {common} -fPIC -Wall -Wextra -fvisibility=hidden",
+        f"cxxflags = {common} -fPIC -ffp-contract=off {warnings} -fvisibility=hidden" + " -DHARLORA_X86" * X86,
         f"ldflags = -shared -L{torch / 'lib'} {libraries}",
-        f"rule cxx\n command = {cxx} $cxxflags $define -MMD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc",
+        f"rule cxx\n command = {cxx} $cxxflags $more -MMD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc",
         f"rule link\n command = {cxx} $in $ldflags $cuda -o $out",
     ]
     objects: list[str] = []
     sources = [SOURCES / "bindings.cpp", *sorted((SOURCES / "cpu").glob("*.cpp"))]
     for source in sources:
+        if source.stem in VARIANTS and not X86:
+            continue
         objects.append(f"{source.parent.name}_{source.stem}.o")
         lines.append(f"build {objects[-1]}: cxx {quoted(source)}")
-        lines.append(" define = -DHARLORA_CUDA" if cuda else " define =")
+        lines.append(f" more = {VARIANTS.get(source.stem, '')}" + " -DHARLORA_CUDA" * bool(cuda))
     if cuda:
         archs = os.environ.get("HARLORA_CUDA_ARCHS", "80;90a;100").split(";")
         gencode = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)

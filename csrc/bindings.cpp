@@ -6,14 +6,35 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "dequantize_4bit.h"
+#include "cpu/operators.h"
+#include "cuda/dequantize_4bit.h"
+
+// A quantised weight: the tensors of QuantizedWeight and the code tables of its format. What is mostly absent comes
+// last with a default: an argument that is not passed costs a fifth of one that is.
+#define HARLORA_WEIGHT "Tensor packed, Tensor absmax, Tensor code, int blocksize"
+#define HARLORA_NESTED "Tensor? nested_absmax=None, Tensor? nested_offset=None, Tensor? nested_code=None"
 
 STABLE_TORCH_LIBRARY(harlora_cpp, library) {
-  library.def("dequantize_4bit(Tensor packed, Tensor scale, Tensor code, int blocksize, Tensor(a!) out) -> ()");
+  library.def("quantize_4bit(Tensor weight, Tensor bounds, int blocksize, bool fp4) -> (Tensor, Tensor)");
+  library.def("dequantize_4bit(" HARLORA_WEIGHT ", Tensor(a!) out, " HARLORA_NESTED ") -> ()");
+  library.def("qlora_linear(Tensor x, " HARLORA_WEIGHT
+              ", int out_features, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor(a!)? t=None, "
+              HARLORA_NESTED ") -> Tensor");
+  library.def("qlora_linear_backward(Tensor grad, Tensor? x, Tensor? t, " HARLORA_WEIGHT
+              ", int in_features, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor(a!)? grad_x,"
+              " Tensor(b!)? grad_bias, Tensor(c!)? grad_A, Tensor(d!)? grad_B, " HARLORA_NESTED ") -> ()");
+  library.def("select_kernels(str name) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CPU, library) {
+  library.impl("quantize_4bit", TORCH_BOX(&harlora::cpu::quantize_4bit));
   library.impl("dequantize_4bit", TORCH_BOX(&harlora::cpu::dequantize_4bit));
+  library.impl("qlora_linear", TORCH_BOX(&harlora::cpu::qlora_linear));
+  library.impl("qlora_linear_backward", TORCH_BOX(&harlora::cpu::qlora_linear_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CompositeExplicitAutograd, library) {
+  library.impl("select_kernels", TORCH_BOX(&harlora::cpu::select_kernels));
 }
 
 #ifdef HARLORA_CUDA

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from harlora.kernels import dispatch, reference
+from harlora.kernels import dispatch, eager
 from harlora.kernels.format import (
     NESTED_BLOCKSIZE,
     WEIGHT_DTYPES,
@@ -102,8 +103,8 @@ class _Quantize(NamedTuple):
             )
 
     def run(self) -> Four:
-        quantize = dispatch.select("quantize_4bit", self.weight.device)
-        result: Four = quantize(self.weight.detach(), self.quant_type, self.blocksize, self.double_quant)
+        quantize = dispatch.select("quantize_4bit", self.weight.device, self.weight.dtype)
+        result: Four = quantize(self.weight.detach(), *self[1:])
         return result
 
     def fake(self) -> Four:
@@ -143,11 +144,8 @@ class _Dequantize(NamedTuple):
             raise TypeError(f"{function}: dtype must be one of {COMPUTE_DTYPES}, got {dtype}")
 
     def run(self) -> Tensor:
-        out = torch.empty(self.shape, dtype=self.dtype, device=self.packed.device)
-        scale = reference.scales(self.absmax, self.nested_absmax, self.nested_offset)
-        dequantize = dispatch.select("dequantize_4bit", self.packed.device)
-        dequantize(self.packed, scale, self.quant_type, self.blocksize, out)
-        return out
+        result: Tensor = dispatch.select("dequantize_4bit", self.packed.device, self.dtype)(*self)
+        return result
 
     def fake(self) -> Tensor:
         return self.packed.new_empty(self.shape, dtype=self.dtype)
@@ -225,10 +223,8 @@ class _Forward(NamedTuple):
         _check_qlora("qlora_linear", self.x, self.x.shape[-1], self.quantized, *self[7:11])
 
     def run(self) -> tuple[Tensor, Tensor]:
-        x = self.x
-        weight = _Dequantize(*self.quantized, (self.out_features, x.shape[-1]), x.dtype).run()
-        y, t = dispatch.select("qlora_linear", x.device)(x.reshape(-1, x.shape[-1]), weight, *self[8:])
-        return y.view(*x.shape[:-1], self.out_features), t.view(self.t_shape)
+        result: tuple[Tensor, Tensor] = dispatch.select("qlora_linear", self.x.device, self.x.dtype)(*self)
+        return result
 
     def fake(self) -> tuple[Tensor, Tensor]:
         return self.x.new_empty((*self.x.shape[:-1], self.out_features)), self.x.new_empty(self.t_shape)
@@ -267,18 +263,8 @@ class _Backward(NamedTuple):
             raise ValueError(f"{function}: the gradient of lora_B requires t of shape (..., rank) and lora_B")
 
     def run(self) -> Four:
-        grad, x, t = self.grad, self.x, self.t
-        weight = None
-        if self.output_mask[0]:
-            weight = _Dequantize(*self.quantized, (grad.shape[-1], self.in_features), grad.dtype).run()
-        grad_x, *others = dispatch.select("qlora_linear_backward", grad.device)(
-            grad.reshape(-1, grad.shape[-1]),
-            None if x is None else x.reshape(-1, self.in_features),
-            None if t is None or self.lora_B is None else t.reshape(-1, self.lora_B.shape[1]),
-            weight,
-            *self[10:],
-        )
-        return grad_x.view(*grad.shape[:-1], self.in_features) if self.output_mask[0] else grad_x, *others
+        result: Four = dispatch.select("qlora_linear_backward", self.grad.device, self.grad.dtype)(*self)
+        return result
 
     def fake(self) -> Four:
         grad, mask = self.grad, self.output_mask
@@ -324,6 +310,14 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_t: Tensor | None) -> tuple[Te
 
 
 torch.library.register_autograd("harlora::qlora_linear", _backward, setup_context=_setup_context)
+
+
+def _refuse_forward_mode(function: str, *tensors: Tensor | None) -> None:
+    # torch would drop the tangent of an operator without a rule for it, without a word.
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(f"{function}: forward-mode differentiation is not supported; use backward mode")
 
 
 # Public functions ---------------------------------------------------------------------------------------------------
@@ -394,18 +388,22 @@ def qlora_linear(
     Raises: ValueError or TypeError if shapes, dtypes or devices disagree.
     Source: Dettmers et al. 2023 (arXiv 2305.14314), equation 5.
     """
+    quantized = (
+        weight.packed, weight.absmax, weight.nested_absmax, weight.nested_offset, weight.quant_type, weight.blocksize,
+    )  # fmt: skip
     if len(weight.shape) != 2:
         raise ValueError(f"qlora_linear: weight must have shape (out_features, in_features), got {weight.shape}")
     if x.dim() and x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"qlora_linear: x.shape[-1] must equal in_features={weight.shape[1]}, got x of shape {tuple(x.shape)}"
         )
+    direct = eager.qlora_linear(x, *quantized, weight.shape[0], bias, lora_A, lora_B, scaling)
+    if direct is not None:
+        return direct
+    _refuse_forward_mode("qlora_linear", x, bias, lora_A, lora_B)
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))  # as autocast treats nn.Linear
     bias, lora_A, lora_B = (None if tensor is None else tensor.to(x.dtype) for tensor in (bias, lora_A, lora_B))
-    y: Tensor = torch.ops.harlora.qlora_linear(
-        x, weight.packed, weight.absmax, weight.nested_absmax, weight.nested_offset, weight.quant_type,
-        weight.blocksize, weight.shape[0], bias, lora_A, lora_B, scaling,
-    )[0]  # fmt: skip
+    y: Tensor = torch.ops.harlora.qlora_linear(x, *quantized, weight.shape[0], bias, lora_A, lora_B, scaling)[0]
     return y

@@ -5,6 +5,7 @@ Arithmetic follows bitsandbytes 0.50.2 on CUDA (`csrc/kernels.cu`), which its CP
 
 from collections.abc import Sequence
 from functools import cache
+from math import prod
 
 import torch
 from torch import Tensor
@@ -19,7 +20,10 @@ _FP4_BOUNDS = (0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.58333
 
 
 @cache
-def _nf4_bounds(device: torch.device) -> Tensor:
+def bounds(quant_type: str, device: torch.device) -> Tensor:
+    """What a value must exceed for each further code, float32: of NF4 ``(15,)``; of FP4 ``(7,)``, for magnitudes."""
+    if quant_type == "fp4":
+        return torch.tensor(_FP4_BOUNDS, device=device)
     code = code_table("nf4", device)
     return (code[:-1] + code[1:]) / 2
 
@@ -29,9 +33,9 @@ def _in_blocks(flat: Tensor, blocksize: int) -> Tensor:
     return F.pad(flat, (0, -flat.numel() % blocksize)).view(-1, blocksize)
 
 
-def _search(values: Tensor, bounds: Tensor) -> Tensor:
-    """How many bounds each value exceeds, int32; 0 for NaN, which is 0 · inf in a block of zeros."""
-    return torch.where(values.isnan(), 0, torch.bucketize(values, bounds, out_int32=True))
+def _search(values: Tensor, limits: Tensor) -> Tensor:
+    """How many limits each value exceeds, int32; 0 for NaN, which is 0 · inf in a block of zeros."""
+    return torch.where(values.isnan(), 0, torch.bucketize(values, limits, out_int32=True))
 
 
 def quantize_4bit(
@@ -44,24 +48,30 @@ def quantize_4bit(
     blocks = _in_blocks(weight.reshape(-1).float(), blocksize)
     absmax = blocks.abs().amax(dim=1)
     flat = (blocks * (1.0 / absmax)[:, None]).reshape(-1)[: weight.numel()]
+    limits = bounds(quant_type, flat.device)
     if quant_type == "nf4":
-        code = _search(flat, _nf4_bounds(flat.device))
+        code = _search(flat, limits)
     else:
         order = torch.tensor(_FP4_BY_MAGNITUDE, dtype=torch.int32, device=flat.device)
-        code = order[_search(flat.abs(), torch.tensor(_FP4_BOUNDS, device=flat.device))] | ((flat < 0).int() << 3)
+        code = order[_search(flat.abs(), limits)] | ((flat < 0).int() << 3)
     # The spare half byte of an odd number of values is what 0 quantises to.
     spare = 7 if quant_type == "nf4" else 0
     pairs = F.pad(code.to(torch.uint8), (0, code.numel() % 2), value=spare).view(-1, 2)
     packed = (pairs[:, :1] << 4) | pairs[:, 1:]
     if not double_quant:
         return packed, absmax, absmax.new_empty(0), absmax.new_empty(0)
+    return packed, *quantize_scales(absmax)
+
+
+def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """8-bit codes of ``absmax``, nested_absmax and nested_offset."""
     offset = absmax.mean()
     centred = _in_blocks(absmax - offset, NESTED_BLOCKSIZE)
     nested_absmax = centred.abs().amax(dim=1)
     table = nested_code_table(absmax.device)
     scaled = (centred * (1.0 / nested_absmax)[:, None]).reshape(-1)[: absmax.numel()]
     nested_code = _search(scaled, (table[:-1] + table[1:]) / 2)
-    return packed, nested_code.to(torch.uint8), nested_absmax, offset
+    return nested_code.to(torch.uint8), nested_absmax, offset
 
 
 def scales(absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None) -> Tensor:
@@ -73,30 +83,59 @@ def scales(absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor |
     return table[absmax.int()] * nested + nested_offset
 
 
-def dequantize_4bit(packed: Tensor, scale: Tensor, quant_type: str, blocksize: int, out: Tensor) -> None:
-    """Fill ``out``, contiguous, with code · scale: computed in float32, rounded once to the dtype of ``out``."""
+def dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Code · scale, ``shape``: computed in float32, rounded once to ``dtype``."""
     code = code_table(quant_type, packed.device)
     pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)  # (256, 2): the two codes of a byte
-    flat = pairs[packed.view(-1).int()].view(-1)[: out.numel()]
-    out.view(-1).copy_((_in_blocks(flat, blocksize) * scale[:, None]).view(-1)[: out.numel()])
+    flat = pairs[packed.reshape(-1).int()].view(-1)[: prod(shape)]
+    scale = scales(absmax, nested_absmax, nested_offset)
+    return (_in_blocks(flat, blocksize) * scale[:, None]).view(-1)[: flat.numel()].view(shape).to(dtype)
 
 
 def qlora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    out_features: int,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """Y = x·Ŵᵀ + bias + scaling·t·lora_Bᵀ and t = x·lora_Aᵀ, which backward needs; t is empty without adapter."""
+    shape = (out_features, x.shape[-1])
+    weight = dequantize_4bit(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, x.dtype)
     y = F.linear(x, weight, bias)
     if lora_A is None or lora_B is None:
         return y, x.new_empty(0)
     t = x @ lora_A.T
-    return torch.addmm(y, t, lora_B.T, alpha=scaling), t
+    return y.add(t @ lora_B.T, alpha=scaling), t
 
 
 def qlora_linear_backward(
     grad: Tensor,
     x: Tensor | None,
     t: Tensor | None,
-    weight: Tensor | None,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    in_features: int,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
@@ -106,24 +145,26 @@ def qlora_linear_backward(
 
     With u = scaling·dY·lora_B: dX = dY·Ŵ + u·lora_A, dbias = Σ dY, dA = uᵀ·x, dB = scaling·dYᵀ·t.
 
-    grad: ``(rows, out_features)``; x: ``(rows, in_features)``, for dA alone; t: ``(rows, rank)``, for dB alone;
-    weight: ``(out_features, in_features)``, for dX alone.
+    grad: ``(..., out_features)``; x: ``(..., in_features)``, for dA alone; t: ``(..., rank)``, for dB alone.
     """
-    grad_x, grad_bias, grad_A, grad_B, u = (grad.new_empty(0) for _ in range(5))
+    grad_x, grad_bias, grad_A, grad_B = (grad.new_empty(0) for _ in range(4))
     want_x, want_bias, want_A, want_B = output_mask
-    if lora_B is not None and (want_x or want_A):
-        u = scaling * (grad @ lora_B)
+    rows = grad.reshape(-1, grad.shape[-1])
+    u = None if lora_B is None else scaling * (rows @ lora_B)
     if want_x:
-        assert weight is not None
-        grad_x = grad @ weight
-        if lora_A is not None:
+        shape = (grad.shape[-1], in_features)
+        weight = dequantize_4bit(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, grad.dtype)
+        grad_x = rows @ weight
+        if u is not None and lora_A is not None:
             grad_x = torch.addmm(grad_x, u, lora_A)
+        grad_x = grad_x.view(*grad.shape[:-1], in_features)
     if want_bias:
-        grad_bias = grad.sum(dim=0)
+        grad_bias = rows.sum(dim=0)
     if want_A:
         assert x is not None
-        grad_A = u.T @ x
+        assert u is not None
+        grad_A = u.T @ x.reshape(-1, in_features)
     if want_B:
         assert t is not None
-        grad_B = scaling * (grad.T @ t)
+        grad_B = scaling * (rows.T @ t.reshape(-1, t.shape[-1]))
     return grad_x, grad_bias, grad_A, grad_B

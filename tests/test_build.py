@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harlora.kernels import dispatch
+from harlora.kernels import cpp, dispatch
 
 ROOT = Path(__file__).parent.parent
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -50,9 +50,9 @@ def test_the_wheel_has_one_top_level_name_and_serves_every_python(source, tmp_pa
     # Without this checkout in sight, the built extension loads and serves.
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     code = (
-        "import harlora, torch; from harlora.kernels import dispatch\n"
+        "import harlora, torch; from harlora.kernels import cpp\n"
         "assert 'installed' in harlora.__file__, harlora.__file__\n"
-        "assert dispatch.load_extension() == '', dispatch.load_extension()\n"
+        "assert cpp.load_extension() == '', cpp.load_extension()\n"
         "harlora.dequantize_4bit(harlora.quantize_4bit(torch.randn(3, 70)))\n"
     )
     done = subprocess.run(
@@ -73,7 +73,7 @@ def test_installs_without_a_compiler_with_one_warning(source, tmp_path):
 
 
 def test_installs_where_the_code_does_not_compile(source, tmp_path):
-    (source / "csrc" / "cpu" / "dequantize_4bit.cpp").write_text("this is not C++")
+    (source / "csrc" / "cpu" / "operators.cpp").write_text("this is not C++")
     _, names, said = build(source, tmp_path)
     assert "harlora/kernels/_C.so" not in names
     assert len(re.findall("warning: .*the compiled extension is left out", said)) == 1
@@ -93,13 +93,13 @@ def test_the_source_distribution_can_be_built_from(source, tmp_path):
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
 def test_the_extension_of_this_installation_serves():
-    assert dispatch.load_extension() == ""
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("harlora_cpp::dequantize_4bit", "CPU")
+    assert cpp.load_extension() == ""
+    assert all(cpp.has_kernel(operator, "cpu") for operator in dispatch.OPERATORS)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
 def test_the_extension_has_its_cuda_part_where_nvcc_is():
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("harlora_cpp::dequantize_4bit", "CUDA")
+    assert cpp.has_kernel("dequantize_4bit", "cuda")
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import harlora
-from harlora.kernels import dispatch, reference
+from harlora.kernels import cpp, eager, reference
 
 OPS = torch.ops.harlora
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,15 +21,35 @@ SHAPES = [  # rows, in_features, out_features, rank
     (7, 96, 33, 5),
     (64, 192, 512, 8),
     (5, 63, 129, 3),
+    (4, 64, 70, 1),
+    (9, 256, 6, 66),
+    (300, 160, 100, 9),
+    (15, 1088, 600, 4),
+    (2, 576, 34, 17),
 ]
 
 
-@pytest.fixture(params=["reference", "cpp"])
+BLOCK = (64, 32, 256)
+BACKENDS = ["reference", "cpp", "cpp-avx512", "cpp-avx2", "cpp-portable"]
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
-    if request.param == "cpp" and dispatch.load_extension():
-        pytest.skip(f"the extension does not serve: {dispatch.load_extension()}")
-    monkeypatch.setenv("HARLORA_BACKEND", request.param)
-    return request.param
+    """Each backend in turn, and of the compiled one every instruction set that this processor has."""
+    name, _, variant = request.param.partition("-")
+    if name == "cpp":
+        if cpp.load_extension():
+            pytest.skip(f"the extension does not serve: {cpp.load_extension()}")
+        try:
+            cpp.select_kernels(variant)
+        except RuntimeError as error:
+            pytest.skip(str(error).splitlines()[0])
+    monkeypatch.setenv("HARLORA_BACKEND", name)
+    eager.reset()
+    yield request.param
+    eager.reset()
+    if name == "cpp":
+        cpp.select_kernels()
 
 
 @pytest.fixture(params=["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])])
@@ -77,7 +97,13 @@ def run(function, arrays, dtype, grad):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_output_and_gradients(shape, dtype):
-    weight, arrays = problem(*shape, dtype, double_quant=shape[1] % 2 == 0, quant_type="nf4" if shape[0] % 2 else "fp4")
+    weight, arrays = problem(
+        *shape,
+        dtype,
+        double_quant=shape[0] % 2 == 0,
+        blocksize=BLOCK[shape[0] % 3],
+        quant_type="nf4" if shape[0] % 2 else "fp4",
+    )
     dense = harlora.dequantize_4bit(weight, dtype)
     grad = torch.randn(shape[0], shape[2]).to(dtype)
     actual = run(lambda x, bias, lora_A, lora_B: harlora.qlora_linear(x, weight, bias, lora_A, lora_B, 1.5),

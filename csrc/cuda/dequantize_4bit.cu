@@ -2,7 +2,7 @@
 //
 // Not yet run on a card: kernels/dispatch.py offers it on request only.
 
-#include "../dequantize_4bit.h"
+#include "dequantize_4bit.h"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -66,25 +66,44 @@ void launch(const torch::stable::Tensor& packed, const torch::stable::Tensor& sc
   STD_TORCH_CHECK(error == cudaSuccess, "dequantize_4bit: launch failed: ", cudaGetErrorString(error));
 }
 
+void check(const torch::stable::Tensor& packed, const torch::stable::Tensor& absmax,
+           const torch::stable::Tensor& code, int64_t blocksize, const torch::stable::Tensor& out) {
+  using torch::headeronly::ScalarType;
+  const int64_t n = out.numel();
+  STD_TORCH_CHECK(blocksize >= 32 && (blocksize & (blocksize - 1)) == 0,
+                  "dequantize_4bit: blocksize must be a power of two of at least 32, got ", blocksize);
+  STD_TORCH_CHECK(packed.is_contiguous() && packed.scalar_type() == ScalarType::Byte && packed.numel() == (n + 1) / 2,
+                  "dequantize_4bit: packed must be contiguous uint8 with one byte for two values of out");
+  STD_TORCH_CHECK(absmax.is_contiguous() && absmax.scalar_type() == ScalarType::Float &&
+                      absmax.numel() == (n + blocksize - 1) / blocksize,
+                  "dequantize_4bit: absmax must be contiguous float32 with one value for each block");
+  STD_TORCH_CHECK(code.is_contiguous() && code.scalar_type() == ScalarType::Float && code.numel() == 16,
+                  "dequantize_4bit: code must be 16 contiguous float32 values");
+  STD_TORCH_CHECK(out.is_contiguous(), "dequantize_4bit: out must be contiguous");
+}
+
 }  // namespace
 
-void dequantize_4bit(torch::stable::Tensor packed, torch::stable::Tensor scale, torch::stable::Tensor code,
-                     int64_t blocksize, torch::stable::Tensor out) {
+void dequantize_4bit(torch::stable::Tensor packed, torch::stable::Tensor absmax, torch::stable::Tensor code,
+                     int64_t blocksize, torch::stable::Tensor out, std::optional<torch::stable::Tensor> nested_absmax,
+                     std::optional<torch::stable::Tensor>,
+                     std::optional<torch::stable::Tensor>) {
   using torch::headeronly::ScalarType;
-  check_dequantize_4bit(packed, scale, code, blocksize, out);
+  STD_TORCH_CHECK(!nested_absmax.has_value(), "dequantize_4bit: nested scales must be decoded before");
+  check(packed, absmax, code, blocksize, out);
   torch::stable::accelerator::DeviceGuard guard(out.get_device());
   void* stream_handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(out.get_device(), &stream_handle));
   auto* stream = static_cast<cudaStream_t>(stream_handle);
   switch (out.scalar_type()) {
     case ScalarType::Float:
-      return launch<float>(packed, scale, code, blocksize, out, stream);
+      return launch<float>(packed, absmax, code, blocksize, out, stream);
     case ScalarType::Double:
-      return launch<double>(packed, scale, code, blocksize, out, stream);
+      return launch<double>(packed, absmax, code, blocksize, out, stream);
     case ScalarType::BFloat16:
-      return launch<__nv_bfloat16>(packed, scale, code, blocksize, out, stream);
+      return launch<__nv_bfloat16>(packed, absmax, code, blocksize, out, stream);
     case ScalarType::Half:
-      return launch<__half>(packed, scale, code, blocksize, out, stream);
+      return launch<__half>(packed, absmax, code, blocksize, out, stream);
     default:
       STD_TORCH_CHECK(false, "dequantize_4bit: out must be float32, float64, bfloat16 or float16");
   }

@@ -1,0 +1,80 @@
+// Which instruction set serves, and whether threads may be used.
+
+#include "kernels.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <string>
+
+#include "parallel.h"
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+namespace harlora::cpu {
+namespace {
+
+std::atomic<bool> forked{false};
+std::atomic<const Kernels*> selected{nullptr};
+
+bool supported(const Kernels& candidate) {
+#ifdef HARLORA_X86
+  __builtin_cpu_init();
+  if (&candidate == &avx512_kernels) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+  }
+  if (&candidate == &avx2_kernels) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  }
+#endif
+  return &candidate == &portable_kernels;
+}
+
+// Best first.
+constexpr const Kernels* all_kernels[] = {
+#ifdef HARLORA_X86
+    &avx512_kernels,
+    &avx2_kernels,
+#endif
+    &portable_kernels,
+};
+
+const Kernels* find(const std::string& name) {
+  std::string known;
+  for (const Kernels* candidate : all_kernels) {
+    if (!supported(*candidate)) continue;
+    if (name.empty() || name == candidate->name) return candidate;
+    known += std::string(known.empty() ? "" : ", ") + candidate->name;
+  }
+  STD_TORCH_CHECK(false, "HARLORA_CPU must be one of the kernels that this processor runs (", known, "), got '", name,
+                  "'; unset it for the best");
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  const Kernels* found = selected.load(std::memory_order_relaxed);
+  if (found == nullptr) {
+#if defined(__unix__) || defined(__APPLE__)
+    static const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+    (void)registered;
+#endif
+    const char* wanted = std::getenv("HARLORA_CPU");
+    found = find(wanted == nullptr ? "" : wanted);
+    selected = found;
+  }
+  return *found;
+}
+
+bool threads_usable() { return !forked.load(std::memory_order_relaxed); }
+
+std::string select_kernels(std::string name) {
+  selected = find(name);
+  return selected.load()->name;
+}
+
+}  // namespace harlora::cpu

@@ -1,0 +1,103 @@
+#pragma once
+
+#include <cstdint>
+
+// The boundary between tensors (qlora_linear.cpp and its neighbours, compiled once) and arithmetic (kernels.inl,
+// compiled for every instruction set). Everything here is plain memory: contiguous, row by row.
+
+namespace harlora::cpu {
+
+enum class Dtype : int { float32, bfloat16, float16 };
+
+// Bit patterns; kernels compute in float32 and round once, to nearest even, when they store.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+// A weight of (out, in) in 4 bits; format as in kernels/format.py.
+struct Weight {
+  const uint8_t* packed;
+  const float* absmax;          // (blocks), or null when double quantised
+  const uint8_t* absmax_code;   // (blocks), or null
+  const float* nested_absmax;   // (ceil(blocks / 256))
+  const float* nested_code;     // (256)
+  float nested_offset;
+  const float* code;            // (16)
+  int log2_blocksize;
+  int64_t out, in;
+
+  float scale(int64_t block) const {
+    if (absmax != nullptr) return absmax[block];
+    const float product = nested_code[absmax_code[block]] * nested_absmax[block >> 8];
+    return product + nested_offset;
+  }
+};
+
+// y = x·Ŵᵀ + bias + scaling·t·lora_Bᵀ. Pointers of `dtype` unless typed.
+struct Forward {
+  Weight weight;
+  Dtype dtype;
+  int64_t rows;
+  int rank;  // 0: no adapter
+  float scaling;
+  const void* x;       // (rows, in)
+  const void* bias;    // (out), or null
+  const void* lora_A;  // (rank, in)
+  const void* lora_B;  // (out, rank)
+  float* t;            // (rows, rank)
+  void* y;             // (rows, out)
+};
+
+// With u = scaling·dY·lora_B: dX = dY·Ŵ + u·lora_A, dbias = Σ dY, dA = uᵀ·x, dB = scaling·dYᵀ·t; null: not wanted.
+struct Backward {
+  Weight weight;
+  Dtype dtype;
+  int64_t rows;
+  int rank;
+  float scaling;
+  const void* grad;    // (rows, out)
+  const void* x;       // (rows, in), for dA
+  const float* t;      // (rows, rank), for dB
+  const void* lora_A;
+  const void* lora_B;
+  float* u;            // (rows, rank)
+  void* grad_x;
+  void* grad_bias;
+  void* grad_A;
+  void* grad_B;
+};
+
+// One instruction set's arithmetic. Every function works on a range, so that the caller shares the work out; a result
+// does not depend on how.
+struct Kernels {
+  const char* name;
+  int panel;        // columns of a panel: of y in forward, of dX and dA (in), dB and dbias (out) in backward
+  int few_columns;  // forward_few takes ranges of columns that start at a multiple of this
+
+  void (*narrow)(const float* from, int64_t n, Dtype dtype, void* to);
+  void (*quantize)(const void* weight, Dtype dtype, int64_t n, bool fp4, const float* bounds, int log2_blocksize,
+                   int64_t first_block, int64_t last_block, uint8_t* packed, float* absmax);
+  void (*dequantize)(const Weight& weight, int64_t n, int64_t first_block, int64_t last_block, Dtype dtype, void* out);
+
+  void (*forward_t)(const Forward& job, int64_t first_row, int64_t last_row);
+  void (*forward)(const Forward& job, int64_t first_panel, int64_t last_panel, int64_t first_row, int64_t last_row);
+  bool (*forward_few_serves)(const Forward& job);
+  void (*forward_few_t)(const Forward& job, int64_t first_rank, int64_t last_rank);
+  void (*forward_few)(const Forward& job, int64_t first_column, int64_t last_column);
+
+  void (*backward_u)(const Backward& job, int64_t first_row, int64_t last_row);
+  void (*backward_x)(const Backward& job, int64_t first_panel, int64_t last_panel, int64_t first_row,
+                     int64_t last_row);
+  void (*backward_A)(const Backward& job, int64_t first_panel, int64_t last_panel);
+  void (*backward_B)(const Backward& job, int64_t first_panel, int64_t last_panel);  // and dbias
+};
+
+extern const Kernels portable_kernels;
+#ifdef HARLORA_X86
+extern const Kernels avx2_kernels, avx512_kernels;
+#endif
+
+}  // namespace harlora::cpu

@@ -1,0 +1,754 @@
+// The arithmetic of all operators, in terms of the vectors of simd.h. Included by kernels_*.cpp, once for each
+// instruction set, inside an anonymous namespace.
+//
+// One GEMM serves all products. `tile` multiplies a few rows of `a`, broadcast value by value, with a panel of `b`: a
+// strip of PANEL columns, step by step along the reduced dimension. Panels of the weight are decoded just before they
+// are used and never outlive DEPTH steps: at most 64 KiB for a thread.
+//
+//   forward   y  = x · Ŵᵀ     panel: PANEL rows of Ŵ, transposed on the packed bytes, eight codes at a time
+//   backward  dX = dY · Ŵ     panel: PANEL columns of Ŵ, rows as they lie; even columns first, odd ones after
+//             dA = uᵀ · x     panel: PANEL columns of x
+//             dB = dYᵀ · t    panel: PANEL columns of dY; the transpose of dB is computed
+//
+// The low-rank branch is `rank` further steps into the same accumulators. For few rows decoding would cost more than
+// the product: `forward_few` multiplies codes in registers as they come and scales sums of 64.
+
+constexpr int PANEL = 2 * LANES;
+constexpr int64_t DEPTH = 512;  // steps of a decoded panel
+constexpr int GRANULE = 64;     // codes of a row decoded at a time: 32 bytes
+constexpr int64_t ROW_BLOCK = 16 * ROWS;
+constexpr int RANKS = 64;       // ranks of one pass; larger adapters take several
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <typename T>
+inline float one(const T* p) {
+  return to_float(*p);
+}
+inline float one(const float* p) { return *p; }
+inline void put(float* p, float v) { *p = v; }
+inline void put(BFloat16* p, float v) { *p = to_bfloat16(v); }
+inline void put(Half* p, float v) { *p = to_half(v); }
+
+// Rows and columns into float32 -------------------------------------------------------------------------------------
+
+// to[i] = from[i] for i < n, zeros up to `width`, a multiple of LANES.
+template <typename T>
+inline void widen(const T* from, int64_t n, int64_t width, float* to) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) store(to + i, load(from + i));
+  for (; i < n; ++i) to[i] = one(from + i);
+  for (; i < width; ++i) to[i] = 0.0f;
+}
+
+template <typename T>
+inline void narrow(const float* from, int64_t n, T* to) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) store(to + i, load(from + i));
+  for (; i < n; ++i) put(to + i, from[i]);
+}
+
+void narrow_to(const float* from, int64_t n, Dtype dtype, void* to) {
+  if (dtype == Dtype::float32) return narrow(from, n, static_cast<float*>(to));
+  if (dtype == Dtype::bfloat16) return narrow(from, n, static_cast<BFloat16*>(to));
+  return narrow(from, n, static_cast<Half*>(to));
+}
+
+// to[step][row] = factor * from[row][step] for row < rows, zeros up to `width` (LANES or PANEL).
+template <typename T>
+void transpose_panel(const T* from, int64_t stride, int64_t rows, int64_t steps, float factor, int width, float* to) {
+  for (int group = 0; group < width; group += LANES) {
+    int64_t step = 0;
+    if (rows >= group + LANES) {
+      for (; step + 8 <= steps; step += 8) {
+        I v[8];
+        for (int i = 0; i < 8; ++i) {
+          const T* a = from + (group + i) * stride + step;
+          const T* b = from + (group + i + LANES - 8) * stride + step;
+          if constexpr (sizeof(T) == 4) {
+            v[i] = HARLORA_F2I(load_rows(a, b));
+          } else {
+            float wide[2][8];
+            for (int k = 0; k < 8; ++k) wide[0][k] = one(a + k), wide[1][k] = one(b + k);
+            v[i] = HARLORA_F2I(load_rows(wide[0], wide[1]));
+          }
+        }
+        transpose8(v);
+        for (int i = 0; i < 8; ++i) store(to + (step + i) * width + group, mul(HARLORA_I2F(v[i]), set(factor)));
+      }
+    }
+    for (; step < steps; ++step) {
+      for (int lane = 0; lane < LANES; ++lane) {
+        const int64_t row = group + lane;
+        to[step * width + row] = row < rows ? factor * one(from + row * stride + step) : 0.0f;
+      }
+    }
+  }
+}
+
+// Decoding ----------------------------------------------------------------------------------------------------------
+
+inline float decode_one(const Weight& w, int64_t index) {
+  const int byte = w.packed[index >> 1];
+  return w.code[index & 1 ? byte & 15 : byte >> 4] * w.scale(index >> w.log2_blocksize);
+}
+
+// panel[step][column] = Ŵ[first_row + column][first_step + step]. Columns past the last row repeat it.
+void decode_transposed(const Weight& w, int64_t first_row, int64_t first_step, int64_t steps, float* panel) {
+  const int64_t last = w.out - 1;
+  int64_t step = 0;
+  if (w.in % 32 == 0) {  // rows begin on bytes, and 32 codes never cross a block
+    const Table table = load_table(w.code);
+    const bool one_scale = w.log2_blocksize >= 6 && w.in % GRANULE == 0;
+    alignas(64) float scale[2][PANEL];
+    for (; step + GRANULE <= steps; step += GRANULE) {
+      for (int half = 0; half < (one_scale ? 1 : 2); ++half) {
+        int64_t index = first_row * w.in + first_step + step + 32 * half;
+        for (int column = 0; column < PANEL; ++column) {
+          scale[half][column] = w.scale(index >> w.log2_blocksize);
+          if (first_row + column < last) index += w.in;
+        }
+      }
+      for (int group = 0; group < PANEL; group += LANES) {
+        I dwords[8];  // of eight codes
+        for (int i = 0; i < 8; ++i) {
+          const int64_t row = smaller(first_row + group + i, last);
+          const int64_t other = smaller(first_row + group + i + LANES - 8, last);
+          const int64_t offset = first_step + step;
+          dwords[i] = load_rows(w.packed + (row * w.in + offset) / 2, w.packed + (other * w.in + offset) / 2);
+        }
+        transpose8(dwords);
+        for (int i = 0; i < 8; ++i) {
+          const F s = load(scale[one_scale || i < 4 ? 0 : 1] + group);
+          float* to = panel + (step + 8 * i) * PANEL + group;
+          // The first code of a byte is in its high half: nibble j holds step j ^ 1.
+          for (int j = 0; j < 8; ++j) {
+            store(to + (j ^ 1) * PANEL, mul(lookup(table, shift_right(dwords[i], 4 * j)), s));
+          }
+        }
+      }
+    }
+  }
+  for (; step < steps; ++step) {
+    for (int column = 0; column < PANEL; ++column) {
+      const int64_t row = smaller(first_row + column, last);
+      panel[step * PANEL + column] = decode_one(w, row * w.in + first_step + step);
+    }
+  }
+}
+
+// Where column i of a panel of dX lies: even columns in the first half, odd ones in the second.
+inline int permuted(int column) { return (column & 1) * LANES + (column >> 1); }
+
+// panel[step][permuted(column)] = Ŵ[first_step + step][first_column + column], zeros past the last column.
+void decode_straight(const Weight& w, int64_t first_column, int64_t first_step, int64_t steps, float* panel) {
+  if (w.in % 32 == 0) {  // PANEL codes lie within one block
+    const Table table = load_table(w.code);
+    for (int64_t step = 0; step < steps; ++step, panel += PANEL) {
+      const int64_t index = (first_step + step) * w.in + first_column;
+      const F s = set(w.scale(index >> w.log2_blocksize));
+      const I pairs = bytes(w.packed + index / 2);
+      store(panel, mul(lookup(table, shift_right(pairs, 4)), s));
+      store(panel + LANES, mul(lookup(table, pairs), s));
+    }
+    return;
+  }
+  for (int64_t step = 0; step < steps; ++step, panel += PANEL) {
+    for (int column = 0; column < PANEL; ++column) {
+      const bool inside = first_column + column < w.in;
+      panel[permuted(column)] = inside ? decode_one(w, (first_step + step) * w.in + first_column + column) : 0.0f;
+    }
+  }
+}
+
+template <typename T>
+void dequantize_as(const Weight& w, int64_t n, int64_t first_block, int64_t last_block, T* out) {
+  const Table table = load_table(w.code);
+  for (int64_t block = first_block; block < last_block; ++block) {
+    const F s = set(w.scale(block));
+    const int64_t start = block << w.log2_blocksize;
+    const int64_t stop = smaller(n, start + (int64_t{1} << w.log2_blocksize));
+    int64_t i = start;
+    for (; i + PANEL <= stop; i += PANEL) {
+      const I pairs = bytes(w.packed + i / 2);
+      F first, second;
+      interleave(mul(lookup(table, shift_right(pairs, 4)), s), mul(lookup(table, pairs), s), &first, &second);
+      store(out + i, first);
+      store(out + i + LANES, second);
+    }
+    for (; i < stop; ++i) put(out + i, decode_one(w, i));
+  }
+}
+
+void dequantize(const Weight& w, int64_t n, int64_t first_block, int64_t last_block, Dtype dtype, void* out) {
+  if (dtype == Dtype::float32) return dequantize_as(w, n, first_block, last_block, static_cast<float*>(out));
+  if (dtype == Dtype::bfloat16) return dequantize_as(w, n, first_block, last_block, static_cast<BFloat16*>(out));
+  return dequantize_as(w, n, first_block, last_block, static_cast<Half*>(out));
+}
+
+// Quantising --------------------------------------------------------------------------------------------------------
+
+// FP4 codes by rising magnitude.
+constexpr uint8_t fp4_by_magnitude[8] = {0, 1, 6, 7, 4, 5, 2, 3};
+
+template <typename T>
+void quantize_as(const T* weight, int64_t n, bool fp4, const float* bounds, int log2_blocksize, int64_t first_block,
+                 int64_t last_block, uint8_t* packed, float* absmax) {
+  constexpr int64_t CHUNK = 64;  // blocks have 32, or a multiple of 64
+  for (int64_t block = first_block; block < last_block; ++block) {
+    const int64_t start = block << log2_blocksize;
+    const int64_t stop = smaller(n, start + (int64_t{1} << log2_blocksize));
+    float largest = 0.0f;
+    for (int64_t i = start; i < stop; ++i) {
+      const float magnitude = __builtin_fabsf(one(weight + i));
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    absmax[block] = largest;
+    // Of a block of zeros this is infinite, and 0 · inf = NaN exceeds no bound: code 0.
+    const float inverse = 1.0f / largest;
+    for (int64_t i = start; i < stop; i += CHUNK) {
+      const int64_t count = smaller(CHUNK, stop - i);
+      float value[CHUNK];
+      int32_t code[CHUNK];
+      for (int64_t k = 0; k < count; ++k) value[k] = one(weight + i + k) * inverse;
+      for (int64_t k = count; k < CHUNK; ++k) value[k] = 0.0f;
+      if (fp4) {
+        for (int k = 0; k < CHUNK; ++k) {
+          int32_t c = 0;
+          for (int b = 0; b < 7; ++b) c += __builtin_fabsf(value[k]) > bounds[b];
+          code[k] = fp4_by_magnitude[c] | (value[k] < 0.0f ? 8 : 0);
+        }
+      } else {
+        for (int k = 0; k < CHUNK; ++k) {
+          int32_t c = 0;
+          for (int b = 0; b < 15; ++b) c += value[k] > bounds[b];
+          code[k] = c;
+        }
+      }
+      // Past the last value stands the code of 0.
+      for (int64_t k = 0; k < count; k += 2) {
+        packed[(i + k) / 2] = static_cast<uint8_t>(code[k] << 4 | code[k + 1]);
+      }
+    }
+  }
+}
+
+void quantize(const void* weight, Dtype dtype, int64_t n, bool fp4, const float* bounds, int log2_blocksize,
+              int64_t first_block, int64_t last_block, uint8_t* packed, float* absmax) {
+  const auto run = [&](const auto* typed) {
+    quantize_as(typed, n, fp4, bounds, log2_blocksize, first_block, last_block, packed, absmax);
+  };
+  if (dtype == Dtype::float32) return run(static_cast<const float*>(weight));
+  if (dtype == Dtype::bfloat16) return run(static_cast<const BFloat16*>(weight));
+  return run(static_cast<const Half*>(weight));
+}
+
+// The tile ----------------------------------------------------------------------------------------------------------
+
+// c[i][:] = init[i][:] + sum over steps of a[i][step] · b[step][:], for R rows and V vectors of columns.
+//
+// a[i][step] is a[i * a_row + step * a_step]; init[i] is init[i * init_row], so a stride of 0 repeats a bias.
+template <int R, int V>
+void tile(int64_t steps, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step,
+          const float* init, int64_t init_row, float* c, int64_t c_row) {
+  F sum[R][V];
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) sum[i][v] = load(init + i * init_row + v * LANES);
+  }
+  // Three rows share a pointer, so that the addresses of all rows fit the registers.
+  constexpr int POINTERS = (R + 2) / 3;
+  const float* row[POINTERS];
+#pragma GCC unroll 8
+  for (int p = 0; p < POINTERS; ++p) row[p] = a + 3 * p * a_row;
+  for (int64_t step = 0; step < steps; ++step) {
+    F column[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) column[v] = load(b + v * LANES);
+    b += b_step;
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+      const F value = set(row[i / 3][(i % 3) * a_row]);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) sum[i][v] = fma(value, column[v], sum[i][v]);
+    }
+#pragma GCC unroll 8
+    for (int p = 0; p < POINTERS; ++p) row[p] += a_step;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) store(c + i * c_row + v * LANES, sum[i][v]);
+  }
+}
+
+using Tile = void (*)(int64_t, const float*, int64_t, int64_t, const float*, int64_t, const float*, int64_t, float*,
+                      int64_t);
+
+template <int V>
+inline Tile tile_of(int64_t rows) {
+  static constexpr Tile tiles[] = {
+      tile<1, V>, tile<2, V>, tile<3, V>, tile<4, V>,
+#if !defined(HARLORA_PORTABLE)
+      tile<5, V>, tile<6, V>,
+#endif
+#if defined(HARLORA_AVX512)
+      tile<7, V>, tile<8, V>, tile<9, V>, tile<10, V>, tile<11, V>, tile<12, V>, tile<13, V>, tile<14, V>,
+#endif
+  };
+  static_assert(sizeof(tiles) / sizeof(Tile) == ROWS);
+  return tiles[rows - 1];
+}
+
+// How many rows the next tile takes of `rows`, so that all tiles are about the same.
+inline int64_t next_tile(int64_t rows) {
+  const int64_t tiles = (rows + ROWS - 1) / ROWS;
+  return (rows + tiles - 1) / tiles;
+}
+
+// c[m][:] = init[m][:] + a[m][0:steps] · b, rows of `a` of any dtype; `packed_a` has room for ROWS · steps floats.
+template <int V, typename T>
+void multiply(int64_t rows, int64_t steps, const T* a, int64_t a_row, const float* b, const float* init,
+              int64_t init_row, float* c, int64_t c_row, float* packed_a) {
+  for (int64_t m = 0; m < rows;) {
+    const int64_t count = next_tile(rows - m);
+    if constexpr (sizeof(T) == 4) {
+      tile_of<V>(count)(steps, a + m * a_row, a_row, 1, b, V * LANES, init + m * init_row, init_row, c + m * c_row,
+                        c_row);
+    } else {
+      const int64_t width = (steps + LANES - 1) / LANES * LANES;
+      for (int64_t i = 0; i < count; ++i) widen(a + (m + i) * a_row, steps, width, packed_a + i * width);
+      tile_of<V>(count)(steps, packed_a, width, 1, b, V * LANES, init + m * init_row, init_row, c + m * c_row, c_row);
+    }
+    m += count;
+  }
+}
+
+alignas(64) constexpr float zeros[PANEL] = {};
+
+// Forward -----------------------------------------------------------------------------------------------------------
+
+// c[m][0:rank] of rows m in [first_row, last_row): a · b, with b given by `pack(first_step, steps, first, width, to)`.
+template <typename T, typename Pack>
+void multiply_thin(const T* a, int64_t a_row, int64_t depth, int rank, int64_t first_row, int64_t last_row, float* c,
+                   const Pack& pack) {
+  alignas(64) float panel[DEPTH * PANEL];
+  alignas(64) float block[ROW_BLOCK * PANEL];
+  alignas(64) float packed_a[ROWS * DEPTH];
+  for (int first = 0; first < rank; first += PANEL) {
+    const int64_t columns = smaller(PANEL, rank - first);
+    const int width = columns <= LANES ? LANES : PANEL;
+    for (int64_t m = first_row; m < last_row; m += ROW_BLOCK) {
+      const int64_t rows = smaller(ROW_BLOCK, last_row - m);
+      for (int64_t step = 0; step < depth; step += DEPTH) {
+        const int64_t steps = smaller(DEPTH, depth - step);
+        if (depth > DEPTH || m == first_row) pack(step, steps, first, width, panel);
+        const float* init = step == 0 ? zeros : block;
+        const int64_t init_row = step == 0 ? 0 : width;
+        const T* from = a + m * a_row + step;
+        if (width == LANES) {
+          multiply<1>(rows, steps, from, a_row, panel, init, init_row, block, width, packed_a);
+        } else {
+          multiply<2>(rows, steps, from, a_row, panel, init, init_row, block, width, packed_a);
+        }
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t k = 0; k < columns; ++k) c[(m + i) * rank + first + k] = block[i * width + k];
+      }
+    }
+  }
+}
+
+template <typename T>
+void forward_t_as(const Forward& job, int64_t first_row, int64_t last_row) {
+  const auto* lora_A = static_cast<const T*>(job.lora_A);
+  const int64_t in = job.weight.in;
+  multiply_thin(static_cast<const T*>(job.x), in, in, job.rank, first_row, last_row, job.t,
+                [&](int64_t step, int64_t steps, int first, int width, float* to) {
+                  transpose_panel(lora_A + first * in + step, in, smaller(width, job.rank - first), steps, 1.0f, width,
+                                  to);
+                });
+}
+
+template <typename T>
+void forward_as(const Forward& job, int64_t first_panel, int64_t last_panel, int64_t first_row, int64_t last_row) {
+  alignas(64) float panel[DEPTH * PANEL];
+  alignas(64) float block[ROW_BLOCK * PANEL];
+  alignas(64) float packed_a[ROWS * DEPTH];
+  alignas(64) float branch[RANKS * PANEL];
+  alignas(64) float bias[PANEL];
+  const auto* x = static_cast<const T*>(job.x);
+  const auto* lora_B = static_cast<const T*>(job.lora_B);
+  const int64_t in = job.weight.in, out = job.weight.out;
+  for (int64_t p = first_panel; p < last_panel; ++p) {
+    const int64_t n = p * PANEL, columns = smaller(PANEL, out - n);
+    if (job.bias != nullptr) {
+      widen(static_cast<const T*>(job.bias) + n, columns, PANEL, bias);
+    } else {
+      widen(zeros, PANEL, PANEL, bias);
+    }
+    const bool direct = sizeof(T) == 4 && columns == PANEL;  // accumulate in y itself
+    const int64_t row_block = direct ? last_row - first_row : ROW_BLOCK;
+    for (int64_t m = first_row; m < last_row; m += row_block) {
+      const int64_t rows = smaller(row_block, last_row - m);
+      float* c = block;
+      int64_t c_row = PANEL;
+      if constexpr (sizeof(T) == 4) {
+        if (direct) c = static_cast<float*>(job.y) + m * out + n, c_row = out;
+      }
+      for (int64_t step = 0; step < in; step += DEPTH) {
+        const int64_t steps = smaller(DEPTH, in - step);
+        if (in > DEPTH || m == first_row) decode_transposed(job.weight, n, step, steps, panel);
+        multiply<2>(rows, steps, x + m * in + step, in, panel, step == 0 ? bias : c, step == 0 ? 0 : c_row, c, c_row,
+                    packed_a);
+      }
+      for (int first = 0; first < job.rank; first += RANKS) {
+        const int64_t ranks = smaller(RANKS, job.rank - first);
+        if (job.rank > RANKS || m == first_row) {
+          transpose_panel(lora_B + n * job.rank + first, job.rank, columns, ranks, job.scaling, PANEL, branch);
+        }
+        multiply<2>(rows, ranks, job.t + m * job.rank + first, job.rank, branch, c, c_row, c, c_row, packed_a);
+      }
+      if (!direct) {
+        for (int64_t i = 0; i < rows; ++i) {
+          narrow(block + i * PANEL, columns, static_cast<T*>(job.y) + (m + i) * out + n);
+        }
+      }
+    }
+  }
+}
+
+// Forward of few rows -----------------------------------------------------------------------------------------------
+
+constexpr int FEW = LANES == 16 ? 8 : 4;  // rows
+constexpr int GROUP = LANES / 8;          // rows of the weight in one vector
+constexpr int64_t FEW_VALUES = 65536;     // of x at most: its reordered copy is on the stack
+
+bool forward_few_serves(const Forward& job) {
+#ifdef HARLORA_PORTABLE
+  (void)job;
+  return false;
+#else
+  return job.rows > 0 && job.rows <= FEW && job.rank <= RANKS && job.weight.in % GRANULE == 0 && job.weight.log2_blocksize >= 6 &&
+         job.rows * job.weight.in <= FEW_VALUES;
+#endif
+}
+
+template <typename T>
+void forward_few_t_as(const Forward& job, int64_t first_rank, int64_t last_rank) {
+  const int64_t in = job.weight.in;  // a multiple of GRANULE
+  for (int64_t r = first_rank; r < last_rank; ++r) {
+    const T* a = static_cast<const T*>(job.lora_A) + r * in;
+    for (int64_t m = 0; m < job.rows; ++m) {
+      const T* x = static_cast<const T*>(job.x) + m * in;
+      F sum[4] = {zero(), zero(), zero(), zero()};
+      for (int64_t k = 0; k < in; k += GRANULE) {
+        for (int v = 0; v < GRANULE / LANES; ++v) {
+          sum[v % 4] = fma(load(a + k + v * LANES), load(x + k + v * LANES), sum[v % 4]);
+        }
+      }
+      const F total[4] = {add(add(sum[0], sum[1]), add(sum[2], sum[3])), zero(), zero(), zero()};
+      float sums[4 * GROUP];
+      sum_groups(total, sums);
+      job.t[m * job.rank + r] = GROUP == 1 ? sums[0] : sums[0] + sums[1];
+    }
+  }
+}
+
+// y[m][n] of M rows and GROUP · G columns from n; `x` reordered so that nibble j of eight dwords meets eight values.
+template <int M, int G, typename T>
+void few_columns(const Forward& job, const float* x, const float* t, int64_t n, int64_t columns) {
+  const Weight& w = job.weight;
+  const int64_t in = w.in, last = w.out - 1;
+  const Table table = load_table(w.code);
+  const uint8_t* packed[G * GROUP];
+  int64_t block[G * GROUP];
+  for (int g = 0; g < G * GROUP; ++g) {
+    const int64_t row = smaller(n + g, last);
+    packed[g] = w.packed + row * in / 2;
+    block[g] = (row * in) >> w.log2_blocksize;
+  }
+  const bool whole = in % (int64_t{1} << w.log2_blocksize) == 0;  // blocks do not cross rows
+  constexpr int SUMS = (M * G + 3) / 4 * 4;
+  F sum[SUMS];
+  for (int i = 0; i < SUMS; ++i) sum[i] = zero();
+  for (int64_t k = 0; k < in; k += GRANULE) {
+    I codes[G];
+    F scale[G], part[G][M];
+    for (int g = 0; g < G; ++g) {
+      const int a = g * GROUP, b = a + GROUP - 1;
+      codes[g] = load_rows(packed[a] + k / 2, packed[b] + k / 2);
+      const int64_t block_a = whole ? block[a] + (k >> w.log2_blocksize)
+                                    : (smaller(n + a, last) * in + k) >> w.log2_blocksize;
+      const int64_t block_b = whole ? block[b] + (k >> w.log2_blocksize)
+                                    : (smaller(n + b, last) * in + k) >> w.log2_blocksize;
+      scale[g] = set_rows(w.scale(block_a), w.scale(block_b));
+    }
+    for (int j = 0; j < 8; ++j) {
+      for (int g = 0; g < G; ++g) {
+        const F value = lookup(table, j == 0 ? codes[g] : shift_right(codes[g], 4 * j));
+        for (int m = 0; m < M; ++m) {
+          const F xs = load_repeated(x + m * in + k + 8 * j);
+          part[g][m] = j == 0 ? mul(value, xs) : fma(value, xs, part[g][m]);
+        }
+      }
+    }
+    for (int g = 0; g < G; ++g) {
+      for (int m = 0; m < M; ++m) sum[m * G + g] = fma(part[g][m], scale[g], sum[m * G + g]);
+    }
+  }
+  const auto* lora_B = static_cast<const T*>(job.lora_B);
+  int ranks = 0;  // that were added as vectors
+  if constexpr (sizeof(T) == 4) {
+    for (; ranks + 8 <= job.rank; ranks += 8) {
+      for (int g = 0; g < G; ++g) {
+        const int64_t a = smaller(n + g * GROUP, last), b = smaller(n + g * GROUP + GROUP - 1, last);
+        const F values = load_rows(lora_B + a * job.rank + ranks, lora_B + b * job.rank + ranks);
+        for (int m = 0; m < M; ++m) {
+          sum[m * G + g] = fma(values, load_repeated(t + m * job.rank + ranks), sum[m * G + g]);
+        }
+      }
+    }
+  }
+  float sums[SUMS * GROUP];
+  for (int i = 0; i < SUMS; i += 4) sum_groups(sum + i, sums + i * GROUP);
+  const auto* bias = static_cast<const T*>(job.bias);
+  for (int m = 0; m < M; ++m) {
+    T* y = static_cast<T*>(job.y) + m * w.out + n;
+    for (int64_t i = 0; i < columns; ++i) {
+      float value = sums[m * G * GROUP + i];
+      for (int r = ranks; r < job.rank; ++r) value += one(lora_B + (n + i) * job.rank + r) * t[m * job.rank + r];
+      put(y + i, bias == nullptr ? value : value + one(bias + n + i));
+    }
+  }
+}
+
+template <int M, typename T>
+void few_rows(const Forward& job, const float* x, const float* t, int64_t first_column, int64_t last_column) {
+  constexpr int G = M == 1 ? 4 : M <= 4 ? 2 : 1;
+  for (int64_t n = first_column; n < last_column; n += G * GROUP) {
+    few_columns<M, G, T>(job, x, t, n, smaller(G * GROUP, last_column - n));
+  }
+}
+
+// to[8 * j + i] = from[8 * i + (j ^ 1)]: nibble j of dword i belongs to step j ^ 1.
+template <typename T>
+inline void reorder(const T* from, float* to) {
+  if constexpr (sizeof(T) == 4) {
+    I v[8];
+    for (int i = 0; i < 8; ++i) v[i] = HARLORA_F2I(load_repeated(from + 8 * i));
+    transpose8(v);
+    for (int j = 0; j < 8; ++j) store_eight(to + 8 * (j ^ 1), HARLORA_I2F(v[j]));
+  } else {
+    for (int i = 0; i < 8; ++i) {
+      for (int j = 0; j < 8; ++j) to[8 * (j ^ 1) + i] = one(from + 8 * i + j);
+    }
+  }
+}
+
+template <typename T>
+void forward_few_as(const Forward& job, int64_t first_column, int64_t last_column) {
+  alignas(64) float x[FEW_VALUES];
+  alignas(64) float t[FEW * RANKS];
+  const int64_t in = job.weight.in, rows = job.rows;
+  const auto* from = static_cast<const T*>(job.x);
+  for (int64_t k = 0; k < rows * in; k += GRANULE) reorder(from + k, x + k);
+  for (int64_t i = 0; i < rows * job.rank; ++i) t[i] = job.scaling * job.t[i];
+  switch (rows) {
+    case 1: return few_rows<1, T>(job, x, t, first_column, last_column);
+    case 2: return few_rows<2, T>(job, x, t, first_column, last_column);
+    case 3: return few_rows<3, T>(job, x, t, first_column, last_column);
+    case 4: return few_rows<4, T>(job, x, t, first_column, last_column);
+#if defined(HARLORA_AVX512)
+    case 5: return few_rows<5, T>(job, x, t, first_column, last_column);
+    case 6: return few_rows<6, T>(job, x, t, first_column, last_column);
+    case 7: return few_rows<7, T>(job, x, t, first_column, last_column);
+    case 8: return few_rows<8, T>(job, x, t, first_column, last_column);
+#endif
+    default: return;
+  }
+}
+
+// Backward ----------------------------------------------------------------------------------------------------------
+
+template <typename T>
+void backward_u_as(const Backward& job, int64_t first_row, int64_t last_row) {
+  const auto* lora_B = static_cast<const T*>(job.lora_B);
+  const int64_t out = job.weight.out;
+  multiply_thin(static_cast<const T*>(job.grad), out, out, job.rank, first_row, last_row, job.u,
+                [&](int64_t step, int64_t steps, int first, int width, float* to) {
+                  const int64_t columns = smaller(width, job.rank - first);
+                  for (int64_t i = 0; i < steps; ++i) {
+                    widen(lora_B + (step + i) * job.rank + first, columns, width, to + i * width);
+                    for (int v = 0; v < width; v += LANES) {
+                      store(to + i * width + v, mul(load(to + i * width + v), set(job.scaling)));
+                    }
+                  }
+                });
+}
+
+template <typename T>
+void backward_x_as(const Backward& job, int64_t first_panel, int64_t last_panel, int64_t first_row,
+                   int64_t last_row) {
+  alignas(64) float panel[DEPTH * PANEL];
+  alignas(64) float block[ROW_BLOCK * PANEL];
+  alignas(64) float packed_a[ROWS * DEPTH];
+  alignas(64) float branch[RANKS * PANEL];
+  const auto* grad = static_cast<const T*>(job.grad);
+  const auto* lora_A = static_cast<const T*>(job.lora_A);
+  const int64_t in = job.weight.in, out = job.weight.out;
+  for (int64_t p = first_panel; p < last_panel; ++p) {
+    const int64_t k = p * PANEL, columns = smaller(PANEL, in - k);
+    for (int64_t m = first_row; m < last_row; m += ROW_BLOCK) {
+      const int64_t rows = smaller(ROW_BLOCK, last_row - m);
+      for (int64_t step = 0; step < out; step += DEPTH) {
+        const int64_t steps = smaller(DEPTH, out - step);
+        if (out > DEPTH || m == first_row) decode_straight(job.weight, k, step, steps, panel);
+        multiply<2>(rows, steps, grad + m * out + step, out, panel, step == 0 ? zeros : block, step == 0 ? 0 : PANEL,
+                    block, PANEL, packed_a);
+      }
+      for (int first = 0; first < job.rank; first += RANKS) {
+        const int64_t ranks = smaller(RANKS, job.rank - first);
+        if (job.rank > RANKS || m == first_row) {
+          for (int64_t i = 0; i < ranks; ++i) {
+            for (int column = 0; column < PANEL; ++column) {
+              const bool inside = column < columns;
+              branch[i * PANEL + permuted(column)] = inside ? one(lora_A + (first + i) * in + k + column) : 0.0f;
+            }
+          }
+        }
+        multiply<2>(rows, ranks, job.u + m * job.rank + first, job.rank, branch, block, PANEL, block, PANEL, packed_a);
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        F first, second;
+        interleave(load(block + i * PANEL), load(block + i * PANEL + LANES), &first, &second);
+        T* to = static_cast<T*>(job.grad_x) + (m + i) * in + k;
+        if (columns == PANEL) {
+          store(to, first);
+          store(to + LANES, second);
+        } else {
+          alignas(64) float row[PANEL];
+          store(row, first);
+          store(row + LANES, second);
+          narrow(row, columns, to);
+        }
+      }
+    }
+  }
+}
+
+// c[r][:] of `ranks` rows and `columns` columns = sum over rows of a[row][r] · b[row][:]; c is (RANKS, PANEL).
+template <typename T>
+void multiply_over_rows(int64_t rows, const float* a, int64_t a_row, int64_t ranks, const T* b, int64_t b_row,
+                        int64_t columns, float* c) {
+  alignas(64) float packed_b[DEPTH * PANEL];
+  if (rows == 0) __builtin_memset(c, 0, sizeof(float) * PANEL * static_cast<unsigned long>(ranks));
+  for (int64_t m = 0; m < rows; m += DEPTH) {
+    const int64_t count = smaller(DEPTH, rows - m);
+    const float* from = packed_b;
+    int64_t from_row = PANEL;
+    bool copy = true;
+    if constexpr (sizeof(T) == 4) {
+      if (columns == PANEL) copy = false, from = b + m * b_row, from_row = b_row;
+    }
+    if (copy) {
+      for (int64_t i = 0; i < count; ++i) widen(b + (m + i) * b_row, columns, PANEL, packed_b + i * PANEL);
+    }
+    for (int64_t r = 0; r < ranks;) {
+      const int64_t tall = next_tile(ranks - r);
+      const bool fresh = m == 0;
+      tile_of<2>(tall)(count, a + m * a_row + r, 1, a_row, from, from_row, fresh ? zeros : c + r * PANEL,
+                       fresh ? 0 : PANEL, c + r * PANEL, PANEL);
+      r += tall;
+    }
+  }
+}
+
+template <typename T>
+void backward_A_as(const Backward& job, int64_t first_panel, int64_t last_panel) {
+  alignas(64) float block[RANKS * PANEL];
+  const int64_t in = job.weight.in;
+  for (int64_t p = first_panel; p < last_panel; ++p) {
+    const int64_t k = p * PANEL, columns = smaller(PANEL, in - k);
+    for (int first = 0; first < job.rank; first += RANKS) {
+      const int64_t ranks = smaller(RANKS, job.rank - first);
+      multiply_over_rows(job.rows, job.u + first, job.rank, ranks, static_cast<const T*>(job.x) + k, in, columns,
+                         block);
+      for (int64_t r = 0; r < ranks; ++r) {
+        narrow(block + r * PANEL, columns, static_cast<T*>(job.grad_A) + (first + r) * in + k);
+      }
+    }
+  }
+}
+
+template <typename T>
+void backward_B_as(const Backward& job, int64_t first_panel, int64_t last_panel) {
+  alignas(64) float block[RANKS * PANEL];
+  alignas(64) float row[PANEL];
+  const int64_t out = job.weight.out;
+  for (int64_t p = first_panel; p < last_panel; ++p) {
+    const int64_t n = p * PANEL, columns = smaller(PANEL, out - n);
+    const T* grad = static_cast<const T*>(job.grad) + n;
+    for (int first = 0; job.grad_B != nullptr && first < job.rank; first += RANKS) {
+      const int64_t ranks = smaller(RANKS, job.rank - first);
+      multiply_over_rows(job.rows, job.t + first, job.rank, ranks, grad, out, columns, block);
+      for (int64_t i = 0; i < columns; ++i) {
+        for (int64_t r = 0; r < ranks; ++r) {
+          put(static_cast<T*>(job.grad_B) + (n + i) * job.rank + first + r, job.scaling * block[r * PANEL + i]);
+        }
+      }
+    }
+    if (job.grad_bias != nullptr) {
+      F sum[2] = {zero(), zero()};
+      for (int64_t m = 0; m < job.rows; ++m) {
+        widen(grad + m * out, columns, PANEL, row);
+        for (int v = 0; v < 2; ++v) sum[v] = add(sum[v], load(row + v * LANES));
+      }
+      for (int v = 0; v < 2; ++v) store(row + v * LANES, sum[v]);
+      narrow(row, columns, static_cast<T*>(job.grad_bias) + n);
+    }
+  }
+}
+
+// By dtype ----------------------------------------------------------------------------------------------------------
+
+#define HARLORA_BY_DTYPE(function, job, ...)                                               \
+  if (job.dtype == Dtype::float32) return function##_as<float>(job, __VA_ARGS__);          \
+  if (job.dtype == Dtype::bfloat16) return function##_as<BFloat16>(job, __VA_ARGS__);      \
+  return function##_as<Half>(job, __VA_ARGS__)
+
+void forward_t(const Forward& job, int64_t first, int64_t last) { HARLORA_BY_DTYPE(forward_t, job, first, last); }
+void forward(const Forward& job, int64_t first_panel, int64_t last_panel, int64_t first_row, int64_t last_row) {
+  HARLORA_BY_DTYPE(forward, job, first_panel, last_panel, first_row, last_row);
+}
+void forward_few_t(const Forward& job, int64_t first, int64_t last) {
+  HARLORA_BY_DTYPE(forward_few_t, job, first, last);
+}
+void forward_few(const Forward& job, int64_t first, int64_t last) { HARLORA_BY_DTYPE(forward_few, job, first, last); }
+void backward_u(const Backward& job, int64_t first, int64_t last) { HARLORA_BY_DTYPE(backward_u, job, first, last); }
+void backward_x(const Backward& job, int64_t first_panel, int64_t last_panel, int64_t first_row, int64_t last_row) {
+  HARLORA_BY_DTYPE(backward_x, job, first_panel, last_panel, first_row, last_row);
+}
+void backward_A(const Backward& job, int64_t first, int64_t last) { HARLORA_BY_DTYPE(backward_A, job, first, last); }
+void backward_B(const Backward& job, int64_t first, int64_t last) { HARLORA_BY_DTYPE(backward_B, job, first, last); }
+
+constexpr Kernels make_kernels(const char* name) {
+  return {
+      .name = name,
+      .panel = PANEL,
+      .few_columns = 4 * GROUP,
+      .narrow = narrow_to,
+      .quantize = quantize,
+      .dequantize = dequantize,
+      .forward_t = forward_t,
+      .forward = forward,
+      .forward_few_serves = forward_few_serves,
+      .forward_few_t = forward_few_t,
+      .forward_few = forward_few,
+      .backward_u = backward_u,
+      .backward_x = backward_x,
+      .backward_A = backward_A,
+      .backward_B = backward_B,
+  };
+}

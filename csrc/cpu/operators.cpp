@@ -1,0 +1,301 @@
+// Tensors in, tensors out: checks, allocation, and how work is shared out. The arithmetic is in kernels.inl.
+
+#include "operators.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <memory>
+
+#include "kernels.h"
+#include "parallel.h"
+
+namespace harlora::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+Dtype dtype_of(const char* name, ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Half: return Dtype::float16;
+    default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16");
+  }
+}
+
+// The memory of a contiguous tensor of `numel` values of one type; raises if it is another.
+const void* memory(const char* name, const Tensor& tensor, ScalarType type, int64_t numel) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == type, name, " has the wrong device or dtype");
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+  STD_TORCH_CHECK(tensor.numel() == numel, name, " must have ", numel, " values, got ", tensor.numel());
+  return tensor.const_data_ptr();
+}
+
+const void* memory(const char* name, const Optional& tensor, ScalarType type, int64_t numel) {
+  return tensor.has_value() ? memory(name, *tensor, type, numel) : nullptr;
+}
+
+void* writable(const char* name, const Optional& tensor, ScalarType type, int64_t numel) {
+  return const_cast<void*>(memory(name, tensor, type, numel));
+}
+
+// As empty_strided, without the dispatcher: at HAR size every microsecond shows.
+Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dim) {
+  int64_t strides[64];
+  STD_TORCH_CHECK(dim <= 64, "at most 64 dimensions");
+  int64_t stride = 1;
+  for (int64_t i = dim - 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes[i], 1);
+  }
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Weight weight_of(const Tensor& packed, const Tensor& absmax, const Optional& nested_absmax,
+                 const Optional& nested_offset, const Optional& nested_code, const Tensor& code, int64_t blocksize,
+                 int64_t out, int64_t in) {
+  STD_TORCH_CHECK(blocksize >= 32 && (blocksize & (blocksize - 1)) == 0 && out >= 0 && in >= 0,
+                  "blocksize must be a power of two of at least 32, got ", blocksize);
+  const int64_t numel = out * in, blocks = (numel + blocksize - 1) / blocksize;
+  Weight w{};
+  w.packed = static_cast<const uint8_t*>(memory("packed", packed, ScalarType::Byte, (numel + 1) / 2));
+  w.code = static_cast<const float*>(memory("code", code, ScalarType::Float, 16));
+  w.out = out;
+  w.in = in;
+  while (int64_t{1} << w.log2_blocksize < blocksize) ++w.log2_blocksize;
+  if (nested_absmax.has_value()) {
+    STD_TORCH_CHECK(nested_offset.has_value() && nested_code.has_value(), "nested tensors come together");
+    w.absmax_code = static_cast<const uint8_t*>(memory("absmax", absmax, ScalarType::Byte, blocks));
+    w.nested_absmax =
+        static_cast<const float*>(memory("nested_absmax", *nested_absmax, ScalarType::Float, (blocks + 255) / 256));
+    w.nested_offset = *static_cast<const float*>(memory("nested_offset", *nested_offset, ScalarType::Float, 1));
+    w.nested_code = static_cast<const float*>(memory("nested_code", *nested_code, ScalarType::Float, 256));
+  } else {
+    w.absmax = static_cast<const float*>(memory("absmax", absmax, ScalarType::Float, blocks));
+  }
+  return w;
+}
+
+void make_contiguous(Optional& tensor) {
+  if (tensor.has_value() && !tensor->is_contiguous()) tensor = torch::stable::contiguous(*tensor);
+}
+
+int rank_of(const Optional& lora_A) {
+  return lora_A.has_value() && lora_A->dim() == 2 ? static_cast<int>(lora_A->size(0)) : 0;
+}
+
+// t and u in float32: the caller's memory where it has that dtype, else memory of their own.
+class Scratch {
+ public:
+  Scratch(int64_t numel, void* given) {
+    if (given != nullptr) {
+      data_ = static_cast<float*>(given);
+    } else if (numel <= kInline) {
+      data_ = inline_;
+    } else {
+      owned_.reset(new float[static_cast<size_t>(numel)]);
+      data_ = owned_.get();
+    }
+  }
+  float* data() { return data_; }
+
+ private:
+  static constexpr int64_t kInline = 1024;
+  float inline_[kInline];
+  std::unique_ptr<float[]> owned_;
+  float* data_;
+};
+
+// Rows of one pass over all panels: as many as stay in a second-level cache with their share of y.
+int64_t rows_of_pass(int64_t depth) { return std::max<int64_t>(96, (int64_t{1} << 19) / std::max<int64_t>(depth, 1)); }
+
+// f(first_panel, last_panel, first_row, last_row) over the grid of panels and rows.
+template <typename F>
+void over_grid(int64_t part, int64_t parts, int64_t panels, int64_t rows, int64_t pass, const F& f) {
+  // Rows are split too where there are fewer panels than threads; each part decodes its own copy of a panel then.
+  int64_t row_parts = 1;
+  while (row_parts < parts && panels * row_parts % parts != 0 && panels * row_parts < 4 * parts) ++row_parts;
+  const int64_t cells = panels * row_parts;
+  const int64_t first = cells * part / parts, last = cells * (part + 1) / parts;
+  for (int64_t cell = first; cell < last;) {
+    const int64_t row_part = cell / panels, panel = cell % panels;
+    const int64_t stop = std::min(panels, panel + last - cell);
+    const int64_t first_row = rows * row_part / row_parts, last_row = rows * (row_part + 1) / row_parts;
+    for (int64_t row = first_row; row < last_row; row += pass) {
+      f(panel, stop, row, std::min(last_row, row + pass));
+    }
+    cell += stop - panel;
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> quantize_4bit(Tensor weight, Tensor bounds, int64_t blocksize, bool fp4) {
+  const int64_t n = weight.numel();
+  const Dtype dtype = dtype_of("weight", weight.scalar_type());
+  STD_TORCH_CHECK(blocksize >= 32 && (blocksize & (blocksize - 1)) == 0, "blocksize must be a power of two");
+  const void* values = memory("weight", weight, weight.scalar_type(), n);
+  const auto* limits = static_cast<const float*>(memory("bounds", bounds, ScalarType::Float, fp4 ? 7 : 15));
+  const int64_t blocks = (n + blocksize - 1) / blocksize;
+  Tensor packed = torch::stable::empty({(n + 1) / 2, 1}, ScalarType::Byte);
+  Tensor absmax = torch::stable::empty({blocks}, ScalarType::Float);
+  auto* bytes = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  auto* scales = static_cast<float*>(absmax.mutable_data_ptr());
+  int log2 = 0;
+  while (int64_t{1} << log2 < blocksize) ++log2;
+  const Kernels& k = kernels();
+  in_parts(4 * n, [&](int64_t part, int64_t parts) {
+    k.quantize(values, dtype, n, fp4, limits, log2, share(blocks, part, parts), share(blocks, part + 1, parts), bytes,
+               scales);
+  });
+  return {packed, absmax};
+}
+
+void dequantize_4bit(Tensor packed, Tensor absmax, Tensor code, int64_t blocksize, Tensor out, Optional nested_absmax,
+                     Optional nested_offset, Optional nested_code) {
+  const int64_t n = out.numel();
+  const Dtype dtype = dtype_of("out", out.scalar_type());
+  const Weight w = weight_of(packed, absmax, nested_absmax, nested_offset, nested_code, code, blocksize, 1, n);
+  void* to = writable("out", out, out.scalar_type(), n);
+  const int64_t blocks = (n + blocksize - 1) / blocksize;
+  const Kernels& k = kernels();
+  in_parts(2 * n, [&](int64_t part, int64_t parts) {
+    k.dequantize(w, n, share(blocks, part, parts), share(blocks, part + 1, parts), dtype, to);
+  });
+}
+
+Tensor qlora_linear(Tensor x, Tensor packed, Tensor absmax, Tensor code, int64_t blocksize, int64_t out_features,
+                    Optional bias, Optional lora_A, Optional lora_B, double scaling, Optional t,
+                    Optional nested_absmax, Optional nested_offset, Optional nested_code) {
+  const int64_t dim = x.dim();
+  STD_TORCH_CHECK(dim >= 1 && dim <= 64, "x must have at least one dimension");
+  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  make_contiguous(bias);
+  make_contiguous(lora_A);
+  make_contiguous(lora_B);
+  const ScalarType type = x.scalar_type();
+  const int64_t in = x.size(dim - 1), out = out_features;
+  Forward job{};
+  job.weight = weight_of(packed, absmax, nested_absmax, nested_offset, nested_code, code, blocksize, out, in);
+  job.dtype = dtype_of("x", type);
+  const int64_t total = x.numel();
+  int64_t sizes[64];
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < dim; ++i) rows *= sizes[i] = x.size(i);
+  sizes[dim - 1] = out;
+  job.rows = rows;
+  job.rank = rank_of(lora_A);
+  job.scaling = static_cast<float>(scaling);
+  job.x = memory("x", x, type, total);
+  job.bias = memory("bias", bias, type, out);
+  job.lora_A = memory("lora_A", lora_A, type, job.rank * in);
+  job.lora_B = memory("lora_B", lora_B, type, out * job.rank);
+  STD_TORCH_CHECK(lora_A.has_value() == lora_B.has_value(), "lora_A and lora_B come together");
+  Tensor y = empty(x, sizes, dim);
+  if (rows == 0 || out == 0) return y;
+  job.y = y.mutable_data_ptr();
+  void* t_memory = writable("t", t, type, rows * job.rank);
+  Scratch t32(rows * job.rank, job.dtype == Dtype::float32 ? t_memory : nullptr);
+  job.t = t32.data();
+
+  const Kernels& k = kernels();
+  const int64_t branch = rows * in * job.rank, base = rows * in * out;
+  if (k.forward_few_serves(job)) {
+    if (job.rank > 0) {
+      in_parts(branch / 2, [&](int64_t part, int64_t parts) {
+        k.forward_few_t(job, share(job.rank, part, parts), share(job.rank, part + 1, parts));
+      });
+    }
+    // Decoding counts as two multiply-adds.
+    in_parts(base + 2 * in * out, [&](int64_t part, int64_t parts) {
+      k.forward_few(job, share(out, part, parts, k.few_columns), share(out, part + 1, parts, k.few_columns));
+    });
+  } else {
+    if (job.rank > 0) {
+      in_parts(branch, [&](int64_t part, int64_t parts) {
+        k.forward_t(job, share(rows, part, parts), share(rows, part + 1, parts));
+      });
+    }
+    const int64_t panels = (out + k.panel - 1) / k.panel;
+    in_parts(base + 2 * in * out, [&](int64_t part, int64_t parts) {
+      over_grid(part, parts, panels, rows, rows_of_pass(in),
+                [&](int64_t p0, int64_t p1, int64_t m0, int64_t m1) { k.forward(job, p0, p1, m0, m1); });
+    });
+  }
+  if (t_memory != nullptr && job.t != t_memory) k.narrow(job.t, rows * job.rank, job.dtype, t_memory);
+  return y;
+}
+
+void qlora_linear_backward(Tensor grad, Optional x, Optional t, Tensor packed, Tensor absmax, Tensor code,
+                           int64_t blocksize, int64_t in_features, Optional lora_A, Optional lora_B, double scaling,
+                           Optional grad_x, Optional grad_bias, Optional grad_A, Optional grad_B,
+                           Optional nested_absmax, Optional nested_offset, Optional nested_code) {
+  const int64_t dim = grad.dim();
+  STD_TORCH_CHECK(dim >= 1, "grad must have at least one dimension");
+  if (!grad.is_contiguous()) grad = torch::stable::contiguous(grad);
+  make_contiguous(x);
+  make_contiguous(lora_A);
+  make_contiguous(lora_B);
+  const ScalarType type = grad.scalar_type();
+  const int64_t in = in_features, out = grad.size(dim - 1);
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < dim; ++i) rows *= grad.size(i);
+  Backward job{};
+  job.weight = weight_of(packed, absmax, nested_absmax, nested_offset, nested_code, code, blocksize, out, in);
+  job.dtype = dtype_of("grad", type);
+  job.rows = rows;
+  job.rank = rank_of(lora_A);
+  job.scaling = static_cast<float>(scaling);
+  job.grad = memory("grad", grad, type, rows * out);
+  job.lora_A = memory("lora_A", lora_A, type, job.rank * in);
+  job.lora_B = memory("lora_B", lora_B, type, out * job.rank);
+  STD_TORCH_CHECK(lora_A.has_value() == lora_B.has_value(), "lora_A and lora_B come together");
+  job.grad_x = writable("grad_x", grad_x, type, rows * in);
+  job.grad_bias = writable("grad_bias", grad_bias, type, out);
+  job.grad_A = writable("grad_A", grad_A, type, job.rank * in);
+  job.grad_B = writable("grad_B", grad_B, type, out * job.rank);
+  const bool wants_A = job.grad_A != nullptr, wants_B = job.grad_B != nullptr, wants_x = job.grad_x != nullptr;
+  if (wants_A) {
+    STD_TORCH_CHECK(x.has_value(), "grad_A requires x");
+    job.x = memory("x", *x, type, rows * in);
+  }
+
+  const Kernels& k = kernels();
+  Optional t_float;
+  if (wants_B) {
+    STD_TORCH_CHECK(t.has_value(), "grad_B requires t");
+    t_float = torch::stable::contiguous(torch::stable::to(*t, ScalarType::Float));
+    job.t = static_cast<const float*>(memory("t", *t_float, ScalarType::Float, rows * job.rank));
+  }
+  const bool wants_u = job.rank > 0 && (wants_x || wants_A);
+  Scratch u(wants_u ? rows * job.rank : 0, nullptr);
+  job.u = u.data();
+  if (wants_u) {
+    in_parts(rows * out * job.rank, [&](int64_t part, int64_t parts) {
+      k.backward_u(job, share(rows, part, parts), share(rows, part + 1, parts));
+    });
+  }
+  const int64_t in_panels = (in + k.panel - 1) / k.panel, out_panels = (out + k.panel - 1) / k.panel;
+  const int64_t work = (wants_x ? rows * in * out + 2 * in * out : 0) + (wants_A ? rows * in * job.rank : 0) +
+                       (wants_B ? rows * out * job.rank : 0) + (job.grad_bias != nullptr ? rows * out : 0);
+  in_parts(work, [&](int64_t part, int64_t parts) {
+    if (wants_x) {
+      over_grid(part, parts, in_panels, rows, rows_of_pass(out),
+                [&](int64_t p0, int64_t p1, int64_t m0, int64_t m1) { k.backward_x(job, p0, p1, m0, m1); });
+    }
+    if (wants_A) k.backward_A(job, share(in_panels, part, parts), share(in_panels, part + 1, parts));
+    if (wants_B || job.grad_bias != nullptr) {
+      // The remainder of dA and dB fall to different threads.
+      const int64_t other = parts - 1 - part;
+      k.backward_B(job, share(out_panels, other, parts), share(out_panels, other + 1, parts));
+    }
+  });
+}
+
+}  // namespace harlora::cpu

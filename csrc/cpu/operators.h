@@ -1,0 +1,37 @@
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+
+// The operators of harlora_cpp on the CPU; their schemas are in bindings.cpp, what they mean in kernels/reference.py.
+// All of them check what memory safety needs; the messages for users are in kernels/ops.py.
+
+namespace harlora::cpu {
+
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+std::tuple<Tensor, Tensor> quantize_4bit(Tensor weight, Tensor bounds, int64_t blocksize, bool fp4);
+
+void dequantize_4bit(Tensor packed, Tensor absmax, Tensor code, int64_t blocksize, Tensor out, Optional nested_absmax,
+                     Optional nested_offset, Optional nested_code);
+
+// y, and t written into `t` where it is given.
+Tensor qlora_linear(Tensor x, Tensor packed, Tensor absmax, Tensor code, int64_t blocksize, int64_t out_features,
+                    Optional bias, Optional lora_A, Optional lora_B, double scaling, Optional t,
+                    Optional nested_absmax, Optional nested_offset, Optional nested_code);
+
+// Gradients into those of grad_x, grad_bias, grad_A and grad_B that are given.
+void qlora_linear_backward(Tensor grad, Optional x, Optional t, Tensor packed, Tensor absmax, Tensor code,
+                           int64_t blocksize, int64_t in_features, Optional lora_A, Optional lora_B, double scaling,
+                           Optional grad_x, Optional grad_bias, Optional grad_A, Optional grad_B,
+                           Optional nested_absmax, Optional nested_offset, Optional nested_code);
+
+// The kernels named, or the best if `name` is empty, serve from now on; returns their name.
+std::string select_kernels(std::string name);
+
+}  // namespace harlora::cpu

@@ -1,0 +1,40 @@
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace harlora::cpu {
+
+// The kernels that serve: the best that this processor has, or those that HARLORA_CPU names.
+const Kernels& kernels();
+
+// False in a process that was forked: the threads of OpenMP do not survive a fork, and waiting for them never ends.
+bool threads_usable();
+
+// Multiply-adds for which another thread is worth waking.
+constexpr int64_t kWorkOfThread = 200'000;
+
+// f(part, parts) for every part, on as many of torch's threads as `work` (multiply-adds) keeps busy.
+template <typename F>
+void in_parts(int64_t work, const F& f) {
+  int64_t parts = 1;
+  if (work >= 2 * kWorkOfThread && threads_usable()) {
+    parts = std::min<int64_t>(torch::stable::get_num_threads(), work / kWorkOfThread);
+  }
+  if (parts == 1) return f(int64_t{0}, int64_t{1});
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) f(part, parts);
+  });
+}
+
+// The first of `count` items, in multiples of `step`, that belongs to `part`.
+inline int64_t share(int64_t count, int64_t part, int64_t parts, int64_t step = 1) {
+  const int64_t steps = (count + step - 1) / step;
+  return std::min(count, steps * part / parts * step);
+}
+
+}  // namespace harlora::cpu

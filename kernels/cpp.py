@@ -1,0 +1,144 @@
+"""The compiled backend: the operators' arguments as the extension takes them, and its probes."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from harlora.kernels import reference
+from harlora.kernels.format import code_table, nested_code_table
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@cache
+def extension_path() -> Path | None:
+    """Where the compiled extension lies, or None if it was not built."""
+    found = sorted(Path(__file__).parent.glob("_C*.so")) + sorted(Path(__file__).parent.glob("_C*.pyd"))
+    return found[0] if found else None
+
+
+@cache
+def load_extension() -> str:
+    """Load the compiled extension; an empty string, or the reason why it does not serve."""
+    path = extension_path()
+    if path is None:
+        return "it was not built: install with a C++ compiler and `pip install --no-build-isolation`"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:  # built for another machine or an older torch
+        return f"{path} does not load: {error}"
+    return ""
+
+
+def has_kernel(operator: str, device_type: str) -> bool:
+    """Whether the loaded extension has ``operator`` for a kind of device."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}[device_type]
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"harlora_cpp::{operator}", key)
+
+
+def select_kernels(name: str = "") -> str:
+    """Which CPU kernels serve from now on: ``"avx512"``, ``"avx2"``, ``"portable"``, or the best of this processor.
+
+    ``HARLORA_CPU`` in the environment sets it from the start. Returns the name.
+    Raises: RuntimeError if this processor does not run them.
+    """
+    chosen: str = torch.ops.harlora_cpp.select_kernels(name)
+    return chosen
+
+
+def _nested(nested_absmax: Tensor | None, nested_offset: Tensor | None) -> tuple[Tensor | None, ...]:
+    # The last arguments of every operator over a quantised weight; left out for plain scales, which is cheaper.
+    return () if nested_absmax is None else (nested_absmax, nested_offset, nested_code_table(nested_absmax.device))
+
+
+def quantize_4bit(
+    weight: Tensor, quant_type: str, blocksize: int, double_quant: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `reference.quantize_4bit`."""
+    bounds = reference.bounds(quant_type, weight.device)
+    packed, absmax = torch.ops.harlora_cpp.quantize_4bit(weight.contiguous(), bounds, blocksize, quant_type == "fp4")
+    if not double_quant:
+        return packed, absmax, absmax.new_empty(0), absmax.new_empty(0)
+    return packed, *reference.quantize_scales(absmax)
+
+
+def dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `reference.dequantize_4bit`."""
+    device = packed.device
+    if device.type != "cpu":  # its kernel takes decoded scales
+        absmax, nested_absmax, nested_offset = reference.scales(absmax, nested_absmax, nested_offset), None, None
+    out = torch.empty(shape, dtype=dtype, device=device)
+    torch.ops.harlora_cpp.dequantize_4bit(
+        packed, absmax, code_table(quant_type, device), blocksize, out, *_nested(nested_absmax, nested_offset)
+    )
+    return out
+
+
+def qlora_linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    out_features: int,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.qlora_linear`."""
+    t = None if lora_A is None else x.new_empty((*x.shape[:-1], lora_A.shape[0]))
+    y = torch.ops.harlora_cpp.qlora_linear(
+        x, packed, absmax, code_table(quant_type, x.device), blocksize, out_features, bias, lora_A, lora_B, scaling, t,
+        *_nested(nested_absmax, nested_offset),
+    )  # fmt: skip
+    return y, x.new_empty(0) if t is None else t
+
+
+def qlora_linear_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    t: Tensor | None,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    in_features: int,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `reference.qlora_linear_backward`."""
+    shapes = (
+        (*grad.shape[:-1], in_features),
+        grad.shape[-1:],
+        None if lora_A is None else lora_A.shape,
+        None if lora_B is None else lora_B.shape,
+    )
+    grads = [
+        grad.new_empty(shape) if wanted and shape is not None else None
+        for wanted, shape in zip(output_mask, shapes, strict=True)
+    ]
+    torch.ops.harlora_cpp.qlora_linear_backward(
+        grad, x, t, packed, absmax, code_table(quant_type, grad.device), blocksize, in_features, lora_A, lora_B,
+        scaling, *grads, *_nested(nested_absmax, nested_offset),
+    )  # fmt: skip
+    grad_x, grad_bias, grad_A, grad_B = (grad.new_empty(0) if value is None else value for value in grads)
+    return grad_x, grad_bias, grad_A, grad_B

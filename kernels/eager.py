@@ -1,0 +1,129 @@
+"""The short way to the compiled CPU kernels, for eager mode.
+
+At the sizes of a HAR encoder a layer computes for a few microseconds, and the public operators' way through torch's
+dispatcher in Python costs more than that. Where nothing but plain tensors in plain eager mode is at hand, the compiled
+operator is called at once, with autograd by a `torch.autograd.Function`. Everything else (compilation, tracing,
+transforms, autocast, other devices and dtypes, arguments that do not fit) is left to the public operators, which give
+the same numbers.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from harlora.kernels import cpp, dispatch
+from harlora.kernels.format import code_table, nested_code_table
+
+_CPU = torch.device("cpu")
+_Quantized = tuple[Tensor, Tensor, Tensor, int]  # packed, absmax, code, blocksize
+_operators: dict[str, Any] = {}
+_served: dict[torch.dtype, bool] = {}
+
+
+def reset() -> None:
+    """Forget which backend serves, after ``HARLORA_BACKEND`` was changed."""
+    dispatch.select.cache_clear()
+    _served.clear()
+
+
+def _compiled(dtype: torch.dtype) -> bool:
+    if dtype not in _served:
+        _served[dtype] = dtype in cpp.DTYPES and all(
+            dispatch.select(operator, _CPU, dtype) is getattr(cpp, operator)
+            for operator in ("qlora_linear", "qlora_linear_backward")
+        )
+        if _served[dtype]:
+            # _op is what OpOverload.__call__ calls; without its frame a call is 0.2 us shorter.
+            _operators["qlora_linear"] = torch.ops.harlora_cpp.qlora_linear.default._op
+    return _served[dtype]
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether ``x`` is a plain tensor on a CPU, and nothing watches or transforms what torch does."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and forward_ad._current_level < 0
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float,
+        out_features: int, quantized: _Quantized, nested: tuple[Tensor, ...],
+    ) -> Tensor:  # fmt: skip
+        t = None
+        if lora_A is not None and ctx.needs_input_grad[3]:
+            t = x.new_empty((*x.shape[:-1], lora_A.shape[0]))
+        y: Tensor = torch.ops.harlora_cpp.qlora_linear.default(
+            x, *quantized, out_features, bias, lora_A, lora_B, scaling, t, *nested
+        )
+        # x is kept for dA alone and t for dB alone.
+        packed, absmax, code, blocksize = quantized
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, t, lora_A, lora_B, packed, absmax, *nested[:2])
+        ctx.facts = (code, blocksize, x.shape[-1], scaling, nested[2:])
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, t, lora_A, lora_B, packed, absmax, *nested = ctx.saved_tensors
+        code, blocksize, in_features, scaling, nested_code = ctx.facts
+        needs = ctx.needs_input_grad
+        grads = (
+            grad.new_empty((*grad.shape[:-1], in_features)) if needs[0] else None,
+            grad.new_empty(grad.shape[-1:]) if needs[1] else None,
+            torch.empty_like(lora_A, memory_format=torch.contiguous_format) if needs[2] else None,
+            torch.empty_like(lora_B, memory_format=torch.contiguous_format) if needs[3] else None,
+        )
+        torch.ops.harlora_cpp.qlora_linear_backward.default(
+            grad, x, t, packed, absmax, code, blocksize, in_features, lora_A, lora_B, scaling, *grads,
+            *nested, *nested_code,
+        )  # fmt: skip
+        return *grads, None, None, None, None
+
+
+def qlora_linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    out_features: int,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+) -> Tensor | None:
+    """The output of the operator of that name, or None where only the public operator serves."""
+    if torch.compiler.is_compiling() or not _plain(x):
+        return None
+    dtype = x.dtype
+    if not (_served.get(dtype) or _compiled(dtype)) or (lora_A is not None and lora_A.dtype is not dtype):
+        return None
+    code = code_table(quant_type, _CPU)
+    nested: Any = () if nested_absmax is None else (nested_absmax, nested_offset, nested_code_table(_CPU))
+    try:
+        if torch.is_grad_enabled() and (
+            x.requires_grad
+            or (lora_A is not None and lora_A.requires_grad)
+            or (lora_B is not None and lora_B.requires_grad)
+            or (bias is not None and bias.requires_grad)
+        ):
+            return _Linear.apply(
+                x, bias, lora_A, lora_B, scaling, out_features, (packed, absmax, code, blocksize), nested
+            )
+        operator = _operators["qlora_linear"]
+        if not nested:
+            return operator(x, packed, absmax, code, blocksize, out_features, bias, lora_A, lora_B, scaling)
+        return operator(x, packed, absmax, code, blocksize, out_features, bias, lora_A, lora_B, scaling, None, *nested)
+    except RuntimeError:  # adapters of another dtype, or a mistake: the public operator converts, or says which
+        return None
