@@ -23,6 +23,7 @@ STABLE_TORCH_LIBRARY(harlora_cpp, library) {
   library.def("qlora_linear_backward(Tensor grad, Tensor? x, Tensor? t, " HARLORA_WEIGHT
               ", int in_features, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor(a!)? grad_x,"
               " Tensor(b!)? grad_bias, Tensor(c!)? grad_A, Tensor(d!)? grad_B, " HARLORA_NESTED ") -> ()");
+  library.def("encoder(Tensor x, Tensor[] tensors, int[] facts, float[] factors) -> Tensor");
   library.def("select_kernels(str name) -> str");
 }
 
@@ -30,6 +31,7 @@ STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CPU, library) {
   library.impl("quantize_4bit", TORCH_BOX(&harlora::cpu::quantize_4bit));
   library.impl("dequantize_4bit", TORCH_BOX(&harlora::cpu::dequantize_4bit));
   library.impl("qlora_linear", TORCH_BOX(&harlora::cpu::qlora_linear));
+  library.impl("encoder", TORCH_BOX(&harlora::cpu::encoder));
   library.impl("qlora_linear_backward", TORCH_BOX(&harlora::cpu::qlora_linear_backward));
 }
 

@@ -7,6 +7,7 @@ transforms, autocast, other devices and dtypes, arguments that do not fit) is le
 the same numbers.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from harlora.kernels import cpp, dispatch
-from harlora.kernels.format import code_table, nested_code_table
+from harlora.kernels.format import QUANT_TYPES, code_table, nested_code_table
 
 _CPU = torch.device("cpu")
 _Quantized = tuple[Tensor, Tensor, Tensor, int]  # packed, absmax, code, blocksize
@@ -37,7 +38,31 @@ def _compiled(dtype: torch.dtype) -> bool:
         if _served[dtype]:
             # _op is what OpOverload.__call__ calls; without its frame a call is 0.2 us shorter.
             _operators["qlora_linear"] = torch.ops.harlora_cpp.qlora_linear.default._op
+            _operators["encoder"] = torch.ops.harlora_cpp.encoder.default._op
     return _served[dtype]
+
+
+@cache
+def codes() -> dict[str, Tensor]:
+    """The code tables by quant_type, and that of nested scales, on the CPU."""
+    return {name: code_table(name, _CPU) for name in QUANT_TYPES} | {"nested": nested_code_table(_CPU)}
+
+
+def serves(x: Tensor) -> bool:
+    """Whether the compiled kernels may be called for ``x`` past the public operators."""
+    return _plain(x) and (_served.get(x.dtype) or _compiled(x.dtype))
+
+
+def encoder(patches: Tensor, tensors: list[Tensor], facts: list[int], factors: list[float]) -> Tensor | None:
+    """A whole encoder, or None if its tensors are not what the operator takes.
+
+    Their order is that of the layers; facts and factors are as in class Layers of csrc/cpu/operators.cpp.
+    """
+    try:
+        result: Tensor = _operators["encoder"](patches, tensors, facts, factors)
+    except RuntimeError:  # another dtype or device, or not contiguous: the modules say what is wrong, or serve
+        return None
+    return result
 
 
 def _plain(x: Tensor) -> bool:
@@ -104,10 +129,7 @@ def qlora_linear(
     scaling: float,
 ) -> Tensor | None:
     """The output of the operator of that name, or None where only the public operator serves."""
-    if torch.compiler.is_compiling() or not _plain(x):
-        return None
-    dtype = x.dtype
-    if not (_served.get(dtype) or _compiled(dtype)) or (lora_A is not None and lora_A.dtype is not dtype):
+    if torch.compiler.is_compiling() or not serves(x) or (lora_A is not None and lora_A.dtype is not x.dtype):
         return None
     code = code_table(quant_type, _CPU)
     nested: Any = () if nested_absmax is None else (nested_absmax, nested_offset, nested_code_table(_CPU))

@@ -22,7 +22,7 @@ ALLOWED = {
     "harlora.files": {"harlora.errors"},
     "harlora.kernels": set(),
     "harlora.nn": {"harlora.kernels", "harlora.errors", "harlora.files"},
-    "harlora.models": set(),
+    "harlora.models": {"harlora.nn", "harlora.kernels"},
     "harlora.data": {"harlora.errors", "harlora.files"},
     "harlora.train": {
         "harlora.nn", "harlora.kernels", "harlora.models", "harlora.data", "harlora.errors", "harlora.files",

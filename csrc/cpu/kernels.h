@@ -17,8 +17,9 @@ struct Half {
   uint16_t bits;
 };
 
-// A weight of (out, in) in 4 bits; format as in kernels/format.py.
+// A weight of (out, in) in 4 bits; format as in kernels/format.py. Or, inside whole blocks, a dense one.
 struct Weight {
+  const float* dense;  // (out, in), or null
   const uint8_t* packed;
   const float* absmax;          // (blocks), or null when double quantised
   const uint8_t* absmax_code;   // (blocks), or null
@@ -47,8 +48,12 @@ struct Forward {
   const void* bias;    // (out), or null
   const void* lora_A;  // (rank, in)
   const void* lora_B;  // (out, rank)
+  int64_t depth;       // steps decoded at a time: a multiple of 64, at most Kernels::depth
   float* t;            // (rows, rank)
   void* y;             // (rows, out)
+  // What follows the product, in float32 alone: y = residual + gelu(product), each if asked for.
+  bool gelu;
+  const float* residual;  // (rows, out), or null; may be y itself
 };
 
 // With u = scaling·dY·lora_B: dX = dY·Ŵ + u·lora_A, dbias = Σ dY, dA = uᵀ·x, dB = scaling·dYᵀ·t; null: not wanted.
@@ -63,6 +68,7 @@ struct Backward {
   const float* t;      // (rows, rank), for dB
   const void* lora_A;
   const void* lora_B;
+  int64_t depth;       // as in Forward
   float* u;            // (rows, rank)
   void* grad_x;
   void* grad_bias;
@@ -75,6 +81,8 @@ struct Backward {
 struct Kernels {
   const char* name;
   int panel;        // columns of a panel: of y in forward, of dX and dA (in), dB and dbias (out) in backward
+  int64_t depth;
+  int64_t (*attention_scratch)(int64_t tokens, int64_t width, int64_t heads);  // floats
   int few_columns;  // forward_few takes ranges of columns that start at a multiple of this
 
   void (*narrow)(const float* from, int64_t n, Dtype dtype, void* to);
@@ -87,6 +95,14 @@ struct Kernels {
   bool (*forward_few_serves)(const Forward& job);
   void (*forward_few_t)(const Forward& job, int64_t first_rank, int64_t last_rank);
   void (*forward_few)(const Forward& job, int64_t first_column, int64_t last_column);
+
+  // Of rows of `width`: (x - mean) / sqrt(variance + eps) * gain + bias.
+  void (*layer_norm)(const float* x, int64_t rows, int64_t width, const float* gain, const float* bias, float eps,
+                     float* y);
+  // softmax(q·kᵀ / sqrt(size of a head))·v for heads [first, last), counted through all windows; q, k, v and y are
+  // (windows, tokens, width), the values of one head side by side.
+  void (*attention)(const float* q, const float* k, const float* v, int64_t tokens, int64_t width, int64_t heads,
+                    int64_t first, int64_t last, float* scratch, float* y);
 
   void (*backward_u)(const Backward& job, int64_t first_row, int64_t last_row);
   void (*backward_x)(const Backward& job, int64_t first_panel, int64_t last_panel, int64_t first_row,

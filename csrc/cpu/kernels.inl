@@ -3,7 +3,7 @@
 //
 // One GEMM serves all products. `tile` multiplies a few rows of `a`, broadcast value by value, with a panel of `b`: a
 // strip of PANEL columns, step by step along the reduced dimension. Panels of the weight are decoded just before they
-// are used and never outlive DEPTH steps: at most 64 KiB for a thread.
+// are used and never outlive job.depth steps: at most 64 KiB for a thread, less where there are many.
 //
 //   forward   y  = x · Ŵᵀ     panel: PANEL rows of Ŵ, transposed on the packed bytes, eight codes at a time
 //   backward  dX = dY · Ŵ     panel: PANEL columns of Ŵ, rows as they lie; even columns first, odd ones after
@@ -14,7 +14,7 @@
 // the product: `forward_few` multiplies codes in registers as they come and scales sums of 64.
 
 constexpr int PANEL = 2 * LANES;
-constexpr int64_t DEPTH = 512;  // steps of a decoded panel
+constexpr int64_t DEPTH = 512;  // steps of a decoded panel at most
 constexpr int GRANULE = 64;     // codes of a row decoded at a time: 32 bytes
 constexpr int64_t ROW_BLOCK = 16 * ROWS;
 constexpr int RANKS = 64;       // ranks of one pass; larger adapters take several
@@ -97,37 +97,48 @@ inline float decode_one(const Weight& w, int64_t index) {
 void decode_transposed(const Weight& w, int64_t first_row, int64_t first_step, int64_t steps, float* panel) {
   const int64_t last = w.out - 1;
   int64_t step = 0;
+  if (w.dense != nullptr) {
+    const float* from = w.dense + first_row * w.in + first_step;
+    return transpose_panel(from, w.in, smaller(PANEL, w.out - first_row), steps, 1.0f, PANEL, panel);
+  }
   if (w.in % 32 == 0) {  // rows begin on bytes, and 32 codes never cross a block
     const Table table = load_table(w.code);
-    const bool one_scale = w.log2_blocksize >= 6 && w.in % GRANULE == 0;
-    alignas(64) float scale[2][PANEL];
-    for (; step + GRANULE <= steps; step += GRANULE) {
-      for (int half = 0; half < (one_scale ? 1 : 2); ++half) {
-        int64_t index = first_row * w.in + first_step + step + 32 * half;
-        for (int column = 0; column < PANEL; ++column) {
-          scale[half][column] = w.scale(index >> w.log2_blocksize);
-          if (first_row + column < last) index += w.in;
-        }
+    // scale[half][column] of each half of a granule.
+    alignas(64) float scale[DEPTH / 32][PANEL];
+    const int64_t halves = steps / GRANULE * 2;
+    for (int column = 0; column < PANEL; ++column) {
+      const int64_t index = smaller(first_row + column, last) * w.in + first_step;
+      for (int64_t half = 0; half < halves; ++half) {
+        scale[half][column] = w.scale((index + 32 * half) >> w.log2_blocksize);
       }
+    }
+    // Two granules are a line of the cache in each row: both are used while it is there.
+    for (int64_t line = 0; line + GRANULE <= steps; line += 2 * GRANULE) {
       for (int group = 0; group < PANEL; group += LANES) {
-        I dwords[8];  // of eight codes
-        for (int i = 0; i < 8; ++i) {
-          const int64_t row = smaller(first_row + group + i, last);
-          const int64_t other = smaller(first_row + group + i + LANES - 8, last);
-          const int64_t offset = first_step + step;
-          dwords[i] = load_rows(w.packed + (row * w.in + offset) / 2, w.packed + (other * w.in + offset) / 2);
-        }
-        transpose8(dwords);
-        for (int i = 0; i < 8; ++i) {
-          const F s = load(scale[one_scale || i < 4 ? 0 : 1] + group);
-          float* to = panel + (step + 8 * i) * PANEL + group;
-          // The first code of a byte is in its high half: nibble j holds step j ^ 1.
-          for (int j = 0; j < 8; ++j) {
-            store(to + (j ^ 1) * PANEL, mul(lookup(table, shift_right(dwords[i], 4 * j)), s));
+        for (step = line; step < smaller(line + 2 * GRANULE, steps / GRANULE * GRANULE); step += GRANULE) {
+          I dwords[8];  // of eight codes
+          for (int i = 0; i < 8; ++i) {
+            const int64_t row = smaller(first_row + group + i, last);
+            const int64_t other = smaller(first_row + group + i + LANES - 8, last);
+            const uint8_t* from = w.packed + (row * w.in + first_step + step) / 2;
+            const uint8_t* from_other = w.packed + (other * w.in + first_step + step) / 2;
+            dwords[i] = load_rows(from, from_other);
+            __builtin_prefetch(from + 2 * GRANULE);
+            __builtin_prefetch(from_other + 2 * GRANULE);
+          }
+          transpose8(dwords);
+          for (int i = 0; i < 8; ++i) {
+            const F s = load(scale[step / 32 + i / 4] + group);
+            float* to = panel + (step + 8 * i) * PANEL + group;
+            // The first code of a byte is in its high half: nibble j holds step j ^ 1.
+            for (int j = 0; j < 8; ++j) {
+              store(to + (j ^ 1) * PANEL, mul(lookup(table, shift_right(dwords[i], 4 * j)), s));
+            }
           }
         }
       }
     }
+    step = steps / GRANULE * GRANULE;
   }
   for (; step < steps; ++step) {
     for (int column = 0; column < PANEL; ++column) {
@@ -307,7 +318,11 @@ inline int64_t next_tile(int64_t rows) {
   return (rows + tiles - 1) / tiles;
 }
 
-// c[m][:] = init[m][:] + a[m][0:steps] · b, rows of `a` of any dtype; `packed_a` has room for ROWS · steps floats.
+constexpr int64_t PACKED_A = ROWS * DEPTH;
+
+// c[m][:] = init[m][:] + a[m][0:steps] · b, rows of `a` of any dtype; those that are not float32 are widened into
+// `packed_a`, which has room for PACKED_A floats. Copying float32 rows too, so that rows a multiple of 2 KiB apart do
+// not meet in one set of the cache, was measured 10 % slower at (64, 4096, 4096).
 template <int V, typename T>
 void multiply(int64_t rows, int64_t steps, const T* a, int64_t a_row, const float* b, const float* init,
               int64_t init_row, float* c, int64_t c_row, float* packed_a) {
@@ -327,6 +342,113 @@ void multiply(int64_t rows, int64_t steps, const T* a, int64_t a_row, const floa
 
 alignas(64) constexpr float zeros[PANEL] = {};
 
+// What stands between the linear layers of a transformer block -------------------------------------------------------
+
+// e^x, within 1.2e-7 of it relatively, for -87 <= x <= 88; 1.2e-38 below.
+inline F exponential(F x) {
+  x = maximum(x, set(-87.0f));
+  // n = x / ln 2 to the nearest integer, found in the low bits of a sum that is too large for a fraction.
+  const F shifted = fma(x, set(1.44269504f), set(12582912.0f));
+  const F n = sub(shifted, set(12582912.0f));
+  const F r = fma(n, set(-1.42860677e-6f), fma(n, set(-0.693145752f), x));  // ln 2 in two parts
+  F sum = set(1.0f / 5040);  // Taylor: |r| <= 0.35, the next term is below 6e-9
+  const float terms[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+  for (float term : terms) sum = fma(sum, r, set(term));
+  return HARLORA_I2F(add(HARLORA_F2I(sum), shift_left(HARLORA_F2I(shifted), 23)));
+}
+
+// x·Φ(x), with erfc(t) = exp(-t·p(t)) for t >= 0; p fitted so that erfc is within 2.3e-9 before rounding.
+inline F gelu(F x) {
+  const F size = maximum(x, sub(zero(), x));
+  const F t = minimum(mul(size, set(0.707106781f)), set(4.2f));  // erfc(4.2) is nothing beside 1
+  const float terms[] = {1.0602663e-4f,   -5.87950624e-4f, 1.57675997e-3f, -5.87813920e-5f,
+                         -1.92171428e-2f, 0.102799207f,    0.636616111f,   1.12837934f};
+  F p = set(-8.04382125e-6f);
+  for (float term : terms) p = fma(p, t, set(term));
+  const F half_erfc = mul(exponential(sub(zero(), mul(t, p))), set(0.5f));
+  // x·Φ(x) = max(x, 0) - |x|·erfc(|x| / √2) / 2; the second part vanishes where t was cut off.
+  return sub(maximum(x, zero()), mul(minimum(size, set(5.93969696f)), half_erfc));
+}
+
+inline float sum_of(F v) {
+  float all[LANES];
+  store(all, v);
+  for (int step = LANES / 2; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) all[i] += all[i + step];
+  }
+  return all[0];
+}
+
+void layer_norm(const float* x, int64_t rows, int64_t width, const float* gain, const float* bias, float eps,
+                float* y) {
+  const int64_t whole = width / LANES * LANES;
+  for (int64_t m = 0; m < rows; ++m, x += width, y += width) {
+    F sum = zero();
+    float rest = 0.0f;
+    for (int64_t k = 0; k < whole; k += LANES) sum = add(sum, load(x + k));
+    for (int64_t k = whole; k < width; ++k) rest += x[k];
+    const float mean = (sum_of(sum) + rest) / static_cast<float>(width);
+    F squares = zero();
+    rest = 0.0f;
+    for (int64_t k = 0; k < whole; k += LANES) {
+      const F centred = sub(load(x + k), set(mean));
+      squares = fma(centred, centred, squares);
+    }
+    for (int64_t k = whole; k < width; ++k) rest += (x[k] - mean) * (x[k] - mean);
+    const float variance = (sum_of(squares) + rest) / static_cast<float>(width);
+    const float scale = 1.0f / __builtin_sqrtf(variance + eps);
+    for (int64_t k = 0; k < whole; k += LANES) {
+      const F centred = mul(sub(load(x + k), set(mean)), set(scale));
+      store(y + k, fma(centred, load(gain + k), load(bias + k)));
+    }
+    for (int64_t k = whole; k < width; ++k) y[k] = (x[k] - mean) * scale * gain[k] + bias[k];
+  }
+}
+
+inline int64_t padded(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
+
+int64_t attention_scratch(int64_t tokens, int64_t width, int64_t heads) {
+  const int64_t size = width / heads;
+  // Scores, then a panel of keys (size steps) or of values (tokens steps), then a strip of results.
+  return tokens * padded(tokens) + PANEL * (size > tokens ? size : tokens) + tokens * PANEL;
+}
+
+void attention(const float* q, const float* k, const float* v, int64_t tokens, int64_t width, int64_t heads,
+               int64_t first, int64_t last, float* scratch, float* y) {
+  const int64_t size = width / heads, stride = padded(tokens);
+  float* scores = scratch;
+  float* panel = scores + tokens * stride;
+  float* strip = panel + PANEL * (size > tokens ? size : tokens);
+  const float factor = 1.0f / __builtin_sqrtf(static_cast<float>(size));
+  for (int64_t head = first; head < last; ++head) {
+    const int64_t offset = head / heads * tokens * width + head % heads * size;
+    for (int64_t n = 0; n < tokens; n += PANEL) {
+      transpose_panel(k + offset + n * width, width, smaller(PANEL, tokens - n), size, factor, PANEL, panel);
+      multiply<2>(tokens, size, q + offset, width, panel, zeros, 0, scores + n, stride, nullptr);
+    }
+    for (int64_t m = 0; m < tokens; ++m) {
+      float* row = scores + m * stride;
+      float largest = row[0], rest = 0.0f;
+      for (int64_t n = 1; n < tokens; ++n) largest = row[n] > largest ? row[n] : largest;
+      for (int64_t n = tokens; n < stride; ++n) row[n] = -1e30f;
+      F sum = zero();
+      for (int64_t n = 0; n < stride; n += LANES) {
+        store(row + n, exponential(sub(load(row + n), set(largest))));
+      }
+      for (int64_t n = tokens; n < stride; ++n) row[n] = 0.0f;
+      for (int64_t n = 0; n < stride; n += LANES) sum = add(sum, load(row + n));
+      rest = 1.0f / sum_of(sum);
+      for (int64_t n = 0; n < stride; n += LANES) store(row + n, mul(load(row + n), set(rest)));
+    }
+    for (int64_t n = 0; n < size; n += PANEL) {
+      const int64_t columns = smaller(PANEL, size - n);
+      for (int64_t m = 0; m < tokens; ++m) widen(v + offset + m * width + n, columns, PANEL, panel + m * PANEL);
+      multiply<2>(tokens, tokens, scores, stride, panel, zeros, 0, strip, PANEL, nullptr);
+      for (int64_t m = 0; m < tokens; ++m) narrow(strip + m * PANEL, columns, y + offset + m * width + n);
+    }
+  }
+}
+
 // Forward -----------------------------------------------------------------------------------------------------------
 
 // c[m][0:rank] of rows m in [first_row, last_row): a · b, with b given by `pack(first_step, steps, first, width, to)`.
@@ -335,7 +457,7 @@ void multiply_thin(const T* a, int64_t a_row, int64_t depth, int rank, int64_t f
                    const Pack& pack) {
   alignas(64) float panel[DEPTH * PANEL];
   alignas(64) float block[ROW_BLOCK * PANEL];
-  alignas(64) float packed_a[ROWS * DEPTH];
+  alignas(64) float packed_a[PACKED_A];
   for (int first = 0; first < rank; first += PANEL) {
     const int64_t columns = smaller(PANEL, rank - first);
     const int width = columns <= LANES ? LANES : PANEL;
@@ -371,11 +493,26 @@ void forward_t_as(const Forward& job, int64_t first_row, int64_t last_row) {
                 });
 }
 
+// x = residual + gelu(x) over PANEL values, of which `columns` count.
+inline void finish(float* x, int64_t columns, bool with_gelu, const float* residual) {
+  if (columns < PANEL) {  // the residual ends before the panel does
+    alignas(64) float padded[PANEL];
+    if (residual != nullptr) widen(residual, columns, PANEL, padded);
+    return finish(x, PANEL, with_gelu, residual == nullptr ? nullptr : padded);
+  }
+  for (int v = 0; v < PANEL; v += LANES) {
+    F value = load(x + v);
+    if (with_gelu) value = gelu(value);
+    if (residual != nullptr) value = add(value, load(residual + v));
+    store(x + v, value);
+  }
+}
+
 template <typename T>
 void forward_as(const Forward& job, int64_t first_panel, int64_t last_panel, int64_t first_row, int64_t last_row) {
   alignas(64) float panel[DEPTH * PANEL];
   alignas(64) float block[ROW_BLOCK * PANEL];
-  alignas(64) float packed_a[ROWS * DEPTH];
+  alignas(64) float packed_a[PACKED_A];
   alignas(64) float branch[RANKS * PANEL];
   alignas(64) float bias[PANEL];
   const auto* x = static_cast<const T*>(job.x);
@@ -388,7 +525,8 @@ void forward_as(const Forward& job, int64_t first_panel, int64_t last_panel, int
     } else {
       widen(zeros, PANEL, PANEL, bias);
     }
-    const bool direct = sizeof(T) == 4 && columns == PANEL;  // accumulate in y itself
+    // Accumulate in y itself, unless it may still hold the residual.
+    const bool direct = sizeof(T) == 4 && columns == PANEL && job.residual == nullptr;
     const int64_t row_block = direct ? last_row - first_row : ROW_BLOCK;
     for (int64_t m = first_row; m < last_row; m += row_block) {
       const int64_t rows = smaller(row_block, last_row - m);
@@ -397,9 +535,9 @@ void forward_as(const Forward& job, int64_t first_panel, int64_t last_panel, int
       if constexpr (sizeof(T) == 4) {
         if (direct) c = static_cast<float*>(job.y) + m * out + n, c_row = out;
       }
-      for (int64_t step = 0; step < in; step += DEPTH) {
-        const int64_t steps = smaller(DEPTH, in - step);
-        if (in > DEPTH || m == first_row) decode_transposed(job.weight, n, step, steps, panel);
+      for (int64_t step = 0; step < in; step += job.depth) {
+        const int64_t steps = smaller(job.depth, in - step);
+        if (in > job.depth || m == first_row) decode_transposed(job.weight, n, step, steps, panel);
         multiply<2>(rows, steps, x + m * in + step, in, panel, step == 0 ? bias : c, step == 0 ? 0 : c_row, c, c_row,
                     packed_a);
       }
@@ -409,6 +547,12 @@ void forward_as(const Forward& job, int64_t first_panel, int64_t last_panel, int
           transpose_panel(lora_B + n * job.rank + first, job.rank, columns, ranks, job.scaling, PANEL, branch);
         }
         multiply<2>(rows, ranks, job.t + m * job.rank + first, job.rank, branch, c, c_row, c, c_row, packed_a);
+      }
+      if (job.gelu || job.residual != nullptr) {
+        for (int64_t i = 0; i < rows; ++i) {
+          const float* residual = job.residual == nullptr ? nullptr : job.residual + (m + i) * out + n;
+          finish(c + i * c_row, columns, job.gelu, residual);
+        }
       }
       if (!direct) {
         for (int64_t i = 0; i < rows; ++i) {
@@ -430,6 +574,7 @@ bool forward_few_serves(const Forward& job) {
   (void)job;
   return false;
 #else
+  if (job.weight.dense != nullptr || job.gelu || job.residual != nullptr) return false;
   return job.rows > 0 && job.rows <= FEW && job.rank <= RANKS && job.weight.in % GRANULE == 0 && job.weight.log2_blocksize >= 6 &&
          job.rows * job.weight.in <= FEW_VALUES;
 #endif
@@ -593,7 +738,7 @@ void backward_x_as(const Backward& job, int64_t first_panel, int64_t last_panel,
                    int64_t last_row) {
   alignas(64) float panel[DEPTH * PANEL];
   alignas(64) float block[ROW_BLOCK * PANEL];
-  alignas(64) float packed_a[ROWS * DEPTH];
+  alignas(64) float packed_a[PACKED_A];
   alignas(64) float branch[RANKS * PANEL];
   const auto* grad = static_cast<const T*>(job.grad);
   const auto* lora_A = static_cast<const T*>(job.lora_A);
@@ -602,9 +747,9 @@ void backward_x_as(const Backward& job, int64_t first_panel, int64_t last_panel,
     const int64_t k = p * PANEL, columns = smaller(PANEL, in - k);
     for (int64_t m = first_row; m < last_row; m += ROW_BLOCK) {
       const int64_t rows = smaller(ROW_BLOCK, last_row - m);
-      for (int64_t step = 0; step < out; step += DEPTH) {
-        const int64_t steps = smaller(DEPTH, out - step);
-        if (out > DEPTH || m == first_row) decode_straight(job.weight, k, step, steps, panel);
+      for (int64_t step = 0; step < out; step += job.depth) {
+        const int64_t steps = smaller(job.depth, out - step);
+        if (out > job.depth || m == first_row) decode_straight(job.weight, k, step, steps, panel);
         multiply<2>(rows, steps, grad + m * out + step, out, panel, step == 0 ? zeros : block, step == 0 ? 0 : PANEL,
                     block, PANEL, packed_a);
       }
@@ -737,6 +882,8 @@ constexpr Kernels make_kernels(const char* name) {
   return {
       .name = name,
       .panel = PANEL,
+      .depth = DEPTH,
+      .attention_scratch = attention_scratch,
       .few_columns = 4 * GROUP,
       .narrow = narrow_to,
       .quantize = quantize,
@@ -746,6 +893,8 @@ constexpr Kernels make_kernels(const char* name) {
       .forward_few_serves = forward_few_serves,
       .forward_few_t = forward_few_t,
       .forward_few = forward_few,
+      .layer_norm = layer_norm,
+      .attention = attention,
       .backward_u = backward_u,
       .backward_x = backward_x,
       .backward_A = backward_A,

@@ -5,7 +5,9 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <limits>
 #include <memory>
+#include <vector>
 
 #include "kernels.h"
 #include "parallel.h"
@@ -112,6 +114,15 @@ class Scratch {
   float* data_;
 };
 
+constexpr int64_t kRowsOfChunk = 256;
+
+// Steps that each thread decodes at a time, so that all of them together hold at most 1 MiB of decoded weight (up to
+// 128 threads).
+int64_t depth_of(const Kernels& k) {
+  const int64_t all = (int64_t{1} << 20) / (static_cast<int64_t>(sizeof(float)) * k.panel);
+  return std::min(k.depth, std::max<int64_t>(1, all / torch::stable::get_num_threads() / 64) * 64);
+}
+
 // Rows of one pass over all panels: as many as stay in a second-level cache with their share of y.
 int64_t rows_of_pass(int64_t depth) { return std::max<int64_t>(96, (int64_t{1} << 19) / std::max<int64_t>(depth, 1)); }
 
@@ -132,6 +143,172 @@ void over_grid(int64_t part, int64_t parts, int64_t panels, int64_t rows, int64_
     }
     cell += stop - panel;
   }
+}
+
+// One linear layer, from memory to memory; on one thread alone unless `threads`.
+void forward(const Kernels& k, const Forward& job, bool threads) {
+  const int64_t rows = job.rows, in = job.weight.in, out = job.weight.out;
+  const int64_t branch = threads ? rows * in * job.rank : 0;
+  const int64_t work = threads ? rows * in * out + 2 * in * out : 0;  // decoding counts as two multiply-adds
+  if (k.forward_few_serves(job)) {
+    if (job.rank > 0) {
+      in_parts(branch / 2, [&](int64_t part, int64_t parts) {
+        k.forward_few_t(job, share(job.rank, part, parts), share(job.rank, part + 1, parts));
+      });
+    }
+    in_parts(work, [&](int64_t part, int64_t parts) {
+      k.forward_few(job, share(out, part, parts, k.few_columns), share(out, part + 1, parts, k.few_columns));
+    });
+    return;
+  }
+  if (job.rank > 0) {
+    in_parts(branch, [&](int64_t part, int64_t parts) {
+      k.forward_t(job, share(rows, part, parts), share(rows, part + 1, parts));
+    });
+  }
+  Forward sized = job;
+  sized.depth = depth_of(k);
+  const int64_t panels = (out + k.panel - 1) / k.panel;
+  in_parts(work, [&](int64_t part, int64_t parts) {
+    over_grid(part, parts, panels, rows, rows_of_pass(in),
+              [&](int64_t p0, int64_t p1, int64_t m0, int64_t m1) { k.forward(sized, p0, p1, m0, m1); });
+  });
+}
+
+// The layers of an encoder as kernels/eager.py lists them: tensors in `tensors`, and what they are in `facts`.
+class Layers {
+ public:
+  Layers(const std::vector<Tensor>& tensors, const std::vector<int64_t>& facts, const std::vector<double>& factors)
+      : tensors_(tensors), facts_(facts), factors_(factors) {}
+
+  int64_t fact() {
+    STD_TORCH_CHECK(fact_ < facts_.size(), "encoder: facts end too early");
+    return facts_[fact_++];
+  }
+  float factor() {
+    STD_TORCH_CHECK(factor_ < factors_.size(), "encoder: factors end too early");
+    return static_cast<float>(factors_[factor_++]);
+  }
+  const Tensor& tensor() {
+    STD_TORCH_CHECK(tensor_ < tensors_.size(), "encoder: tensors end too early");
+    return tensors_[tensor_++];
+  }
+  const float* floats(const char* name, int64_t numel) {
+    return static_cast<const float*>(memory(name, tensor(), ScalarType::Float, numel));
+  }
+  bool done() const {
+    return tensor_ == tensors_.size() && fact_ == facts_.size() && factor_ == factors_.size();
+  }
+
+  // facts: blocksize (0: dense), nested, bias, rank; tensors: weight, or packed, absmax, code and the nested ones;
+  // bias; lora_A, lora_B; factors: scaling.
+  Forward linear(int64_t in, int64_t out) {
+    Forward job{};
+    const int64_t blocksize = fact(), nested = fact(), bias = fact(), rank = fact();
+    STD_TORCH_CHECK(rank >= 0 && rank <= std::numeric_limits<int>::max(), "encoder: rank is wrong");
+    if (blocksize == 0) {
+      job.weight.out = out;
+      job.weight.in = in;
+      job.weight.dense = floats("weight", out * in);
+    } else {
+      const Tensor &packed = tensor(), &absmax = tensor(), &code = tensor();
+      Optional extra[3];
+      for (int i = 0; nested != 0 && i < 3; ++i) extra[i] = tensor();
+      job.weight = weight_of(packed, absmax, extra[0], extra[1], extra[2], code, blocksize, out, in);
+    }
+    if (bias != 0) job.bias = floats("bias", out);
+    job.rank = static_cast<int>(rank);
+    if (rank > 0) {
+      job.lora_A = floats("lora_A", rank * in);
+      job.lora_B = floats("lora_B", out * rank);
+      job.scaling = factor();
+    }
+    return job;
+  }
+
+ private:
+  const std::vector<Tensor>& tensors_;
+  const std::vector<int64_t>& facts_;
+  const std::vector<double>& factors_;
+  size_t tensor_ = 0, fact_ = 0, factor_ = 0;
+};
+
+struct Norm {
+  const float* gain;
+  const float* bias;
+  float eps;
+};
+
+Norm norm_of(Layers& layers, int64_t width) {
+  const float* gain = layers.floats("norm.weight", width);
+  const float* bias = layers.floats("norm.bias", width);
+  return {gain, bias, layers.factor()};
+}
+
+struct Block {
+  Norm norm1, norm2;
+  Forward q, k, v, o, fc1, fc2;
+};
+
+struct Encoder {
+  Forward embed;
+  const float* positions;
+  std::vector<Block> blocks;
+  Norm norm;
+  int64_t tokens, width, heads, ffn, rank;
+
+  int64_t floats_of_row() const { return 6 * width + ffn + rank; }
+};
+
+// Everything for `windows` windows of x (windows, tokens, in of embed) into y (windows, tokens, width). `scratch` has
+// room for floats_of_row() floats a row, and for one attention on each thread.
+void encode(const Kernels& kernels, const Encoder& e, const float* x, int64_t windows, bool threads, float* scratch,
+            float* attention_scratch, int64_t attention_floats, float* y) {
+  const int64_t rows = windows * e.tokens, width = e.width;
+  float* normed = scratch;
+  float* q = normed + rows * width;
+  float* k = q + rows * width;
+  float* v = k + rows * width;
+  float* mixed = v + rows * width;
+  float* state = mixed + rows * width;
+  float* hidden = state + rows * width;
+  float* t = hidden + rows * e.ffn;
+  const auto apply = [&](Forward job, const float* from, float* to, const float* residual, bool gelu) {
+    job.rows = rows;
+    job.x = from;
+    job.y = to;
+    job.t = t;
+    job.residual = residual;
+    job.gelu = gelu;
+    forward(kernels, job, threads);
+  };
+  const auto norm = [&](const Norm& n, const float* from, float* to) {
+    in_parts(threads ? 4 * rows * width : 0, [&](int64_t part, int64_t parts) {
+      const int64_t first = share(rows, part, parts), last = share(rows, part + 1, parts);
+      kernels.layer_norm(from + first * width, last - first, width, n.gain, n.bias, n.eps, to + first * width);
+    });
+  };
+  apply(e.embed, x, state, nullptr, false);
+  for (int64_t window = 0; window < windows; ++window) {
+    for (int64_t i = 0; i < e.tokens * width; ++i) state[window * e.tokens * width + i] += e.positions[i];
+  }
+  for (const Block& block : e.blocks) {
+    norm(block.norm1, state, normed);
+    apply(block.q, normed, q, nullptr, false);
+    apply(block.k, normed, k, nullptr, false);
+    apply(block.v, normed, v, nullptr, false);
+    const int64_t heads = windows * e.heads;
+    in_parts(threads ? 2 * rows * e.tokens * width + 16 * rows * e.tokens * e.heads : 0,
+             [&](int64_t part, int64_t parts) {
+               kernels.attention(q, k, v, e.tokens, width, e.heads, share(heads, part, parts),
+                                 share(heads, part + 1, parts), attention_scratch + part * attention_floats, mixed);
+             });
+    apply(block.o, mixed, state, state, false);
+    norm(block.norm2, state, normed);
+    apply(block.fc1, normed, hidden, nullptr, true);
+    apply(block.fc2, hidden, state, state, false);
+  }
+  norm(e.norm, state, y);
 }
 
 }  // namespace
@@ -205,29 +382,7 @@ Tensor qlora_linear(Tensor x, Tensor packed, Tensor absmax, Tensor code, int64_t
   job.t = t32.data();
 
   const Kernels& k = kernels();
-  const int64_t branch = rows * in * job.rank, base = rows * in * out;
-  if (k.forward_few_serves(job)) {
-    if (job.rank > 0) {
-      in_parts(branch / 2, [&](int64_t part, int64_t parts) {
-        k.forward_few_t(job, share(job.rank, part, parts), share(job.rank, part + 1, parts));
-      });
-    }
-    // Decoding counts as two multiply-adds.
-    in_parts(base + 2 * in * out, [&](int64_t part, int64_t parts) {
-      k.forward_few(job, share(out, part, parts, k.few_columns), share(out, part + 1, parts, k.few_columns));
-    });
-  } else {
-    if (job.rank > 0) {
-      in_parts(branch, [&](int64_t part, int64_t parts) {
-        k.forward_t(job, share(rows, part, parts), share(rows, part + 1, parts));
-      });
-    }
-    const int64_t panels = (out + k.panel - 1) / k.panel;
-    in_parts(base + 2 * in * out, [&](int64_t part, int64_t parts) {
-      over_grid(part, parts, panels, rows, rows_of_pass(in),
-                [&](int64_t p0, int64_t p1, int64_t m0, int64_t m1) { k.forward(job, p0, p1, m0, m1); });
-    });
-  }
+  forward(k, job, true);
   if (t_memory != nullptr && job.t != t_memory) k.narrow(job.t, rows * job.rank, job.dtype, t_memory);
   return y;
 }
@@ -267,6 +422,7 @@ void qlora_linear_backward(Tensor grad, Optional x, Optional t, Tensor packed, T
   }
 
   const Kernels& k = kernels();
+  job.depth = depth_of(k);
   Optional t_float;
   if (wants_B) {
     STD_TORCH_CHECK(t.has_value(), "grad_B requires t");
@@ -296,6 +452,74 @@ void qlora_linear_backward(Tensor grad, Optional x, Optional t, Tensor packed, T
       k.backward_B(job, share(out_panels, other, parts), share(out_panels, other + 1, parts));
     }
   });
+}
+
+Tensor encoder(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> facts, std::vector<double> factors) {
+  Layers layers(tensors, facts, factors);
+  Encoder e{};
+  STD_TORCH_CHECK(x.dim() == 3, "encoder: x must be (windows, tokens, features)");
+  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  const int64_t windows = x.size(0), features = x.size(2), depth = layers.fact();
+  e.tokens = x.size(1);
+  e.width = layers.fact();
+  e.heads = layers.fact();
+  e.ffn = layers.fact();
+  STD_TORCH_CHECK(depth >= 0 && e.width > 0 && e.ffn > 0 && e.heads > 0 && e.width % e.heads == 0,
+                  "encoder: facts do not fit");
+  e.embed = layers.linear(features, e.width);
+  e.positions = layers.floats("positions", e.tokens * e.width);
+  for (int64_t i = 0; i < depth; ++i) {
+    Block block{};
+    block.norm1 = norm_of(layers, e.width);
+    for (Forward* linear : {&block.q, &block.k, &block.v, &block.o}) *linear = layers.linear(e.width, e.width);
+    block.norm2 = norm_of(layers, e.width);
+    block.fc1 = layers.linear(e.width, e.ffn);
+    block.fc2 = layers.linear(e.ffn, e.width);
+    for (Forward* linear : {&block.q, &block.k, &block.v, &block.o, &block.fc1, &block.fc2}) {
+      e.rank = std::max<int64_t>(e.rank, linear->rank);
+    }
+    e.blocks.push_back(block);
+  }
+  e.rank = std::max<int64_t>(e.rank, e.embed.rank);
+  e.norm = norm_of(layers, e.width);
+  STD_TORCH_CHECK(layers.done(), "encoder: more tensors, facts or factors than layers");
+  const auto* from = static_cast<const float*>(memory("x", x, ScalarType::Float, x.numel()));
+  const int64_t sizes[3] = {windows, e.tokens, e.width};
+  Tensor y = empty(x, sizes, 3);
+  if (windows == 0 || e.tokens == 0) return y;
+  auto* to = static_cast<float*>(y.mutable_data_ptr());
+
+  const Kernels& k = kernels();
+  const int64_t attention_floats = k.attention_scratch(e.tokens, e.width, e.heads);
+  const int64_t most = threads_usable() ? torch::stable::get_num_threads() : 1;
+  // With windows enough for all threads, each takes its own through all layers and none waits for another. A chunk is
+  // as large as a second-level cache likes, to decode each weight as rarely as possible.
+  const int64_t chunk = std::max<int64_t>(1, kRowsOfChunk / e.tokens);
+  const bool apart = windows * e.tokens >= most * kRowsOfChunk / 4 && windows >= most;
+  if (most == 1 || !apart) {
+    const int64_t at_once = most == 1 ? std::min(windows, chunk) : windows;
+    std::unique_ptr<float[]> scratch(new float[e.floats_of_row() * at_once * e.tokens + most * attention_floats]);
+    float* attention = scratch.get() + e.floats_of_row() * at_once * e.tokens;
+    for (int64_t window = 0; window < windows; window += at_once) {
+      encode(k, e, from + window * e.tokens * features, std::min(at_once, windows - window), most > 1, scratch.get(),
+             attention, attention_floats, to + window * e.tokens * e.width);
+    }
+    return y;
+  }
+  torch::stable::parallel_for(0, most, 1, [&](int64_t first_part, int64_t last_part) {
+    for (int64_t part = first_part; part < last_part; ++part) {
+      const int64_t first = share(windows, part, most), last = share(windows, part + 1, most);
+      const int64_t chunks = (last - first + chunk - 1) / chunk;
+      const int64_t at_once = chunks == 0 ? 0 : (last - first + chunks - 1) / chunks;
+      std::unique_ptr<float[]> scratch(new float[e.floats_of_row() * at_once * e.tokens + attention_floats]);
+      float* attention = scratch.get() + e.floats_of_row() * at_once * e.tokens;
+      for (int64_t window = first; window < last; window += at_once) {
+        encode(k, e, from + window * e.tokens * features, std::min(at_once, last - window), false, scratch.get(),
+               attention, attention_floats, to + window * e.tokens * e.width);
+      }
+    }
+  });
+  return y;
 }
 
 }  // namespace harlora::cpu

@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 // The operators of harlora_cpp on the CPU; their schemas are in bindings.cpp, what they mean in kernels/reference.py.
 // All of them check what memory safety needs; the messages for users are in kernels/ops.py.
@@ -30,6 +31,10 @@ void qlora_linear_backward(Tensor grad, Optional x, Optional t, Tensor packed, T
                            int64_t blocksize, int64_t in_features, Optional lora_A, Optional lora_B, double scaling,
                            Optional grad_x, Optional grad_bias, Optional grad_A, Optional grad_B,
                            Optional nested_absmax, Optional nested_offset, Optional nested_code);
+
+// The whole MAE encoder, inference in float32: x (windows, tokens, features) are the patches. How the other arguments
+// describe its layers is in kernels/eager.py and in class Layers.
+Tensor encoder(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> facts, std::vector<double> factors);
 
 // The kernels named, or the best if `name` is empty, serve from now on; returns their name.
 std::string select_kernels(std::string name);

@@ -21,6 +21,12 @@ inline void store(float* p, F v) { _mm512_storeu_ps(p, v); }
 inline F add(F a, F b) { return _mm512_add_ps(a, b); }
 inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+inline F div(F a, F b) { return _mm512_div_ps(a, b); }
+inline F minimum(F a, F b) { return _mm512_min_ps(a, b); }
+inline F maximum(F a, F b) { return _mm512_max_ps(a, b); }
+inline I add(I a, I b) { return _mm512_add_epi32(a, b); }
+inline I shift_left(I v, int bits) { return _mm512_slli_epi32(v, static_cast<unsigned>(bits)); }
 inline I shift_right(I v, int bits) { return _mm512_srli_epi32(v, static_cast<unsigned>(bits)); }
 
 // The 16 values of a code table in registers; `lookup` takes the low four bits of each lane.
@@ -95,6 +101,12 @@ inline void store(float* p, F v) { _mm256_storeu_ps(p, v); }
 inline F add(F a, F b) { return _mm256_add_ps(a, b); }
 inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+inline F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+inline F div(F a, F b) { return _mm256_div_ps(a, b); }
+inline F minimum(F a, F b) { return _mm256_min_ps(a, b); }
+inline F maximum(F a, F b) { return _mm256_max_ps(a, b); }
+inline I add(I a, I b) { return _mm256_add_epi32(a, b); }
+inline I shift_left(I v, int bits) { return _mm256_slli_epi32(v, bits); }
 inline I shift_right(I v, int bits) { return _mm256_srli_epi32(v, bits); }
 
 // A permutation takes the low three bits of its index; the fourth chooses between the halves of the table.
@@ -176,6 +188,15 @@ inline F fma(F a, F b, F c) {
 #else
   return a * b + c;
 #endif
+}
+inline F sub(F a, F b) { return a - b; }
+inline F div(F a, F b) { return a / b; }
+inline F minimum(F a, F b) { return a < b ? a : b; }
+inline F maximum(F a, F b) { return a > b ? a : b; }
+inline I add(I a, I b) { return a + b; }
+inline I shift_left(I v, int bits) {
+  typedef uint32_t U __attribute__((vector_size(32)));
+  return reinterpret_cast<I>(reinterpret_cast<U>(v) << static_cast<uint32_t>(bits));
 }
 inline I shift_right(I v, int bits) {
   typedef uint32_t U __attribute__((vector_size(32)));

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from harlora.models.whole import encode
+
 
 @dataclass(frozen=True)
 class MAEConfig:
@@ -147,7 +149,10 @@ class Encoder(nn.Module):
                 f"Encoder: x must be (batch, {config.window}, {config.channels}), got {tuple(x.shape)}; "
                 "cut and resample the recording as the model was trained"
             )
-        tokens = self.patch_embed(patchify(x, config.patch_size)) + self.positions
+        patches = patchify(x, config.patch_size)
+        if visible is None and (encoded := encode(self, patches)) is not None:
+            return encoded
+        tokens = self.patch_embed(patches) + self.positions
         if visible is not None:
             tokens = _gather_tokens(tokens, visible)
         for block in self.blocks:

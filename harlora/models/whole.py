@@ -1,0 +1,156 @@
+"""A whole encoder in one call of the compiled CPU kernels, for inference.
+
+At HAR size the modules around the products cost more than the products. `encode` hands all layers of an `Encoder` to
+one operator; where anything about them is out of the ordinary it returns None and the modules run one by one.
+"""
+
+from itertools import chain
+from operator import attrgetter
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from harlora.kernels import eager
+from harlora.nn.linear import LoRALinear, QLoRALinear
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_ADAPTER = attrgetter("rank", "alpha", "rslora", "dropout", "training")
+_FORMAT = attrgetter("quant_type", "blocksize")
+
+
+class _Plan:
+    """Where the tensors of an encoder are, and everything else about it that decides what it computes.
+
+    Tensors are looked up anew in each call, since `.to()`, loading and training may replace them; the rest is compared
+    with what it was when the plan was made.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        config: Any = encoder.config
+        self.slots: list[tuple[dict[str, Any], str]] = []  # of the tensors, in the operator's order
+        self.absent: list[tuple[dict[str, Any], str]] = []
+        self.facts = [config.depth, config.width, config.heads, config.ffn]
+        self.factors: list[float] = []
+        self.adapted: list[Any] = []
+        self.quantized: list[QLoRALinear] = []
+        self.norms: list[nn.LayerNorm] = []
+        self.usable = True
+        self.refused: list[Any] | None = None  # kinds of tensors that the operator did not take
+        children = dict(encoder.named_modules())
+        self._linear(children["patch_embed"])
+        self._slot(encoder._buffers, "positions")
+        for i in range(config.depth):
+            block = f"blocks.{i}"
+            self._norm(children[f"{block}.norm1"])
+            for name in ("attention.q", "attention.k", "attention.v", "attention.o"):
+                self._linear(children[f"{block}.{name}"])
+            self._norm(children[f"{block}.norm2"])
+            self._linear(children[f"{block}.fc1"])
+            self._linear(children[f"{block}.fc2"])
+        self._norm(children["norm"])
+        modules = list(children.values())
+        self.places = [(module._modules, name) for module in modules for name in module._modules]
+        self.modules = [places[name] for places, name in self.places]
+        self.hooks = [getattr(module, hooks) for module in modules[1:] for hooks in _HOOKS]
+        self.attributes = [vars(module) for module in modules[1:]]
+        self.settings = self._settings()
+
+    def _slot(self, tensors: dict[str, Any], name: str) -> bool:
+        present = tensors.get(name) is not None
+        (self.slots if present else self.absent).append((tensors, name))
+        return present
+
+    def _linear(self, layer: nn.Module) -> None:
+        if type(layer) not in (nn.Linear, LoRALinear, QLoRALinear) or "bias" not in layer._parameters:
+            self.usable = False
+            return
+        nested = False
+        if isinstance(layer, QLoRALinear):
+            self._slot(layer._buffers, "weight")
+            self._slot(layer._buffers, "absmax")
+            self.slots.append((eager.codes(), layer.quant_type))
+            nested = self._slot(layer._buffers, "nested_absmax") and self._slot(layer._buffers, "nested_offset")
+            if nested:
+                self.slots.append((eager.codes(), "nested"))
+            self.quantized.append(layer)
+        elif "weight" in layer._parameters:
+            self._slot(layer._parameters, "weight")
+        else:
+            self.usable = False
+        bias = self._slot(layer._parameters, "bias")
+        rank = 0
+        if not isinstance(layer, nn.Linear):
+            adapter: Any = layer
+            self.adapted.append(adapter)
+            rank = int(adapter.rank)
+            if rank:
+                self.usable &= {"lora_A", "lora_B"} <= layer._parameters.keys()
+                self._slot(layer._parameters, "lora_A")
+                self._slot(layer._parameters, "lora_B")
+                self.factors.append(adapter.scaling)
+                self.usable &= not (adapter.dropout and adapter.training)
+        self.facts += [layer.blocksize if isinstance(layer, QLoRALinear) else 0, nested, bias, rank]
+
+    def _norm(self, norm: nn.Module) -> None:
+        if type(norm) is not nn.LayerNorm or norm._parameters.get("bias") is None:
+            self.usable = False
+            return
+        self._slot(norm._parameters, "weight")
+        self._slot(norm._parameters, "bias")
+        self.factors.append(norm.eps)
+        self.norms.append(norm)
+
+    def _settings(self) -> list[Any]:
+        return [
+            *map(_ADAPTER, self.adapted), *map(_FORMAT, self.quantized), *map(attrgetter("eps"), self.norms),
+        ]  # fmt: skip
+
+    def holds(self) -> bool:
+        """Whether the encoder is still as it was when the plan was made, up to the values and places of tensors."""
+        return (
+            [places.get(name) for places, name in self.places] == self.modules
+            and self._settings() == self.settings
+            and all(tensors.get(name) is None for tensors, name in self.absent)
+        )
+
+    def watched(self) -> bool:
+        """Whether someone looks at, or changed, what a layer does when it is called."""
+        return any(self.hooks) or any("forward" in attributes for attributes in self.attributes)
+
+
+_plans: WeakKeyDictionary[nn.Module, _Plan] = WeakKeyDictionary()
+
+
+def encode(encoder: nn.Module, patches: Tensor) -> Tensor | None:
+    """What ``encoder`` makes of ``patches``, ``(batch, tokens, width)``, or None where its modules have to run.
+
+    patches: ``(batch, tokens, patch_size · channels)``, float32.
+    """
+    if torch.compiler.is_compiling() or not eager.serves(patches) or patches.dtype is not torch.float32:
+        return None
+    plan = _plans.get(encoder)
+    if plan is None or not plan.holds():
+        plan = _plans[encoder] = _Plan(encoder)
+    if not plan.usable or plan.watched() or nn.modules.module._has_any_global_hook():
+        return None
+    try:
+        tensors = [place[name] for place, name in plan.slots]
+    except KeyError:
+        return None
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in chain((patches,), tensors)):
+        return None
+    if plan.refused is not None and plan.refused == _kinds(tensors):
+        return None
+    encoded = eager.encoder(patches, tensors, plan.facts, plan.factors)
+    if encoded is None:
+        if any(tensor is None for tensor in tensors):  # a bias was taken away: the plan is another one now
+            del _plans[encoder]
+            return encode(encoder, patches)
+        plan.refused = _kinds(tensors)
+    return encoded
+
+
+def _kinds(tensors: list[Tensor]) -> list[Any]:
+    return [(tensor.dtype, tensor.device.type, tensor.shape) for tensor in tensors]
