@@ -25,8 +25,10 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 SOURCES = ROOT / "csrc"
 # Flags of the CPU kernels for one instruction set each; which of them runs is decided at run time.
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
 VARIANTS = {
-    "kernels_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512",
+    "kernels_avx512": AVX512,
+    "kernels_avx512bf16": f"{AVX512} -mavx512bf16",
     "kernels_avx2": "-mavx2 -mfma -mf16c",
 }
 X86 = platform.machine().lower() in {"x86_64", "amd64"}
@@ -93,7 +95,7 @@ def ninja_file(torch: Path, cxx: str, cuda: Path | None, target: Path) -> str:
 
     common = f"-std=c++20 -O3 {STABLE_ABI} -I{SOURCES} -isystem {torch / 'include'}"
     # Scales are a product and a sum, each rounded, as in the format's definition: no contraction.
-    warnings = "-Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized"  # both: GCC 12 about its own vector headers
+    warnings = "-Wall -Wextra -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized"  # GCC 12 about its own headers
     libraries = "-ltorch_cpu -ltorch -lc10"
     lines = [
         f"cxxflags = {common} -fPIC -ffp-contract=off {warnings} -fvisibility=hidden" + " -DHARLORA_X86" * X86,

@@ -19,11 +19,12 @@ STABLE_TORCH_LIBRARY(harlora_cpp, library) {
   library.def("dequantize_4bit(" HARLORA_WEIGHT ", Tensor(a!) out, " HARLORA_NESTED ") -> ()");
   library.def("qlora_linear(Tensor x, " HARLORA_WEIGHT
               ", int out_features, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor(a!)? t=None, "
-              HARLORA_NESTED ") -> Tensor");
+              HARLORA_NESTED ", bool bfloat16=False) -> Tensor");
   library.def("qlora_linear_backward(Tensor grad, Tensor? x, Tensor? t, " HARLORA_WEIGHT
               ", int in_features, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor(a!)? grad_x,"
               " Tensor(b!)? grad_bias, Tensor(c!)? grad_A, Tensor(d!)? grad_B, " HARLORA_NESTED ") -> ()");
-  library.def("encoder(Tensor x, Tensor[] tensors, int[] facts, float[] factors) -> Tensor");
+  library.def("encoder(Tensor x, Tensor[] tensors, int[] facts, float[] factors, bool bfloat16=False) -> Tensor");
+  library.def("kernels() -> str");
   library.def("select_kernels(str name) -> str");
 }
 
@@ -36,6 +37,7 @@ STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CPU, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CompositeExplicitAutograd, library) {
+  library.impl("kernels", TORCH_BOX(&harlora::cpu::kernels_name));
   library.impl("select_kernels", TORCH_BOX(&harlora::cpu::select_kernels));
 }
 

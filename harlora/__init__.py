@@ -1,7 +1,7 @@
 """4-bit QLoRA layers for PyTorch, and human activity recognition from motion sensors adapted with them."""
 
 from harlora import models
-from harlora.kernels import QuantizedWeight, dequantize_4bit, qlora_linear, quantize_4bit
+from harlora.kernels import QuantizedWeight, dequantize_4bit, inference_precision, qlora_linear, quantize_4bit
 from harlora.nn import (
     LoRALinear,
     QLoRALinear,
@@ -21,6 +21,7 @@ __all__ = [
     "apply_lora",
     "apply_qlora",
     "dequantize_4bit",
+    "inference_precision",
     "load_adapter",
     "merge_adapters",
     "models",

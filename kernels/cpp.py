@@ -40,7 +40,7 @@ def has_kernel(operator: str, device_type: str) -> bool:
 
 
 def select_kernels(name: str = "") -> str:
-    """Which CPU kernels serve from now on: ``"avx512"``, ``"avx2"``, ``"portable"``, or the best of this processor.
+    """Which CPU kernels serve from now on: avx512bf16, avx512, avx2 or portable; by default the best of this processor.
 
     ``HARLORA_CPU`` in the environment sets it from the start. Returns the name.
     Raises: RuntimeError if this processor does not run them.
@@ -52,6 +52,12 @@ def select_kernels(name: str = "") -> str:
 def _nested(nested_absmax: Tensor | None, nested_offset: Tensor | None) -> tuple[Tensor | None, ...]:
     # The last arguments of every operator over a quantised weight; left out for plain scales, which is cheaper.
     return () if nested_absmax is None else (nested_absmax, nested_offset, nested_code_table(nested_absmax.device))
+
+
+def selected_kernels() -> str:
+    """The name of the CPU kernels that serve."""
+    name: str = torch.ops.harlora_cpp.kernels()
+    return name
 
 
 def quantize_4bit(

@@ -7,6 +7,9 @@ transforms, autocast, other devices and dtypes, arguments that do not fit) is le
 the same numbers.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -19,6 +22,7 @@ from harlora.kernels.format import QUANT_TYPES, code_table, nested_code_table
 
 _CPU = torch.device("cpu")
 _Quantized = tuple[Tensor, Tensor, Tensor, int]  # packed, absmax, code, blocksize
+_bfloat16: ContextVar[bool] = ContextVar("harlora_bfloat16", default=False)
 _operators: dict[str, Any] = {}
 _served: dict[torch.dtype, bool] = {}
 
@@ -48,6 +52,32 @@ def codes() -> dict[str, Tensor]:
     return {name: code_table(name, _CPU) for name in QUANT_TYPES} | {"nested": nested_code_table(_CPU)}
 
 
+@contextmanager
+def inference_precision(name: str) -> Iterator[None]:
+    """Within ``with``, the precision of the base product x·Ŵᵀ when nothing is differentiated and x is float32.
+
+    name: ``"float32"``, the default everywhere, or ``"bfloat16"``: x and Ŵ are rounded to bfloat16 (2⁻⁹ relatively),
+        products are exact and sums float32. Bias and adapters stay float32. On CPUs with fast bfloat16 products; what
+        is compiled, traced or on another device is not affected.
+    Raises: ValueError for another name; RuntimeError where the processor has no such products.
+    """
+    if name not in {"float32", "bfloat16"}:
+        raise ValueError(f"inference_precision: name must be 'float32' or 'bfloat16', got {name!r}")
+    if name == "bfloat16":
+        reason = cpp.load_extension()
+        if not reason and cpp.selected_kernels() != "avx512bf16":
+            reason = f"those that serve here are {cpp.selected_kernels()!r}"
+        if reason:
+            raise RuntimeError(
+                f"inference_precision: 'bfloat16' requires the kernels 'avx512bf16', but {reason}; use 'float32'"
+            )
+    token = _bfloat16.set(name == "bfloat16")
+    try:
+        yield
+    finally:
+        _bfloat16.reset(token)
+
+
 def serves(x: Tensor) -> bool:
     """Whether the compiled kernels may be called for ``x`` past the public operators."""
     return _plain(x) and (_served.get(x.dtype) or _compiled(x.dtype))
@@ -59,7 +89,7 @@ def encoder(patches: Tensor, tensors: list[Tensor], facts: list[int], factors: l
     Their order is that of the layers; facts and factors are as in class Layers of csrc/cpu/operators.cpp.
     """
     try:
-        result: Tensor = _operators["encoder"](patches, tensors, facts, factors)
+        result: Tensor = _operators["encoder"](patches, tensors, facts, factors, _bfloat16.get())
     except RuntimeError:  # another dtype or device, or not contiguous: the modules say what is wrong, or serve
         return None
     return result
@@ -144,8 +174,11 @@ def qlora_linear(
                 x, bias, lora_A, lora_B, scaling, out_features, (packed, absmax, code, blocksize), nested
             )
         operator = _operators["qlora_linear"]
-        if not nested:
+        if not nested and not _bfloat16.get():
             return operator(x, packed, absmax, code, blocksize, out_features, bias, lora_A, lora_B, scaling)
-        return operator(x, packed, absmax, code, blocksize, out_features, bias, lora_A, lora_B, scaling, None, *nested)
+        return operator(
+            x, packed, absmax, code, blocksize, out_features, bias, lora_A, lora_B, scaling, None,
+            *(nested or (None, None, None)), _bfloat16.get(),
+        )  # fmt: skip
     except RuntimeError:  # adapters of another dtype, or a mistake: the public operator converts, or says which
         return None

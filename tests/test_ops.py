@@ -30,7 +30,7 @@ SHAPES = [  # rows, in_features, out_features, rank
 
 
 BLOCK = (64, 32, 256)
-BACKENDS = ["reference", "cpp", "cpp-avx512", "cpp-avx2", "cpp-portable"]
+BACKENDS = ["reference", "cpp", "cpp-avx512bf16", "cpp-avx512", "cpp-avx2", "cpp-portable"]
 
 
 @pytest.fixture(params=BACKENDS)

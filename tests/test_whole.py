@@ -24,7 +24,7 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.fixture(params=["avx512bf16", "avx512", "avx2", "portable"])
 def kernels(request):
     """Every instruction set that this processor has."""
     try:

@@ -48,6 +48,7 @@ struct Forward {
   const void* bias;    // (out), or null
   const void* lora_A;  // (rank, in)
   const void* lora_B;  // (out, rank)
+  const BFloat16* x16; // (rows, in), x in bfloat16: the base product is of such pairs; or null
   int64_t depth;       // steps decoded at a time: a multiple of 64, at most Kernels::depth
   float* t;            // (rows, rank)
   void* y;             // (rows, out)
@@ -82,6 +83,7 @@ struct Kernels {
   const char* name;
   int panel;        // columns of a panel: of y in forward, of dX and dA (in), dB and dbias (out) in backward
   int64_t depth;
+  bool pairs;       // serves x16, where `in` is even
   int64_t (*attention_scratch)(int64_t tokens, int64_t width, int64_t heads);  // floats
   int few_columns;  // forward_few takes ranges of columns that start at a multiple of this
 
@@ -113,7 +115,7 @@ struct Kernels {
 
 extern const Kernels portable_kernels;
 #ifdef HARLORA_X86
-extern const Kernels avx2_kernels, avx512_kernels;
+extern const Kernels avx2_kernels, avx512_kernels, avx512bf16_kernels;
 #endif
 
 }  // namespace harlora::cpu

@@ -54,6 +54,18 @@ void narrow_to(const float* from, int64_t n, Dtype dtype, void* to) {
   return narrow(from, n, static_cast<Half*>(to));
 }
 
+// Eight values of one row in the first eight lanes, of another in the others, if there are more.
+template <typename T>
+inline F load_eights(const T* a, const T* b) {
+  if constexpr (sizeof(T) == 4) {
+    return load_rows(a, b);
+  } else {
+    float wide[2][8];
+    for (int k = 0; k < 8; ++k) wide[0][k] = one(a + k), wide[1][k] = one(b + k);
+    return load_rows(wide[0], wide[1]);
+  }
+}
+
 // to[step][row] = factor * from[row][step] for row < rows, zeros up to `width` (LANES or PANEL).
 template <typename T>
 void transpose_panel(const T* from, int64_t stride, int64_t rows, int64_t steps, float factor, int width, float* to) {
@@ -65,13 +77,7 @@ void transpose_panel(const T* from, int64_t stride, int64_t rows, int64_t steps,
         for (int i = 0; i < 8; ++i) {
           const T* a = from + (group + i) * stride + step;
           const T* b = from + (group + i + LANES - 8) * stride + step;
-          if constexpr (sizeof(T) == 4) {
-            v[i] = HARLORA_F2I(load_rows(a, b));
-          } else {
-            float wide[2][8];
-            for (int k = 0; k < 8; ++k) wide[0][k] = one(a + k), wide[1][k] = one(b + k);
-            v[i] = HARLORA_F2I(load_rows(wide[0], wide[1]));
-          }
+          v[i] = HARLORA_F2I(load_eights(a, b));
         }
         transpose8(v);
         for (int i = 0; i < 8; ++i) store(to + (step + i) * width + group, mul(HARLORA_I2F(v[i]), set(factor)));
@@ -93,13 +99,17 @@ inline float decode_one(const Weight& w, int64_t index) {
   return w.code[index & 1 ? byte & 15 : byte >> 4] * w.scale(index >> w.log2_blocksize);
 }
 
-// panel[step][column] = Ŵ[first_row + column][first_step + step]. Columns past the last row repeat it.
-void decode_transposed(const Weight& w, int64_t first_row, int64_t first_step, int64_t steps, float* panel) {
+// panel[step][column] = Ŵ[first_row + column][first_step + step]. Columns past the last row repeat it. With P = BFloat16
+// the values are rounded, and two steps lie side by side: panel[step / 2][column][step % 2]; `steps` is even then.
+template <typename P>
+void decode_transposed(const Weight& w, int64_t first_row, int64_t first_step, int64_t steps, P* panel) {
   const int64_t last = w.out - 1;
   int64_t step = 0;
-  if (w.dense != nullptr) {
-    const float* from = w.dense + first_row * w.in + first_step;
-    return transpose_panel(from, w.in, smaller(PANEL, w.out - first_row), steps, 1.0f, PANEL, panel);
+  if constexpr (sizeof(P) == 4) {
+    if (w.dense != nullptr) {
+      const float* from = w.dense + first_row * w.in + first_step;
+      return transpose_panel(from, w.in, smaller(PANEL, w.out - first_row), steps, 1.0f, PANEL, panel);
+    }
   }
   if (w.in % 32 == 0) {  // rows begin on bytes, and 32 codes never cross a block
     const Table table = load_table(w.code);
@@ -129,10 +139,17 @@ void decode_transposed(const Weight& w, int64_t first_row, int64_t first_step, i
           transpose8(dwords);
           for (int i = 0; i < 8; ++i) {
             const F s = load(scale[step / 32 + i / 4] + group);
-            float* to = panel + (step + 8 * i) * PANEL + group;
             // The first code of a byte is in its high half: nibble j holds step j ^ 1.
-            for (int j = 0; j < 8; ++j) {
-              store(to + (j ^ 1) * PANEL, mul(lookup(table, shift_right(dwords[i], 4 * j)), s));
+            for (int j = 0; j < 8; j += 2) {
+              const F second = mul(lookup(table, shift_right(dwords[i], 4 * j)), s);
+              const F first = mul(lookup(table, shift_right(dwords[i], 4 * j + 4)), s);
+              if constexpr (sizeof(P) == 4) {
+                P* to = panel + (step + 8 * i + j) * PANEL + group;
+                store(to, first);
+                store(to + PANEL, second);
+              } else {
+                store_pairs(panel + (step + 8 * i + j) * PANEL + 2 * group, first, second);
+              }
             }
           }
         }
@@ -142,8 +159,8 @@ void decode_transposed(const Weight& w, int64_t first_row, int64_t first_step, i
   }
   for (; step < steps; ++step) {
     for (int column = 0; column < PANEL; ++column) {
-      const int64_t row = smaller(first_row + column, last);
-      panel[step * PANEL + column] = decode_one(w, row * w.in + first_step + step);
+      const float value = decode_one(w, smaller(first_row + column, last) * w.in + first_step + step);
+      put(panel + (sizeof(P) == 4 ? step * PANEL + column : step / 2 * 2 * PANEL + 2 * column + step % 2), value);
     }
   }
 }
@@ -342,6 +359,55 @@ void multiply(int64_t rows, int64_t steps, const T* a, int64_t a_row, const floa
 
 alignas(64) constexpr float zeros[PANEL] = {};
 
+#if defined(HARLORA_BF16)
+// As `tile` with two vectors of columns, two steps at a time: the products of bfloat16 are exact in float32.
+template <int R>
+void tile_pairs(int64_t steps, const BFloat16* a, int64_t a_row, const BFloat16* b, const float* init, int64_t init_row,
+                float* c, int64_t c_row) {
+  F sum[R][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) {
+    sum[i][0] = load(init + i * init_row);
+    sum[i][1] = load(init + i * init_row + LANES);
+  }
+  constexpr int POINTERS = (R + 2) / 3;
+  const BFloat16* row[POINTERS];
+#pragma GCC unroll 8
+  for (int p = 0; p < POINTERS; ++p) row[p] = a + 3 * p * a_row;
+  for (int64_t step = 0; step < steps; step += 2) {
+    const I left = load_pairs(b), right = load_pairs(b + 2 * LANES);
+    b += 2 * PANEL;
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+      const I pair = set_pair(row[i / 3] + (i % 3) * a_row);
+      sum[i][0] = dot_pairs(pair, left, sum[i][0]);
+      sum[i][1] = dot_pairs(pair, right, sum[i][1]);
+    }
+#pragma GCC unroll 8
+    for (int p = 0; p < POINTERS; ++p) row[p] += 2;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) {
+    store(c + i * c_row, sum[i][0]);
+    store(c + i * c_row + LANES, sum[i][1]);
+  }
+}
+
+void multiply_pairs(int64_t rows, int64_t steps, const BFloat16* a, int64_t a_row, const BFloat16* b, const float* init,
+                    int64_t init_row, float* c, int64_t c_row) {
+  using Pairs = void (*)(int64_t, const BFloat16*, int64_t, const BFloat16*, const float*, int64_t, float*, int64_t);
+  static constexpr Pairs tiles[ROWS] = {
+      tile_pairs<1>, tile_pairs<2>, tile_pairs<3>,  tile_pairs<4>,  tile_pairs<5>,  tile_pairs<6>,  tile_pairs<7>,
+      tile_pairs<8>, tile_pairs<9>, tile_pairs<10>, tile_pairs<11>, tile_pairs<12>, tile_pairs<13>, tile_pairs<14>,
+  };
+  for (int64_t m = 0; m < rows;) {
+    const int64_t count = next_tile(rows - m);
+    tiles[count - 1](steps, a + m * a_row, a_row, b, init + m * init_row, init_row, c + m * c_row, c_row);
+    m += count;
+  }
+}
+#endif
+
 // What stands between the linear layers of a transformer block -------------------------------------------------------
 
 // e^x, within 1.2e-7 of it relatively, for -87 <= x <= 88; 1.2e-38 below.
@@ -537,9 +603,19 @@ void forward_as(const Forward& job, int64_t first_panel, int64_t last_panel, int
       }
       for (int64_t step = 0; step < in; step += job.depth) {
         const int64_t steps = smaller(job.depth, in - step);
-        if (in > job.depth || m == first_row) decode_transposed(job.weight, n, step, steps, panel);
-        multiply<2>(rows, steps, x + m * in + step, in, panel, step == 0 ? bias : c, step == 0 ? 0 : c_row, c, c_row,
-                    packed_a);
+        const float* init = step == 0 ? bias : c;
+        const int64_t init_row = step == 0 ? 0 : c_row;
+        const bool fresh = in > job.depth || m == first_row;
+#if defined(HARLORA_BF16)
+        if (job.x16 != nullptr) {
+          auto* pairs = reinterpret_cast<BFloat16*>(panel);
+          if (fresh) decode_transposed(job.weight, n, step, steps, pairs);
+          multiply_pairs(rows, steps, job.x16 + m * in + step, in, pairs, init, init_row, c, c_row);
+          continue;
+        }
+#endif
+        if (fresh) decode_transposed(job.weight, n, step, steps, panel);
+        multiply<2>(rows, steps, x + m * in + step, in, panel, init, init_row, c, c_row, packed_a);
       }
       for (int first = 0; first < job.rank; first += RANKS) {
         const int64_t ranks = smaller(RANKS, job.rank - first);
@@ -565,7 +641,7 @@ void forward_as(const Forward& job, int64_t first_panel, int64_t last_panel, int
 
 // Forward of few rows -----------------------------------------------------------------------------------------------
 
-constexpr int FEW = LANES == 16 ? 8 : 4;  // rows
+constexpr int FEW = LANES == 16 ? 8 : 4;  // rows, of float32; narrower types have 2
 constexpr int GROUP = LANES / 8;          // rows of the weight in one vector
 constexpr int64_t FEW_VALUES = 65536;     // of x at most: its reordered copy is on the stack
 
@@ -574,6 +650,7 @@ bool forward_few_serves(const Forward& job) {
   (void)job;
   return false;
 #else
+  if (job.rows > 2 && (job.x16 != nullptr || job.dtype != Dtype::float32)) return false;
   if (job.weight.dense != nullptr || job.gelu || job.residual != nullptr) return false;
   return job.rows > 0 && job.rows <= FEW && job.rank <= RANKS && job.weight.in % GRANULE == 0 && job.weight.log2_blocksize >= 6 &&
          job.rows * job.weight.in <= FEW_VALUES;
@@ -616,6 +693,8 @@ void few_columns(const Forward& job, const float* x, const float* t, int64_t n, 
   }
   const bool whole = in % (int64_t{1} << w.log2_blocksize) == 0;  // blocks do not cross rows
   constexpr int SUMS = (M * G + 3) / 4 * 4;
+  // For few rows the sum over a granule is scaled; for more, which would need twice the registers, each value is.
+  constexpr bool EARLY = M > 4;
   F sum[SUMS];
   for (int i = 0; i < SUMS; ++i) sum[i] = zero();
   for (int64_t k = 0; k < in; k += GRANULE) {
@@ -631,28 +710,34 @@ void few_columns(const Forward& job, const float* x, const float* t, int64_t n, 
       scale[g] = set_rows(w.scale(block_a), w.scale(block_b));
     }
     for (int j = 0; j < 8; ++j) {
+      F value[G];
       for (int g = 0; g < G; ++g) {
-        const F value = lookup(table, j == 0 ? codes[g] : shift_right(codes[g], 4 * j));
-        for (int m = 0; m < M; ++m) {
-          const F xs = load_repeated(x + m * in + k + 8 * j);
-          part[g][m] = j == 0 ? mul(value, xs) : fma(value, xs, part[g][m]);
+        value[g] = lookup(table, j == 0 ? codes[g] : shift_right(codes[g], 4 * j));
+        if (EARLY) value[g] = mul(value[g], scale[g]);
+      }
+      for (int m = 0; m < M; ++m) {
+        const F xs = load_repeated(x + m * in + k + 8 * j);
+        for (int g = 0; g < G; ++g) {
+          if (EARLY) {
+            sum[m * G + g] = fma(value[g], xs, sum[m * G + g]);
+          } else {
+            part[g][m] = j == 0 ? mul(value[g], xs) : fma(value[g], xs, part[g][m]);
+          }
         }
       }
     }
-    for (int g = 0; g < G; ++g) {
+    for (int g = 0; g < G && !EARLY; ++g) {
       for (int m = 0; m < M; ++m) sum[m * G + g] = fma(part[g][m], scale[g], sum[m * G + g]);
     }
   }
   const auto* lora_B = static_cast<const T*>(job.lora_B);
   int ranks = 0;  // that were added as vectors
-  if constexpr (sizeof(T) == 4) {
-    for (; ranks + 8 <= job.rank; ranks += 8) {
-      for (int g = 0; g < G; ++g) {
-        const int64_t a = smaller(n + g * GROUP, last), b = smaller(n + g * GROUP + GROUP - 1, last);
-        const F values = load_rows(lora_B + a * job.rank + ranks, lora_B + b * job.rank + ranks);
-        for (int m = 0; m < M; ++m) {
-          sum[m * G + g] = fma(values, load_repeated(t + m * job.rank + ranks), sum[m * G + g]);
-        }
+  for (; ranks + 8 <= job.rank; ranks += 8) {
+    for (int g = 0; g < G; ++g) {
+      const int64_t a = smaller(n + g * GROUP, last), b = smaller(n + g * GROUP + GROUP - 1, last);
+      const F values = load_eights(lora_B + a * job.rank + ranks, lora_B + b * job.rank + ranks);
+      for (int m = 0; m < M; ++m) {
+        sum[m * G + g] = fma(values, load_repeated(t + m * job.rank + ranks), sum[m * G + g]);
       }
     }
   }
@@ -671,7 +756,7 @@ void few_columns(const Forward& job, const float* x, const float* t, int64_t n, 
 
 template <int M, typename T>
 void few_rows(const Forward& job, const float* x, const float* t, int64_t first_column, int64_t last_column) {
-  constexpr int G = M == 1 ? 4 : M <= 4 ? 2 : 1;
+  constexpr int G = M == 1 ? 4 : 2;
   for (int64_t n = first_column; n < last_column; n += G * GROUP) {
     few_columns<M, G, T>(job, x, t, n, smaller(G * GROUP, last_column - n));
   }
@@ -883,6 +968,11 @@ constexpr Kernels make_kernels(const char* name) {
       .name = name,
       .panel = PANEL,
       .depth = DEPTH,
+#if defined(HARLORA_BF16)
+      .pairs = true,
+#else
+      .pairs = false,
+#endif
       .attention_scratch = attention_scratch,
       .few_columns = 4 * GROUP,
       .narrow = narrow_to,

@@ -115,12 +115,14 @@ class Scratch {
 };
 
 constexpr int64_t kRowsOfChunk = 256;
+constexpr int64_t kFewPairs = 2;  // rows up to which codes in registers beat products of bfloat16 pairs
 
 // Steps that each thread decodes at a time, so that all of them together hold at most 1 MiB of decoded weight (up to
 // 128 threads).
-int64_t depth_of(const Kernels& k) {
+int64_t depth_of(const Kernels& k, int64_t rows) {
   const int64_t all = (int64_t{1} << 20) / (static_cast<int64_t>(sizeof(float)) * k.panel);
-  return std::min(k.depth, std::max<int64_t>(1, all / torch::stable::get_num_threads() / 64) * 64);
+  // With few rows decoding is most of the work, and faster into a panel that fits the first-level cache.
+  return std::min(rows < 32 ? k.depth / 2 : k.depth, std::max<int64_t>(1, all / torch::stable::get_num_threads() / 64) * 64);
 }
 
 // Rows of one pass over all panels: as many as stay in a second-level cache with their share of y.
@@ -146,11 +148,13 @@ void over_grid(int64_t part, int64_t parts, int64_t panels, int64_t rows, int64_
 }
 
 // One linear layer, from memory to memory; on one thread alone unless `threads`.
-void forward(const Kernels& k, const Forward& job, bool threads) {
+void forward(const Kernels& k, const Forward& job, bool threads, bool bfloat16) {
   const int64_t rows = job.rows, in = job.weight.in, out = job.weight.out;
   const int64_t branch = threads ? rows * in * job.rank : 0;
   const int64_t work = threads ? rows * in * out + 2 * in * out : 0;  // decoding counts as two multiply-adds
-  if (k.forward_few_serves(job)) {
+  const bool pairs = k.pairs && in % 2 == 0 && job.weight.dense == nullptr &&
+                     (job.dtype == Dtype::bfloat16 || (bfloat16 && job.dtype == Dtype::float32));
+  if (k.forward_few_serves(job) && !(pairs && rows > kFewPairs)) {
     if (job.rank > 0) {
       in_parts(branch / 2, [&](int64_t part, int64_t parts) {
         k.forward_few_t(job, share(job.rank, part, parts), share(job.rank, part + 1, parts));
@@ -166,13 +170,33 @@ void forward(const Kernels& k, const Forward& job, bool threads) {
       k.forward_t(job, share(rows, part, parts), share(rows, part + 1, parts));
     });
   }
-  Forward sized = job;
-  sized.depth = depth_of(k);
   const int64_t panels = (out + k.panel - 1) / k.panel;
-  in_parts(work, [&](int64_t part, int64_t parts) {
-    over_grid(part, parts, panels, rows, rows_of_pass(in),
-              [&](int64_t p0, int64_t p1, int64_t m0, int64_t m1) { k.forward(sized, p0, p1, m0, m1); });
-  });
+  const auto run = [&](const Forward& part_of_rows) {
+    in_parts(work, [&](int64_t part, int64_t parts) {
+      over_grid(part, parts, panels, part_of_rows.rows, rows_of_pass(in), [&](int64_t p0, int64_t p1, int64_t m0, int64_t m1) {
+        k.forward(part_of_rows, p0, p1, m0, m1);
+      });
+    });
+  };
+  Forward sized = job;
+  sized.depth = depth_of(k, rows);
+  if (!pairs || job.dtype == Dtype::bfloat16) {
+    if (pairs) sized.x16 = static_cast<const BFloat16*>(job.x);
+    return run(sized);
+  }
+  // A rounded copy of at most 1 MiB of x at a time.
+  const int64_t most = std::min(rows, std::max<int64_t>(96, (int64_t{1} << 19) / in));
+  std::unique_ptr<BFloat16[]> rounded(new BFloat16[static_cast<size_t>(most * in)]);
+  for (int64_t row = 0; row < rows; row += most) {
+    sized.rows = std::min(most, rows - row);
+    sized.x = static_cast<const float*>(job.x) + row * in;
+    sized.y = static_cast<float*>(job.y) + row * out;
+    sized.t = job.t + row * job.rank;
+    sized.residual = job.residual == nullptr ? nullptr : job.residual + row * out;
+    sized.x16 = rounded.get();
+    k.narrow(static_cast<const float*>(sized.x), sized.rows * in, Dtype::bfloat16, rounded.get());
+    run(sized);
+  }
 }
 
 // The layers of an encoder as kernels/eager.py lists them: tensors in `tensors`, and what they are in `facts`.
@@ -262,7 +286,8 @@ struct Encoder {
 
 // Everything for `windows` windows of x (windows, tokens, in of embed) into y (windows, tokens, width). `scratch` has
 // room for floats_of_row() floats a row, and for one attention on each thread.
-void encode(const Kernels& kernels, const Encoder& e, const float* x, int64_t windows, bool threads, float* scratch,
+void encode(const Kernels& kernels, const Encoder& e, const float* x, int64_t windows, bool threads, bool bfloat16,
+            float* scratch,
             float* attention_scratch, int64_t attention_floats, float* y) {
   const int64_t rows = windows * e.tokens, width = e.width;
   float* normed = scratch;
@@ -280,7 +305,7 @@ void encode(const Kernels& kernels, const Encoder& e, const float* x, int64_t wi
     job.t = t;
     job.residual = residual;
     job.gelu = gelu;
-    forward(kernels, job, threads);
+    forward(kernels, job, threads, bfloat16);
   };
   const auto norm = [&](const Norm& n, const float* from, float* to) {
     in_parts(threads ? 4 * rows * width : 0, [&](int64_t part, int64_t parts) {
@@ -312,6 +337,8 @@ void encode(const Kernels& kernels, const Encoder& e, const float* x, int64_t wi
 }
 
 }  // namespace
+
+std::string kernels_name() { return kernels().name; }
 
 std::tuple<Tensor, Tensor> quantize_4bit(Tensor weight, Tensor bounds, int64_t blocksize, bool fp4) {
   const int64_t n = weight.numel();
@@ -349,7 +376,7 @@ void dequantize_4bit(Tensor packed, Tensor absmax, Tensor code, int64_t blocksiz
 
 Tensor qlora_linear(Tensor x, Tensor packed, Tensor absmax, Tensor code, int64_t blocksize, int64_t out_features,
                     Optional bias, Optional lora_A, Optional lora_B, double scaling, Optional t,
-                    Optional nested_absmax, Optional nested_offset, Optional nested_code) {
+                    Optional nested_absmax, Optional nested_offset, Optional nested_code, bool bfloat16) {
   const int64_t dim = x.dim();
   STD_TORCH_CHECK(dim >= 1 && dim <= 64, "x must have at least one dimension");
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
@@ -382,7 +409,7 @@ Tensor qlora_linear(Tensor x, Tensor packed, Tensor absmax, Tensor code, int64_t
   job.t = t32.data();
 
   const Kernels& k = kernels();
-  forward(k, job, true);
+  forward(k, job, true, bfloat16);
   if (t_memory != nullptr && job.t != t_memory) k.narrow(job.t, rows * job.rank, job.dtype, t_memory);
   return y;
 }
@@ -422,7 +449,7 @@ void qlora_linear_backward(Tensor grad, Optional x, Optional t, Tensor packed, T
   }
 
   const Kernels& k = kernels();
-  job.depth = depth_of(k);
+  job.depth = depth_of(k, rows);
   Optional t_float;
   if (wants_B) {
     STD_TORCH_CHECK(t.has_value(), "grad_B requires t");
@@ -454,7 +481,8 @@ void qlora_linear_backward(Tensor grad, Optional x, Optional t, Tensor packed, T
   });
 }
 
-Tensor encoder(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> facts, std::vector<double> factors) {
+Tensor encoder(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> facts, std::vector<double> factors,
+               bool bfloat16) {
   Layers layers(tensors, facts, factors);
   Encoder e{};
   STD_TORCH_CHECK(x.dim() == 3, "encoder: x must be (windows, tokens, features)");
@@ -501,7 +529,7 @@ Tensor encoder(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> facts
     std::unique_ptr<float[]> scratch(new float[e.floats_of_row() * at_once * e.tokens + most * attention_floats]);
     float* attention = scratch.get() + e.floats_of_row() * at_once * e.tokens;
     for (int64_t window = 0; window < windows; window += at_once) {
-      encode(k, e, from + window * e.tokens * features, std::min(at_once, windows - window), most > 1, scratch.get(),
+      encode(k, e, from + window * e.tokens * features, std::min(at_once, windows - window), most > 1, bfloat16, scratch.get(),
              attention, attention_floats, to + window * e.tokens * e.width);
     }
     return y;
@@ -514,7 +542,7 @@ Tensor encoder(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> facts
       std::unique_ptr<float[]> scratch(new float[e.floats_of_row() * at_once * e.tokens + attention_floats]);
       float* attention = scratch.get() + e.floats_of_row() * at_once * e.tokens;
       for (int64_t window = first; window < last; window += at_once) {
-        encode(k, e, from + window * e.tokens * features, std::min(at_once, last - window), false, scratch.get(),
+        encode(k, e, from + window * e.tokens * features, std::min(at_once, last - window), false, bfloat16, scratch.get(),
                attention, attention_floats, to + window * e.tokens * e.width);
       }
     }

@@ -21,10 +21,11 @@ std::tuple<Tensor, Tensor> quantize_4bit(Tensor weight, Tensor bounds, int64_t b
 void dequantize_4bit(Tensor packed, Tensor absmax, Tensor code, int64_t blocksize, Tensor out, Optional nested_absmax,
                      Optional nested_offset, Optional nested_code);
 
-// y, and t written into `t` where it is given.
+// y, and t written into `t` where it is given. `bfloat16`: float32 x and weight are rounded to bfloat16 before the base
+// product, if the kernels have such products; for inference.
 Tensor qlora_linear(Tensor x, Tensor packed, Tensor absmax, Tensor code, int64_t blocksize, int64_t out_features,
                     Optional bias, Optional lora_A, Optional lora_B, double scaling, Optional t,
-                    Optional nested_absmax, Optional nested_offset, Optional nested_code);
+                    Optional nested_absmax, Optional nested_offset, Optional nested_code, bool bfloat16);
 
 // Gradients into those of grad_x, grad_bias, grad_A and grad_B that are given.
 void qlora_linear_backward(Tensor grad, Optional x, Optional t, Tensor packed, Tensor absmax, Tensor code,
@@ -34,7 +35,11 @@ void qlora_linear_backward(Tensor grad, Optional x, Optional t, Tensor packed, T
 
 // The whole MAE encoder, inference in float32: x (windows, tokens, features) are the patches. How the other arguments
 // describe its layers is in kernels/eager.py and in class Layers.
-Tensor encoder(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> facts, std::vector<double> factors);
+Tensor encoder(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> facts, std::vector<double> factors,
+               bool bfloat16);
+
+// The name of the kernels that serve.
+std::string kernels_name();
 
 // The kernels named, or the best if `name` is empty, serve from now on; returns their name.
 std::string select_kernels(std::string name);

@@ -88,6 +88,25 @@ inline void store(Half* p, F v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 
+#if defined(HARLORA_BF16)
+// Of each lane: sum + a₀·b₀ + a₁·b₁, a and b pairs of bfloat16.
+inline F dot_pairs(I a, I b, F sum) {
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+inline I set_pair(const BFloat16* p) {
+  int32_t pair;
+  __builtin_memcpy(&pair, p, sizeof pair);
+  return _mm512_set1_epi32(pair);
+}
+inline I load_pairs(const BFloat16* p) { return _mm512_loadu_si512(p); }
+// The first of each pair from `low`, the second from `high`, rounded to nearest even.
+inline void store_pairs(BFloat16* p, F low, F high) {
+  const I first = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(low)));
+  const I second = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(high)));
+  _mm512_storeu_si512(p, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+}
+#endif
+
 #elif defined(HARLORA_AVX2)
 
 constexpr int LANES = 8, ROWS = 6;
