@@ -2,9 +2,10 @@
 # make test    the tests;  make check  formatting, lint, types
 # make study   the committed results: three to four hours on two cores; goes on where it was stopped
 # make report  docs/results.md from the committed results
+# make bench-cpu   the layers on this CPU against bitsandbytes with PEFT and float32: some minutes
 #
 # PYTHON   the interpreter for the environment          TORCH   which torch is installed into it
-# ARGS     further options of `harlora lodo`            HARLORA_DATA   the folder with the datasets
+# ARGS     further options of lodo and bench-cpu        HARLORA_DATA   the folder with the datasets
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -12,7 +13,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: lodo test check study report clean
+.PHONY: lodo test check study report bench-cpu clean
 
 lodo: $(VENV)/.har
 	$(BIN)/harlora lodo $(ARGS)
@@ -36,6 +37,9 @@ study: $(VENV)/.har
 
 report: $(VENV)/.har
 	$(BIN)/harlora report --readme README.md
+
+bench-cpu: $(VENV)/.dev
+	$(BIN)/python bench/cpu.py $(ARGS)
 
 # torch comes first and pinned: an extension is built against it, and an unpinned one would bring another build.
 $(VENV)/.torch:

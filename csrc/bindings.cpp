@@ -23,7 +23,9 @@ STABLE_TORCH_LIBRARY(harlora_cpp, library) {
   library.def("qlora_linear_backward(Tensor grad, Tensor? x, Tensor? t, " HARLORA_WEIGHT
               ", int in_features, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor(a!)? grad_x,"
               " Tensor(b!)? grad_bias, Tensor(c!)? grad_A, Tensor(d!)? grad_B, " HARLORA_NESTED ") -> ()");
-  library.def("encoder(Tensor x, Tensor[] tensors, int[] facts, float[] factors, bool bfloat16=False) -> Tensor");
+  library.def("encoder_hold(Tensor[] tensors, int[] facts, float[] factors) -> int");
+  library.def("encoder_release(int held) -> ()");
+  library.def("encoder(Tensor x, int held, bool bfloat16=False) -> Tensor");
   library.def("kernels() -> str");
   library.def("select_kernels(str name) -> str");
 }
@@ -38,6 +40,8 @@ STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CPU, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CompositeExplicitAutograd, library) {
   library.impl("kernels", TORCH_BOX(&harlora::cpu::kernels_name));
+  library.impl("encoder_hold", TORCH_BOX(&harlora::cpu::encoder_hold));
+  library.impl("encoder_release", TORCH_BOX(&harlora::cpu::encoder_release));
   library.impl("select_kernels", TORCH_BOX(&harlora::cpu::select_kernels));
 }
 

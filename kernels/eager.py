@@ -7,6 +7,7 @@ transforms, autocast, other devices and dtypes, arguments that do not fit) is le
 the same numbers.
 """
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -42,7 +43,6 @@ def _compiled(dtype: torch.dtype) -> bool:
         if _served[dtype]:
             # _op is what OpOverload.__call__ calls; without its frame a call is 0.2 us shorter.
             _operators["qlora_linear"] = torch.ops.harlora_cpp.qlora_linear.default._op
-            _operators["encoder"] = torch.ops.harlora_cpp.encoder.default._op
     return _served[dtype]
 
 
@@ -83,16 +83,26 @@ def serves(x: Tensor) -> bool:
     return _plain(x) and (_served.get(x.dtype) or _compiled(x.dtype))
 
 
-def encoder(patches: Tensor, tensors: list[Tensor], facts: list[int], factors: list[float]) -> Tensor | None:
-    """A whole encoder, or None if its tensors are not what the operator takes.
+class HeldEncoder:
+    """The layers of an encoder as the compiled operator holds them, until this object is deleted.
 
-    Their order is that of the layers; facts and factors are as in class Layers of csrc/cpu/operators.cpp.
+    tensors, facts, factors: as class Layers of csrc/cpu/operators.cpp reads them.
     """
-    try:
-        result: Tensor = _operators["encoder"](patches, tensors, facts, factors, _bfloat16.get())
-    except RuntimeError:  # another dtype or device, or not contiguous: the modules say what is wrong, or serve
-        return None
-    return result
+
+    def __init__(self, tensors: list[Tensor], facts: list[int], factors: list[float]) -> None:
+        operators = torch.ops.harlora_cpp
+        self.tensors = tensors
+        self._number = operators.encoder_hold(tensors, facts, factors)
+        self._run = operators.encoder.default._op
+        weakref.finalize(self, operators.encoder_release, self._number)
+
+    def __call__(self, patches: Tensor) -> Tensor | None:
+        """The encoded tokens, or None if the tensors are not what the operator takes."""
+        try:
+            result: Tensor = self._run(patches, self._number, _bfloat16.get())
+        except RuntimeError:  # another dtype or device, or not contiguous: the modules serve, or say what is wrong
+            return None
+        return result
 
 
 def _plain(x: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """The encoder in one call against its modules one by one: the same numbers, and never where something differs."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -60,14 +61,14 @@ def one_by_one(encoder, x):
 def calls(monkeypatch):
     """How often the compiled operator has served."""
     served = []
-    compiled = eager.encoder
+    compiled = eager.HeldEncoder.__call__
 
     def counting(*arguments):
         result = compiled(*arguments)
         served.append(result is not None)
         return result
 
-    monkeypatch.setattr(eager, "encoder", counting)
+    monkeypatch.setattr(eager.HeldEncoder, "__call__", counting)
     return served
 
 
@@ -134,7 +135,7 @@ def test_what_is_trained_loaded_or_replaced_counts_at_once(calls):
     follows()
     encoder.blocks[0].fc1.bias = None
     follows()
-    assert calls == [True] * 9 + [False, True]
+    assert calls == [True] * 10
     encoder.bfloat16().float()
     follows()
     assert calls[-1]
@@ -230,23 +231,43 @@ def test_a_copied_and_a_deleted_encoder_leave_no_trace():
 
 
 def test_the_operator_checks_what_it_is_given():
-    operator = torch.ops.harlora_cpp.encoder
-    encoder = encoder_of(SMALL)
-    plan = whole._Plan(encoder)
+    operators = torch.ops.harlora_cpp
+    plan = whole._Plan(encoder_of(SMALL))
     tensors = [place[name] for place, name in plan.slots]
     x = torch.randn(2, 16, 48)
-    with torch.no_grad():
-        operator(x, tensors, plan.facts, plan.factors)
-        for arguments in (
-            (x[0], tensors, plan.facts, plan.factors),
-            (x[:, :, :47], tensors, plan.facts, plan.factors),
-            (x[:, :15], tensors, plan.facts, plan.factors),
-            (x.double(), tensors, plan.facts, plan.factors),
-            (x, tensors[:-1], plan.facts, plan.factors),
-            (x, [*tensors, x], plan.facts, plan.factors),
-            (x, tensors, plan.facts[:-1], plan.factors),
-            (x, tensors, plan.facts, plan.factors[:-1]),
-            (x, tensors, [plan.facts[0], 0, *plan.facts[2:]], plan.factors),
-        ):
-            with pytest.raises(RuntimeError):
-                operator(*arguments)
+
+    def run(x, *description):
+        held = operators.encoder_hold(*description)
+        try:
+            return operators.encoder(x, held)
+        finally:
+            operators.encoder_release(held)
+
+    run(x, tensors, plan.facts, plan.factors)
+    for arguments in (
+        (x[0], tensors, plan.facts, plan.factors),
+        (x[:, :, :47], tensors, plan.facts, plan.factors),
+        (x[:, :15], tensors, plan.facts, plan.factors),
+        (x.double(), tensors, plan.facts, plan.factors),
+        (x, tensors[:-1], plan.facts, plan.factors),
+        (x, [*tensors, x], plan.facts, plan.factors),
+        (x, tensors, plan.facts[:-1], plan.factors),
+        (x, tensors, plan.facts, plan.factors[:-1]),
+        (x, tensors, [plan.facts[0], 0, *plan.facts[2:]], plan.factors),
+    ):
+        with pytest.raises(RuntimeError):
+            run(*arguments)
+    with pytest.raises(RuntimeError, match="no layers are held under 0"):
+        operators.encoder(x, 0)
+
+
+@torch.no_grad()
+def test_what_is_held_is_released_with_the_encoder():
+    encoder = encoder_of(SMALL)
+    encoder(torch.randn(2, 128, 6))
+    gone = weakref.ref(encoder.blocks[0].fc1.lora_A)
+    number = whole._plans[encoder].held._number
+    del encoder
+    assert gone() is None
+    with pytest.raises(RuntimeError, match="no layers are held"):
+        torch.ops.harlora_cpp.encoder(torch.randn(2, 16, 48), number)

@@ -7,6 +7,9 @@
 
 #include <limits>
 #include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -199,11 +202,21 @@ void forward(const Kernels& k, const Forward& job, bool threads, bool bfloat16) 
   }
 }
 
-// The layers of an encoder as kernels/eager.py lists them: tensors in `tensors`, and what they are in `facts`.
+// The layers of an encoder as harlora/models/whole.py lists them: tensors, what they are, and their constants.
+struct Description {
+  std::vector<Tensor> tensors;
+  std::vector<int64_t> facts;
+  std::vector<double> factors;
+};
+
+std::mutex descriptions_lock;
+std::unordered_map<int64_t, std::shared_ptr<const Description>> descriptions;
+int64_t last_description = 0;
+
+// Reads a description from its beginning to its end.
 class Layers {
  public:
-  Layers(const std::vector<Tensor>& tensors, const std::vector<int64_t>& facts, const std::vector<double>& factors)
-      : tensors_(tensors), facts_(facts), factors_(factors) {}
+  explicit Layers(const Description& d) : tensors_(d.tensors), facts_(d.facts), factors_(d.factors) {}
 
   int64_t fact() {
     STD_TORCH_CHECK(fact_ < facts_.size(), "encoder: facts end too early");
@@ -225,7 +238,7 @@ class Layers {
   }
 
   // facts: blocksize (0: dense), nested, bias, rank; tensors: weight, or packed, absmax, code and the nested ones;
-  // bias; lora_A, lora_B; factors: scaling.
+  // bias; lora_A, lora_B; factors: scaling of an adapter.
   Forward linear(int64_t in, int64_t out) {
     Forward job{};
     const int64_t blocksize = fact(), nested = fact(), bias = fact(), rank = fact();
@@ -481,9 +494,28 @@ void qlora_linear_backward(Tensor grad, Optional x, Optional t, Tensor packed, T
   });
 }
 
-Tensor encoder(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> facts, std::vector<double> factors,
-               bool bfloat16) {
-  Layers layers(tensors, facts, factors);
+int64_t encoder_hold(std::vector<Tensor> tensors, std::vector<int64_t> facts, std::vector<double> factors) {
+  auto description = std::make_shared<const Description>(
+      Description{std::move(tensors), std::move(facts), std::move(factors)});
+  const std::lock_guard<std::mutex> lock(descriptions_lock);
+  descriptions.emplace(++last_description, std::move(description));
+  return last_description;
+}
+
+void encoder_release(int64_t held) {
+  const std::lock_guard<std::mutex> lock(descriptions_lock);
+  descriptions.erase(held);
+}
+
+Tensor encoder(Tensor x, int64_t held, bool bfloat16) {
+  std::shared_ptr<const Description> description;
+  {
+    const std::lock_guard<std::mutex> lock(descriptions_lock);
+    const auto found = descriptions.find(held);
+    STD_TORCH_CHECK(found != descriptions.end(), "encoder: no layers are held under ", held);
+    description = found->second;
+  }
+  Layers layers(*description);
   Encoder e{};
   STD_TORCH_CHECK(x.dim() == 3, "encoder: x must be (windows, tokens, features)");
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);

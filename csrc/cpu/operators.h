@@ -33,10 +33,12 @@ void qlora_linear_backward(Tensor grad, Optional x, Optional t, Tensor packed, T
                            Optional grad_x, Optional grad_bias, Optional grad_A, Optional grad_B,
                            Optional nested_absmax, Optional nested_offset, Optional nested_code);
 
-// The whole MAE encoder, inference in float32: x (windows, tokens, features) are the patches. How the other arguments
-// describe its layers is in kernels/eager.py and in class Layers.
-Tensor encoder(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> facts, std::vector<double> factors,
-               bool bfloat16);
+// The whole MAE encoder, inference in float32: x (windows, tokens, features) are the patches. Its layers, described as in
+// class Layers, are held under a number from encoder_hold to encoder_release: handing over hundreds of tensors in each
+// call would take longer than a window does. What they point to is read anew in each call.
+int64_t encoder_hold(std::vector<Tensor> tensors, std::vector<int64_t> facts, std::vector<double> factors);
+void encoder_release(int64_t held);
+Tensor encoder(Tensor x, int64_t held, bool bfloat16);
 
 // The name of the kernels that serve.
 std::string kernels_name();

@@ -5,7 +5,7 @@ one operator; where anything about them is out of the ordinary it returns None a
 """
 
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -37,6 +37,7 @@ class _Plan:
         self.quantized: list[QLoRALinear] = []
         self.norms: list[nn.LayerNorm] = []
         self.usable = True
+        self.held: eager.HeldEncoder | None = None
         self.refused: list[Any] | None = None  # kinds of tensors that the operator did not take
         children = dict(encoder.named_modules())
         self._linear(children["patch_embed"])
@@ -143,11 +144,13 @@ def encode(encoder: nn.Module, patches: Tensor) -> Tensor | None:
         return None
     if plan.refused is not None and plan.refused == _kinds(tensors):
         return None
-    encoded = eager.encoder(patches, tensors, plan.facts, plan.factors)
-    if encoded is None:
+    if plan.held is None or not all(map(is_, plan.held.tensors, tensors)):
         if any(tensor is None for tensor in tensors):  # a bias was taken away: the plan is another one now
-            del _plans[encoder]
+            plan = _plans[encoder] = _Plan(encoder)
             return encode(encoder, patches)
+        plan.held = eager.HeldEncoder(tensors, plan.facts, plan.factors)
+    encoded = plan.held(patches)
+    if encoded is None:
         plan.refused = _kinds(tensors)
     return encoded
 
