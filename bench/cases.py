@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harlora.models import MAE, Classifier, MAEConfig
+from harlora.models.mae import patchify
 
 TARGETS = ("q", "k", "v", "o", "fc1", "fc2")
 MODELS = {"A": MAEConfig(), "B": MAEConfig(ffn=384, patch_size=16)}  # the package's default; the sizes
@@ -95,14 +96,23 @@ def _layer(made: Callable[[], tuple[list[Call], nn.Module]], x: Tensor) -> Conte
     return Contender(lambda: next(turn)(x), error)
 
 
-def _encoder(name: str, base: nn.Module) -> tuple[Call, nn.Module]:
+def _encoder(name: str, base: nn.Module) -> tuple[Call, Call]:
     model = peers.adapt(name, base, TARGETS)
-    reference = peers.exact(model, base, TARGETS)
-    return peers.called(name, model.eval()), reference.eval()
+    reference = peers.exact(model, base, TARGETS).eval()
+    if name == "F":  # harlora would run the plain encoder in one call as well; F is torch's modules
+        return partial(_module_by_module, model.eval()), partial(_module_by_module, reference)
+    return peers.called(name, model.eval()), reference
+
+
+def _module_by_module(encoder: nn.Module, x: Tensor) -> Tensor:
+    tokens = encoder.patch_embed(patchify(x, encoder.config.patch_size)) + encoder.positions
+    for block in encoder.blocks:
+        tokens = block(tokens)
+    return encoder.norm(tokens)
 
 
 @torch.no_grad()
-def _forward(made: Callable[[], tuple[Call, nn.Module]], x: Tensor) -> Contender:
+def _forward(made: Callable[[], tuple[Call, Call]], x: Tensor) -> Contender:
     model, reference = made()
     return Contender(partial(model, x), peers.relative_error([model(x)], [reference(x.double())]))
 

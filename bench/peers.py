@@ -5,7 +5,8 @@ H16  the same layers within harlora.inference_precision("bfloat16"), where the p
 P  bitsandbytes' Linear4bit with PEFT's LoRA: the same codes and scales, compute_dtype float32. In eval mode on a CPU
    with avx512_bf16 it computes in bfloat16 all the same, and says so nowhere; hence every result carries its error.
 D  float32 nn.Linear with PEFT's LoRA
-F  float32 nn.Linear without an adapter, the floor for a whole model; it computes something else than the others
+F  float32 nn.Linear without an adapter, torch's modules one by one: the floor for a whole model; it computes something
+   else than the others
 """
 
 import contextvars

@@ -150,55 +150,63 @@ void over_grid(int64_t part, int64_t parts, int64_t panels, int64_t rows, int64_
   }
 }
 
-// One linear layer, from memory to memory; on one thread alone unless `threads`.
-void forward(const Kernels& k, const Forward& job, bool threads, bool bfloat16) {
-  const int64_t rows = job.rows, in = job.weight.in, out = job.weight.out;
-  const int64_t branch = threads ? rows * in * job.rank : 0;
-  const int64_t work = threads ? rows * in * out + 2 * in * out : 0;  // decoding counts as two multiply-adds
-  const bool pairs = k.pairs && in % 2 == 0 && job.weight.dense == nullptr &&
-                     (job.dtype == Dtype::bfloat16 || (bfloat16 && job.dtype == Dtype::float32));
-  if (k.forward_few_serves(job) && !(pairs && rows > kFewPairs)) {
-    if (job.rank > 0) {
-      in_parts(branch / 2, [&](int64_t part, int64_t parts) {
-        k.forward_few_t(job, share(job.rank, part, parts), share(job.rank, part + 1, parts));
-      });
+// Whether the base product is of bfloat16 pairs.
+bool in_pairs(const Kernels& k, const Forward& job, bool bfloat16) {
+  return k.pairs && job.weight.in % 2 == 0 && job.weight.dense == nullptr &&
+         (job.dtype == Dtype::bfloat16 || (bfloat16 && job.dtype == Dtype::float32));
+}
+
+// Linear layers over the same x, from memory to memory; on one thread alone unless `threads`. One round of threads
+// computes all t, a second one all y.
+void forward(const Kernels& k, Forward* jobs, int count, bool threads, bool bfloat16) {
+  const int64_t rows = jobs[0].rows, in = jobs[0].weight.in;
+  const bool pairs = in_pairs(k, jobs[0], bfloat16);
+  int64_t branch = 0, work = 0;
+  bool few = true;
+  for (int i = 0; i < count; ++i) {
+    branch += 2 * rows * in * jobs[i].rank;  // thin products run at half the rate
+    work += rows * in * jobs[i].weight.out + 2 * in * jobs[i].weight.out;  // decoding counts as two multiply-adds
+    few = few && k.forward_few_serves(jobs[i]);
+    jobs[i].depth = depth_of(k, rows);
+  }
+  if (!threads) branch = work = 0;
+  few = few && !(pairs && rows > kFewPairs);
+  in_parts(branch, [&](int64_t part, int64_t parts) {
+    for (int i = 0; i < count; ++i) {
+      if (jobs[i].rank == 0) continue;
+      const int64_t items = few ? jobs[i].rank : rows;
+      (few ? k.forward_few_t : k.forward_t)(jobs[i], share(items, part, parts), share(items, part + 1, parts));
+    }
+  });
+  // Of bfloat16 products over float32, a rounded copy of at most 1 MiB of x at a time.
+  const bool round = pairs && jobs[0].dtype == Dtype::float32 && !few;
+  const int64_t most = round ? std::min(rows, std::max<int64_t>(96, (int64_t{1} << 19) / in)) : rows;
+  std::unique_ptr<BFloat16[]> rounded(round ? new BFloat16[static_cast<size_t>(most * in)] : nullptr);
+  for (int64_t row = 0; row < rows; row += most) {
+    const int64_t some = std::min(most, rows - row);
+    if (round) {
+      k.narrow(static_cast<const float*>(jobs[0].x) + row * in, some * in, Dtype::bfloat16, rounded.get());
     }
     in_parts(work, [&](int64_t part, int64_t parts) {
-      k.forward_few(job, share(out, part, parts, k.few_columns), share(out, part + 1, parts, k.few_columns));
+      for (int i = 0; i < count; ++i) {
+        Forward job = jobs[i];
+        const int64_t out = job.weight.out;
+        if (few) {
+          k.forward_few(job, share(out, part, parts, k.few_columns), share(out, part + 1, parts, k.few_columns));
+          continue;
+        }
+        if (pairs) job.x16 = round ? rounded.get() : static_cast<const BFloat16*>(job.x);
+        if (round) {
+          job.rows = some;
+          job.x = static_cast<const float*>(job.x) + row * in;
+          job.y = static_cast<float*>(job.y) + row * out;
+          job.t += row * job.rank;
+          if (job.residual != nullptr) job.residual += row * out;
+        }
+        over_grid(part, parts, (out + k.panel - 1) / k.panel, job.rows, rows_of_pass(in),
+                  [&](int64_t p0, int64_t p1, int64_t m0, int64_t m1) { k.forward(job, p0, p1, m0, m1); });
+      }
     });
-    return;
-  }
-  if (job.rank > 0) {
-    in_parts(branch, [&](int64_t part, int64_t parts) {
-      k.forward_t(job, share(rows, part, parts), share(rows, part + 1, parts));
-    });
-  }
-  const int64_t panels = (out + k.panel - 1) / k.panel;
-  const auto run = [&](const Forward& part_of_rows) {
-    in_parts(work, [&](int64_t part, int64_t parts) {
-      over_grid(part, parts, panels, part_of_rows.rows, rows_of_pass(in), [&](int64_t p0, int64_t p1, int64_t m0, int64_t m1) {
-        k.forward(part_of_rows, p0, p1, m0, m1);
-      });
-    });
-  };
-  Forward sized = job;
-  sized.depth = depth_of(k, rows);
-  if (!pairs || job.dtype == Dtype::bfloat16) {
-    if (pairs) sized.x16 = static_cast<const BFloat16*>(job.x);
-    return run(sized);
-  }
-  // A rounded copy of at most 1 MiB of x at a time.
-  const int64_t most = std::min(rows, std::max<int64_t>(96, (int64_t{1} << 19) / in));
-  std::unique_ptr<BFloat16[]> rounded(new BFloat16[static_cast<size_t>(most * in)]);
-  for (int64_t row = 0; row < rows; row += most) {
-    sized.rows = std::min(most, rows - row);
-    sized.x = static_cast<const float*>(job.x) + row * in;
-    sized.y = static_cast<float*>(job.y) + row * out;
-    sized.t = job.t + row * job.rank;
-    sized.residual = job.residual == nullptr ? nullptr : job.residual + row * out;
-    sized.x16 = rounded.get();
-    k.narrow(static_cast<const float*>(sized.x), sized.rows * in, Dtype::bfloat16, rounded.get());
-    run(sized);
   }
 }
 
@@ -294,7 +302,7 @@ struct Encoder {
   Norm norm;
   int64_t tokens, width, heads, ffn, rank;
 
-  int64_t floats_of_row() const { return 6 * width + ffn + rank; }
+  int64_t floats_of_row() const { return 6 * width + ffn + 3 * rank; }
 };
 
 // Everything for `windows` windows of x (windows, tokens, in of embed) into y (windows, tokens, width). `scratch` has
@@ -311,14 +319,18 @@ void encode(const Kernels& kernels, const Encoder& e, const float* x, int64_t wi
   float* state = mixed + rows * width;
   float* hidden = state + rows * width;
   float* t = hidden + rows * e.ffn;
-  const auto apply = [&](Forward job, const float* from, float* to, const float* residual, bool gelu) {
+  const auto placed = [&](Forward job, const float* from, float* to) {
     job.rows = rows;
     job.x = from;
     job.y = to;
     job.t = t;
+    return job;
+  };
+  const auto apply = [&](const Forward& linear, const float* from, float* to, const float* residual, bool gelu) {
+    Forward job = placed(linear, from, to);
     job.residual = residual;
     job.gelu = gelu;
-    forward(kernels, job, threads, bfloat16);
+    forward(kernels, &job, 1, threads, bfloat16);
   };
   const auto norm = [&](const Norm& n, const float* from, float* to) {
     in_parts(threads ? 4 * rows * width : 0, [&](int64_t part, int64_t parts) {
@@ -332,15 +344,16 @@ void encode(const Kernels& kernels, const Encoder& e, const float* x, int64_t wi
   }
   for (const Block& block : e.blocks) {
     norm(block.norm1, state, normed);
-    apply(block.q, normed, q, nullptr, false);
-    apply(block.k, normed, k, nullptr, false);
-    apply(block.v, normed, v, nullptr, false);
+    Forward qkv[3] = {placed(block.q, normed, q), placed(block.k, normed, k), placed(block.v, normed, v)};
+    qkv[1].t += rows * e.rank;
+    qkv[2].t += 2 * rows * e.rank;
+    forward(kernels, qkv, 3, threads, bfloat16);
     const int64_t heads = windows * e.heads;
-    in_parts(threads ? 2 * rows * e.tokens * width + 16 * rows * e.tokens * e.heads : 0,
-             [&](int64_t part, int64_t parts) {
-               kernels.attention(q, k, v, e.tokens, width, e.heads, share(heads, part, parts),
-                                 share(heads, part + 1, parts), attention_scratch + part * attention_floats, mixed);
-             });
+    // Exponentials, copies and short sums: about four times the multiply-adds.
+    in_parts(threads ? 8 * rows * e.tokens * width : 0, [&](int64_t part, int64_t parts) {
+      kernels.attention(q, k, v, e.tokens, width, e.heads, share(heads, part, parts), share(heads, part + 1, parts),
+                        attention_scratch + part * attention_floats, mixed);
+    });
     apply(block.o, mixed, state, state, false);
     norm(block.norm2, state, normed);
     apply(block.fc1, normed, hidden, nullptr, true);
@@ -422,7 +435,7 @@ Tensor qlora_linear(Tensor x, Tensor packed, Tensor absmax, Tensor code, int64_t
   job.t = t32.data();
 
   const Kernels& k = kernels();
-  forward(k, job, true, bfloat16);
+  forward(k, &job, 1, true, bfloat16);
   if (t_memory != nullptr && job.t != t_memory) k.narrow(job.t, rows * job.rank, job.dtype, t_memory);
   return y;
 }

@@ -16,7 +16,7 @@ const Kernels& kernels();
 bool threads_usable();
 
 // Multiply-adds for which another thread is worth waking.
-constexpr int64_t kWorkOfThread = 200'000;
+constexpr int64_t kWorkOfThread = 150'000;
 
 // f(part, parts) for every part, on as many of torch's threads as `work` (multiply-adds) keeps busy.
 template <typename F>

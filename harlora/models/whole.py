@@ -5,7 +5,7 @@ one operator; where anything about them is out of the ordinary it returns None a
 """
 
 from itertools import chain
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,8 +16,6 @@ from harlora.kernels import eager
 from harlora.nn.linear import LoRALinear, QLoRALinear
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_ADAPTER = attrgetter("rank", "alpha", "rslora", "dropout", "training")
-_FORMAT = attrgetter("quant_type", "blocksize")
 
 
 class _Plan:
@@ -104,9 +102,18 @@ class _Plan:
         self.norms.append(norm)
 
     def _settings(self) -> list[Any]:
+        # Flat: tuples of each layer would set the garbage collector to work every few calls.
+        adapted, quantized = self.adapted, self.quantized
         return [
-            *map(_ADAPTER, self.adapted), *map(_FORMAT, self.quantized), *map(attrgetter("eps"), self.norms),
-        ]  # fmt: skip
+            *[layer.rank for layer in adapted],
+            *[layer.alpha for layer in adapted],
+            *[layer.rslora for layer in adapted],
+            *[layer.dropout for layer in adapted],
+            *[layer.training for layer in adapted],
+            *[layer.quant_type for layer in quantized],
+            *[layer.blocksize for layer in quantized],
+            *[norm.eps for norm in self.norms],
+        ]
 
     def holds(self) -> bool:
         """Whether the encoder is still as it was when the plan was made, up to the values and places of tensors."""
