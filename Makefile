@@ -1,5 +1,6 @@
 # make lodo    from a bare clone to the table: environment, installation, the main study in its quick preset
 # make test    the tests;  make check  formatting, lint, types
+# make sanitize  the operators' tests on kernels built with AddressSanitizer and UBSan; needs GCC
 # make study   the committed results: three to four hours on two cores; goes on where it was stopped
 # make report  docs/results.md from the committed results
 # make bench-cpu   the layers on this CPU against bitsandbytes with PEFT and float32: some minutes
@@ -13,7 +14,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: lodo test check study report bench-cpu clean
+.PHONY: lodo test check sanitize study report bench-cpu clean
 
 lodo: $(VENV)/.har
 	$(BIN)/harlora lodo $(ARGS)
@@ -28,6 +29,21 @@ check: $(VENV)/.dev
 	@rm -rf build/typecheck && mkdir -p build/typecheck/harlora
 	@ln -s $(CURDIR)/harlora/* $(CURDIR)/kernels build/typecheck/harlora/
 	cd build/typecheck && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml harlora
+
+# Beside the installed extension, not over it. The runtimes must be loaded before Python, and libstdc++ with them, or
+# the first C++ exception finds no interceptor. Leaks are not looked for: Python and torch keep memory until the end.
+# A finding ends a worker of pytest, which fails its test; its report goes to the terminal (--capture=sys). The test of
+# the extension fails where it was not built; all others would skip.
+SANITIZE_CXX ?= g++
+SANITIZE_RUNTIME = $(foreach name,asan ubsan stdc++,$(shell $(SANITIZE_CXX) -print-file-name=lib$(name).so))
+sanitize: $(VENV)/.dev
+	HARLORA_SANITIZE=1 HARLORA_CUDA=0 CXX=$(SANITIZE_CXX) $(BIN)/python setup.py --quiet build \
+		--build-lib build/sanitize/lib --build-temp build/sanitize/temp
+	PYTHONPATH=build/sanitize/lib LD_PRELOAD="$(SANITIZE_RUNTIME)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(BIN)/pytest -n auto -x --capture=sys tests/test_ops.py tests/test_format.py tests/test_linear.py \
+		tests/test_cpu.py tests/test_whole.py tests/test_precision.py \
+		tests/test_build.py::test_the_extension_of_this_installation_serves
 
 study: $(VENV)/.har
 	$(BIN)/harlora lodo --preset standard --targets uci_hapt motionsense

@@ -6,7 +6,8 @@ torch in the build environment, no ninja, no C++ compiler), the installation goe
 operators run on their PyTorch reference.
 
 Environment: CXX, the C++ compiler; CUDA_HOME, the CUDA toolkit (otherwise found through nvcc on PATH);
-HARLORA_CUDA=0 leaves the CUDA part out; HARLORA_CUDA_ARCHS, by default "80;90a;100".
+HARLORA_CUDA=0 leaves the CUDA part out; HARLORA_CUDA_ARCHS, by default "80;90a;100". HARLORA_SANITIZE=1 compiles the
+CPU part with AddressSanitizer and UBSan, for ``make sanitize`` alone: what comes out loads only behind their runtime.
 """
 
 import os
@@ -34,6 +35,9 @@ VARIANTS = {
 X86 = platform.machine().lower() in {"x86_64", "amd64"}
 # The oldest torch that the stable ABI calls may come from: 2.10.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+# Every finding ends the process; frame pointers and -O1 make its report readable.
+SANITIZE = os.environ.get("HARLORA_SANITIZE") == "1"
+SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1"
 
 
 class UnavailableError(Exception):
@@ -97,9 +101,12 @@ def ninja_file(torch: Path, cxx: str, cuda: Path | None, target: Path) -> str:
     # Scales are a product and a sum, each rounded, as in the format's definition: no contraction.
     warnings = "-Wall -Wextra -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized"  # GCC 12 about its own headers
     libraries = "-ltorch_cpu -ltorch -lc10"
+    sanitizers = f" {SANITIZERS}" * SANITIZE
     lines = [
-        f"cxxflags = {common} -fPIC -ffp-contract=off {warnings} -fvisibility=hidden" + " -DHARLORA_X86" * X86,
-        f"ldflags = -shared -L{torch / 'lib'} {libraries}",
+        f"cxxflags = {common} -fPIC -ffp-contract=off {warnings} -fvisibility=hidden"
+        + " -DHARLORA_X86" * X86
+        + sanitizers,
+        f"ldflags = -shared -L{torch / 'lib'} {libraries}{sanitizers}",
         f"rule cxx\n command = {cxx} $cxxflags $more -MMD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc",
         f"rule link\n command = {cxx} $in $ldflags $cuda -o $out",
     ]
@@ -163,6 +170,8 @@ class BuildWithNinja(build_ext):
                 if attempt is None:
                     raise
                 self.warn("harlora: the CUDA part does not compile with this toolkit and is left out; see above")
+        if SANITIZE:
+            return  # without the sanitizers' runtime before it, nothing can load it
         # An extension that does not load here is worse than none.
         check = f"import torch; torch.ops.load_library({str(target)!r})"
         with tempfile.TemporaryDirectory() as elsewhere:

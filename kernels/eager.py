@@ -117,6 +117,19 @@ def _plain(x: Tensor) -> bool:
     )
 
 
+def refuse_second_derivative() -> None:
+    """Raise in a backward that is to be differentiated again (``create_graph=True``).
+
+    As late as `once_differentiable` raises it would be too late: dX depends on lora_A and lora_B even where dY is
+    constant, as under a sum, and dB on x where lora_A is frozen; those parts would be dropped without a word.
+    """
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            "qlora_linear: a second derivative is not supported (create_graph=True); compute the layer as "
+            "F.linear(x, layer.base_weight(), layer.bias) and its adapter in plain torch"
+        )
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -136,8 +149,8 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         x, t, lora_A, lora_B, packed, absmax, *nested = ctx.saved_tensors
         code, blocksize, in_features, scaling, nested_code = ctx.facts
         needs = ctx.needs_input_grad

@@ -299,6 +299,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor | None, _grad_t: Tensor | None) -> tuple[Tensor | None, ...]:
+    eager.refuse_second_derivative()
     grads: list[Tensor | None] = [None] * len(_Forward._fields)
     if grad is not None:
         *tensors, lora_A, lora_B = ctx.saved_tensors

@@ -53,7 +53,12 @@ constexpr const Kernels* all_kernels[] = {
     &portable_kernels,
 };
 
+// The kernels of that name, or the best. Every way to use kernels begins here, so forks are watched from here on.
 const Kernels* find(const std::string& name) {
+#if defined(__unix__) || defined(__APPLE__)
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+  (void)registered;
+#endif
   std::string known;
   for (const Kernels* candidate : all_kernels) {
     if (!runs(*candidate)) continue;
@@ -71,10 +76,6 @@ const Kernels* find(const std::string& name) {
 const Kernels& kernels() {
   const Kernels* found = selected.load(std::memory_order_relaxed);
   if (found == nullptr) {
-#if defined(__unix__) || defined(__APPLE__)
-    static const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-    (void)registered;
-#endif
     const char* wanted = std::getenv("HARLORA_CPU");
     found = find(wanted == nullptr ? "" : wanted);
     selected = found;

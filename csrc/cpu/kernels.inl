@@ -14,7 +14,8 @@
 // the product: `forward_few` multiplies codes in registers as they come and scales sums of 64.
 
 constexpr int PANEL = 2 * LANES;
-constexpr int64_t DEPTH = 512;  // steps of a decoded panel at most
+// Steps of a decoded panel at most. Loops over them run once even where there are none, to write the zeros.
+constexpr int64_t DEPTH = 512;
 constexpr int GRANULE = 64;     // codes of a row decoded at a time: 32 bytes
 constexpr int64_t ROW_BLOCK = 16 * ROWS;
 constexpr int RANKS = 64;       // ranks of one pass; larger adapters take several
@@ -529,7 +530,7 @@ void multiply_thin(const T* a, int64_t a_row, int64_t depth, int rank, int64_t f
     const int width = columns <= LANES ? LANES : PANEL;
     for (int64_t m = first_row; m < last_row; m += ROW_BLOCK) {
       const int64_t rows = smaller(ROW_BLOCK, last_row - m);
-      for (int64_t step = 0; step < depth; step += DEPTH) {
+      for (int64_t step = 0; step == 0 || step < depth; step += DEPTH) {
         const int64_t steps = smaller(DEPTH, depth - step);
         if (depth > DEPTH || m == first_row) pack(step, steps, first, width, panel);
         const float* init = step == 0 ? zeros : block;
@@ -601,7 +602,7 @@ void forward_as(const Forward& job, int64_t first_panel, int64_t last_panel, int
       if constexpr (sizeof(T) == 4) {
         if (direct) c = static_cast<float*>(job.y) + m * out + n, c_row = out;
       }
-      for (int64_t step = 0; step < in; step += job.depth) {
+      for (int64_t step = 0; step == 0 || step < in; step += job.depth) {
         const int64_t steps = smaller(job.depth, in - step);
         const float* init = step == 0 ? bias : c;
         const int64_t init_row = step == 0 ? 0 : c_row;
@@ -832,7 +833,7 @@ void backward_x_as(const Backward& job, int64_t first_panel, int64_t last_panel,
     const int64_t k = p * PANEL, columns = smaller(PANEL, in - k);
     for (int64_t m = first_row; m < last_row; m += ROW_BLOCK) {
       const int64_t rows = smaller(ROW_BLOCK, last_row - m);
-      for (int64_t step = 0; step < out; step += job.depth) {
+      for (int64_t step = 0; step == 0 || step < out; step += job.depth) {
         const int64_t steps = smaller(job.depth, out - step);
         if (out > job.depth || m == first_row) decode_straight(job.weight, k, step, steps, panel);
         multiply<2>(rows, steps, grad + m * out + step, out, panel, step == 0 ? zeros : block, step == 0 ? 0 : PANEL,
