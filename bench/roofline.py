@@ -101,7 +101,7 @@ def _bandwidths(axis: Axes, rows: Sequence[Row], shapes: Sequence[tuple[int, int
                 rate = read / row["median_us"] / 1e3
                 place = shapes.index((row["in_features"], row["out_features"])) + 0.21 * (number - 1.5)
                 axis.bar(place, rate, width=0.2, color=colour)
-                axis.text(place, rate, f"{rate:.1f}", ha="center", va="bottom", fontsize=7)
+                axis.text(place, rate, f"{rate:.2g}", ha="center", va="bottom", fontsize=7)
     if ceilings is not None:
         axis.axhline(ceilings["copy_gb_s"], color="#555555", linestyle="-.", linewidth=1, label="DRAM copy")
     axis.set_xticks(range(len(shapes)), [f"{a}×{b}" for a, b in shapes], fontsize=8)

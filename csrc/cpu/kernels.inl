@@ -100,8 +100,8 @@ inline float decode_one(const Weight& w, int64_t index) {
   return w.code[index & 1 ? byte & 15 : byte >> 4] * w.scale(index >> w.log2_blocksize);
 }
 
-// panel[step][column] = Ŵ[first_row + column][first_step + step]. Columns past the last row repeat it. With P = BFloat16
-// the values are rounded, and two steps lie side by side: panel[step / 2][column][step % 2]; `steps` is even then.
+// panel[step][column] = Ŵ[first_row + column][first_step + step]. Columns past the last row repeat it. With P =
+// BFloat16 the values are rounded, and two steps lie side by side: panel[step / 2][column][step % 2]; `steps` is even.
 template <typename P>
 void decode_transposed(const Weight& w, int64_t first_row, int64_t first_step, int64_t steps, P* panel) {
   const int64_t last = w.out - 1;
@@ -653,7 +653,8 @@ bool forward_few_serves(const Forward& job) {
 #else
   if (job.rows > 2 && (job.x16 != nullptr || job.dtype != Dtype::float32)) return false;
   if (job.weight.dense != nullptr || job.gelu || job.residual != nullptr) return false;
-  return job.rows > 0 && job.rows <= FEW && job.rank <= RANKS && job.weight.in % GRANULE == 0 && job.weight.log2_blocksize >= 6 &&
+  if (job.weight.in % GRANULE != 0 || job.weight.log2_blocksize < 6) return false;
+  return job.rows > 0 && job.rows <= FEW && job.rank <= RANKS &&
          job.rows * job.weight.in <= FEW_VALUES;
 #endif
 }

@@ -117,7 +117,7 @@ class Scratch {
   float* data_;
 };
 
-constexpr int64_t kRowsOfChunk = 256;
+constexpr int64_t kRowsOfChunk = 128;
 constexpr int64_t kFewPairs = 2;  // rows up to which codes in registers beat products of bfloat16 pairs
 
 // Steps that each thread decodes at a time, so that all of them together hold at most 1 MiB of decoded weight (up to
@@ -125,7 +125,8 @@ constexpr int64_t kFewPairs = 2;  // rows up to which codes in registers beat pr
 int64_t depth_of(const Kernels& k, int64_t rows) {
   const int64_t all = (int64_t{1} << 20) / (static_cast<int64_t>(sizeof(float)) * k.panel);
   // With few rows decoding is most of the work, and faster into a panel that fits the first-level cache.
-  return std::min(rows < 32 ? k.depth / 2 : k.depth, std::max<int64_t>(1, all / torch::stable::get_num_threads() / 64) * 64);
+  const int64_t granules = std::max<int64_t>(1, all / torch::stable::get_num_threads() / 64);
+  return std::min(rows < 32 ? k.depth / 2 : k.depth, granules * 64);
 }
 
 // Rows of one pass over all panels: as many as stay in a second-level cache with their share of y.
@@ -574,8 +575,8 @@ Tensor encoder(Tensor x, int64_t held, bool bfloat16) {
     std::unique_ptr<float[]> scratch(new float[e.floats_of_row() * at_once * e.tokens + most * attention_floats]);
     float* attention = scratch.get() + e.floats_of_row() * at_once * e.tokens;
     for (int64_t window = 0; window < windows; window += at_once) {
-      encode(k, e, from + window * e.tokens * features, std::min(at_once, windows - window), most > 1, bfloat16, scratch.get(),
-             attention, attention_floats, to + window * e.tokens * e.width);
+      encode(k, e, from + window * e.tokens * features, std::min(at_once, windows - window), most > 1, bfloat16,
+             scratch.get(), attention, attention_floats, to + window * e.tokens * e.width);
     }
     return y;
   }
@@ -587,8 +588,8 @@ Tensor encoder(Tensor x, int64_t held, bool bfloat16) {
       std::unique_ptr<float[]> scratch(new float[e.floats_of_row() * at_once * e.tokens + attention_floats]);
       float* attention = scratch.get() + e.floats_of_row() * at_once * e.tokens;
       for (int64_t window = first; window < last; window += at_once) {
-        encode(k, e, from + window * e.tokens * features, std::min(at_once, last - window), false, bfloat16, scratch.get(),
-               attention, attention_floats, to + window * e.tokens * e.width);
+        encode(k, e, from + window * e.tokens * features, std::min(at_once, last - window), false, bfloat16,
+               scratch.get(), attention, attention_floats, to + window * e.tokens * e.width);
       }
     }
   });

@@ -33,8 +33,8 @@ void qlora_linear_backward(Tensor grad, Optional x, Optional t, Tensor packed, T
                            Optional grad_x, Optional grad_bias, Optional grad_A, Optional grad_B,
                            Optional nested_absmax, Optional nested_offset, Optional nested_code);
 
-// The whole MAE encoder, inference in float32: x (windows, tokens, features) are the patches. Its layers, described as in
-// class Layers, are held under a number from encoder_hold to encoder_release: handing over hundreds of tensors in each
+// The whole MAE encoder, inference in float32: x (windows, tokens, features) are the patches. Its layers, described as
+// in class Layers, are held under a number from encoder_hold to encoder_release: handing over hundreds of tensors in each
 // call would take longer than a window does. What they point to is read anew in each call.
 int64_t encoder_hold(std::vector<Tensor> tensors, std::vector<int64_t> facts, std::vector<double> factors);
 void encoder_release(int64_t held);
