@@ -10,7 +10,7 @@ from torch import nn
 import harlora
 from harlora.kernels import cpp, eager
 from harlora.models import MAE, Classifier, MAEConfig, whole
-from harlora.models.mae import patchify
+from harlora.models.mae import Attention, Block, patchify
 
 LAYERS = ["q", "k", "v", "o", "fc1", "fc2"]
 needs_extension = pytest.mark.skipif(bool(cpp.load_extension()), reason=cpp.load_extension())
@@ -136,6 +136,9 @@ def test_what_is_trained_loaded_or_replaced_counts_at_once(calls):
     encoder.blocks[0].fc1.bias = None
     follows()
     assert calls == [True] * 10
+    encoder.blocks = encoder.blocks[:1]
+    follows()
+    assert calls[-1]
     encoder.bfloat16().float()
     follows()
     assert calls[-1]
@@ -167,6 +170,28 @@ def refuse_replaced_forward(encoder):
     encoder.blocks[0].fc1.forward = lambda x: x.new_ones(*x.shape[:-1], 48)
 
 
+def refuse_another_block(encoder):
+    class Parallel(Block):
+        def forward(self, x):
+            return x + self.attention(self.norm1(x)) + self.fc2(self.fc1(self.norm2(x)))
+
+    block = Parallel(24, 2, 48)
+    block.load_state_dict(MAE(SMALL).encoder.blocks[0].state_dict())
+    encoder.blocks[0] = block
+
+
+def refuse_another_attention(encoder):
+    class Uniform(Attention):
+        def forward(self, x):
+            return self.o(self.v(x).mean(dim=1, keepdim=True).expand_as(x))
+
+    encoder.blocks[1].attention = Uniform(24, 2)
+
+
+def refuse_other_heads(encoder):
+    encoder.blocks[1].attention.heads = 3
+
+
 def refuse_half(encoder):
     encoder.blocks[0].fc1.lora_A.data = encoder.blocks[0].fc1.lora_A.data.bfloat16()
 
@@ -174,7 +199,17 @@ def refuse_half(encoder):
 @torch.no_grad()
 @pytest.mark.parametrize(
     "change",
-    [refuse_hooks, refuse_pre_hooks, refuse_dropout, refuse_subclass, refuse_replaced_forward, refuse_half],
+    [
+        refuse_hooks,
+        refuse_pre_hooks,
+        refuse_dropout,
+        refuse_subclass,
+        refuse_replaced_forward,
+        refuse_another_block,
+        refuse_another_attention,
+        refuse_other_heads,
+        refuse_half,
+    ],
 )
 def test_falls_back_where_a_layer_is_out_of_the_ordinary(change, calls):
     encoder, x = encoder_of(SMALL), torch.randn(3, 128, 6)

@@ -644,7 +644,7 @@ void forward_as(const Forward& job, int64_t first_panel, int64_t last_panel, int
 
 constexpr int FEW = LANES == 16 ? 8 : 4;  // rows, of float32; narrower types have 2
 constexpr int GROUP = LANES / 8;          // rows of the weight in one vector
-constexpr int64_t FEW_VALUES = 65536;     // of x at most: its reordered copy is on the stack
+constexpr int64_t FEW_VALUES = 32768;     // of x at most: its reordered copy is on the stack
 
 bool forward_few_serves(const Forward& job) {
 #ifdef HARLORA_PORTABLE

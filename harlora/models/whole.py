@@ -26,10 +26,14 @@ class _Plan:
     """
 
     def __init__(self, encoder: nn.Module) -> None:
+        from harlora.models import mae  # which imports this module
+
         config: Any = encoder.config
+        blocks: Any = encoder.blocks
         self.slots: list[tuple[dict[str, Any], str]] = []  # of the tensors, in the operator's order
         self.absent: list[tuple[dict[str, Any], str]] = []
-        self.facts = [config.depth, config.width, config.heads, config.ffn]
+        self.attentions: list[Any] = []
+        self.facts = [len(blocks), config.width, config.heads, config.ffn]
         self.factors: list[float] = []
         self.adapted: list[Any] = []
         self.quantized: list[QLoRALinear] = []
@@ -37,19 +41,23 @@ class _Plan:
         self.usable = True
         self.held: eager.HeldEncoder | None = None
         self.refused: list[Any] | None = None  # kinds of tensors that the operator did not take
-        children = dict(encoder.named_modules())
-        self._linear(children["patch_embed"])
-        self._slot(encoder._buffers, "positions")
-        for i in range(config.depth):
-            block = f"blocks.{i}"
-            self._norm(children[f"{block}.norm1"])
-            for name in ("attention.q", "attention.k", "attention.v", "attention.o"):
-                self._linear(children[f"{block}.{name}"])
-            self._norm(children[f"{block}.norm2"])
-            self._linear(children[f"{block}.fc1"])
-            self._linear(children[f"{block}.fc2"])
-        self._norm(children["norm"])
-        modules = list(children.values())
+        self._linear(encoder.patch_embed)
+        self.usable &= self._slot(encoder._buffers, "positions") and type(encoder) is mae.Encoder
+        for block in blocks:
+            if type(block) is not mae.Block or type(block.attention) is not mae.Attention:
+                self.usable = False  # it may compute something else from the same layers
+                break
+            attention = block.attention
+            self.attentions.append(attention)
+            self.usable &= attention.heads == config.heads
+            self._norm(block.norm1)
+            for layer in (attention.q, attention.k, attention.v, attention.o):
+                self._linear(layer)
+            self._norm(block.norm2)
+            self._linear(block.fc1)
+            self._linear(block.fc2)
+        self._norm(encoder.norm)
+        modules = list(encoder.modules())
         self.places = [(module._modules, name) for module in modules for name in module._modules]
         self.modules = [places[name] for places, name in self.places]
         self.hooks = [getattr(module, hooks) for module in modules[1:] for hooks in _HOOKS]
@@ -61,43 +69,36 @@ class _Plan:
         (self.slots if present else self.absent).append((tensors, name))
         return present
 
-    def _linear(self, layer: nn.Module) -> None:
+    def _linear(self, layer: Any) -> None:
         if type(layer) not in (nn.Linear, LoRALinear, QLoRALinear) or "bias" not in layer._parameters:
             self.usable = False
             return
         nested = False
         if isinstance(layer, QLoRALinear):
-            self._slot(layer._buffers, "weight")
-            self._slot(layer._buffers, "absmax")
+            self.usable &= self._slot(layer._buffers, "weight") and self._slot(layer._buffers, "absmax")
             self.slots.append((eager.codes(), layer.quant_type))
             nested = self._slot(layer._buffers, "nested_absmax") and self._slot(layer._buffers, "nested_offset")
             if nested:
                 self.slots.append((eager.codes(), "nested"))
             self.quantized.append(layer)
-        elif "weight" in layer._parameters:
-            self._slot(layer._parameters, "weight")
         else:
-            self.usable = False
+            self.usable &= self._slot(layer._parameters, "weight")
         bias = self._slot(layer._parameters, "bias")
         rank = 0
         if not isinstance(layer, nn.Linear):
-            adapter: Any = layer
-            self.adapted.append(adapter)
-            rank = int(adapter.rank)
+            self.adapted.append(layer)
+            rank = layer.rank
             if rank:
-                self.usable &= {"lora_A", "lora_B"} <= layer._parameters.keys()
-                self._slot(layer._parameters, "lora_A")
-                self._slot(layer._parameters, "lora_B")
-                self.factors.append(adapter.scaling)
-                self.usable &= not (adapter.dropout and adapter.training)
+                self.usable &= self._slot(layer._parameters, "lora_A") and self._slot(layer._parameters, "lora_B")
+                self.factors.append(layer.scaling)
+                self.usable &= not (layer.dropout and layer.training)
         self.facts += [layer.blocksize if isinstance(layer, QLoRALinear) else 0, nested, bias, rank]
 
-    def _norm(self, norm: nn.Module) -> None:
-        if type(norm) is not nn.LayerNorm or norm._parameters.get("bias") is None:
+    def _norm(self, norm: Any) -> None:
+        if type(norm) is not nn.LayerNorm:
             self.usable = False
             return
-        self._slot(norm._parameters, "weight")
-        self._slot(norm._parameters, "bias")
+        self.usable &= self._slot(norm._parameters, "weight") and self._slot(norm._parameters, "bias")
         self.factors.append(norm.eps)
         self.norms.append(norm)
 
@@ -113,6 +114,7 @@ class _Plan:
             *[layer.quant_type for layer in quantized],
             *[layer.blocksize for layer in quantized],
             *[norm.eps for norm in self.norms],
+            *[attention.heads for attention in self.attentions],
         ]
 
     def holds(self) -> bool:
