@@ -8,6 +8,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 import torch
 
+from harlora.kernels import cpp
+
 torch.set_num_threads(1)
 
 
@@ -28,6 +30,32 @@ def nan_filled_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+# What each set of CPU kernels needs, as Linux names it.
+_NEEDS = {
+    "avx512bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "avx512_bf16"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "portable": set(),
+    "": set(),
+}
+
+
+@pytest.fixture
+def use_kernels():
+    """Makes a set of CPU kernels serve for one test; skips where the processor lacks it, fails where it is missing."""
+
+    def use(name: str) -> None:
+        information = Path("/proc/cpuinfo")
+        flags = set(information.read_text().split()) if information.exists() else set()
+        if missing := _NEEDS[name] - flags:
+            pytest.skip(f"this processor has no {', '.join(sorted(missing))}")
+        cpp.select_kernels(name)
+
+    yield use
+    if not cpp.load_extension():
+        cpp.select_kernels()
 
 
 @pytest.fixture

@@ -120,9 +120,8 @@ def test_a_forked_child_computes_the_same_and_ends(first, tmp_path):
 
 @pytest.mark.parametrize("variant", ["avx512bf16", "avx512", "avx2", "portable"])
 @needs_extension
-def test_results_depend_neither_on_the_number_of_threads_nor_on_the_run(variant, tmp_path):
-    if variant not in served():
-        pytest.skip(f"this processor does not run {variant}")
+def test_results_depend_neither_on_the_number_of_threads_nor_on_the_run(variant, tmp_path, use_kernels):
+    use_kernels(variant)
     code = """
     shapes = [(1, 1024, 1030), (3, 576, 1000), (4, 2048, 65), (33, 160, 999), (64, 192, 512), (300, 321, 100)]
     for shape, rank, dtype in itertools.product(shapes, (5, 66), (torch.float32, torch.bfloat16)):
@@ -135,13 +134,6 @@ def test_results_depend_neither_on_the_number_of_threads_nor_on_the_run(variant,
             assert same(result, results[0]), (shape, rank, dtype)
     """
     in_two_threads(code, tmp_path, HARLORA_CPU=variant)
-
-
-def served() -> str:
-    """The kernels that this processor runs, as the refusal of an unknown name lists them."""
-    with pytest.raises(RuntimeError, match="one of the kernels that this processor runs") as refused:
-        cpp.select_kernels("none")
-    return str(refused.value).splitlines()[0]
 
 
 @pytest.mark.usefixtures("way")

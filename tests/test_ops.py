@@ -34,22 +34,17 @@ BACKENDS = ["reference", "cpp", "cpp-avx512bf16", "cpp-avx512", "cpp-avx2", "cpp
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request, monkeypatch):
+def backend(request, monkeypatch, use_kernels):
     """Each backend in turn, and of the compiled one every instruction set that this processor has."""
     name, _, variant = request.param.partition("-")
     if name == "cpp":
         if cpp.load_extension():
             pytest.skip(f"the extension does not serve: {cpp.load_extension()}")
-        try:
-            cpp.select_kernels(variant)
-        except RuntimeError as error:
-            pytest.skip(str(error).splitlines()[0])
+        use_kernels(variant)
     monkeypatch.setenv("HARLORA_BACKEND", name)
     eager.reset()
     yield request.param
     eager.reset()
-    if name == "cpp":
-        cpp.select_kernels()
 
 
 @pytest.fixture(params=["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])])

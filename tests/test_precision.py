@@ -11,13 +11,8 @@ pytestmark = pytest.mark.skipif(bool(cpp.load_extension()), reason=cpp.load_exte
 
 
 @pytest.fixture
-def _bfloat16():
-    try:
-        cpp.select_kernels("avx512bf16")
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
-    yield
-    cpp.select_kernels()
+def _bfloat16(use_kernels):
+    use_kernels("avx512bf16")
 
 
 def layer_of(in_features, out_features, **options):
@@ -81,14 +76,11 @@ def test_odd_in_features_stay_float32():
     assert torch.equal(found, layer(x))
 
 
-def test_what_cannot_be_had_is_refused():
+def test_what_cannot_be_had_is_refused(use_kernels):
     with pytest.raises(ValueError, match="name must be 'float32' or 'bfloat16', got 'int8'"), \
             harlora.inference_precision("int8"):  # fmt: skip
         pass
-    cpp.select_kernels("portable")
-    try:
-        with pytest.raises(RuntimeError, match="requires the kernels 'avx512bf16', but those that serve here are"), \
-                harlora.inference_precision("bfloat16"):  # fmt: skip
-            pass
-    finally:
-        cpp.select_kernels()
+    use_kernels("portable")
+    with pytest.raises(RuntimeError, match="requires the kernels 'avx512bf16', but those that serve here are"), \
+            harlora.inference_precision("bfloat16"):  # fmt: skip
+        pass

@@ -26,14 +26,9 @@ CONFIGS = {
 
 
 @pytest.fixture(params=["avx512bf16", "avx512", "avx2", "portable"])
-def kernels(request):
+def kernels(request, use_kernels):
     """Every instruction set that this processor has."""
-    try:
-        cpp.select_kernels(request.param)
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
-    yield request.param
-    cpp.select_kernels()
+    use_kernels(request.param)
 
 
 def encoder_of(config, targets=LAYERS, apply=harlora.apply_qlora, **options):

@@ -651,7 +651,7 @@ bool forward_few_serves(const Forward& job) {
   (void)job;
   return false;
 #else
-  if (job.rows > 2 && (job.x16 != nullptr || job.dtype != Dtype::float32)) return false;
+  if (job.rows > 2 && job.dtype != Dtype::float32) return false;
   if (job.weight.dense != nullptr || job.gelu || job.residual != nullptr) return false;
   if (job.weight.in % GRANULE != 0 || job.weight.log2_blocksize < 6) return false;
   return job.rows > 0 && job.rows <= FEW && job.rank <= RANKS &&
