@@ -88,6 +88,19 @@ def test_equals_the_modules(config, windows, calls):
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_is_not_finite_does_not_become_finite(name, value, calls):
+    encoder = encoder_of(SMALL)
+    layer = getattr(encoder.blocks[0] if name in {"fc1", "fc2"} else encoder.blocks[0].attention, name)
+    layer.lora_A[1, 3] = value
+    x = torch.randn(3, SMALL.window, SMALL.channels)
+    assert torch.equal(encoder(x).isfinite(), one_by_one(encoder, x).isfinite())
+    assert calls == [True]
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     ("targets", "apply", "options"),
     [

@@ -411,9 +411,10 @@ void multiply_pairs(int64_t rows, int64_t steps, const BFloat16* a, int64_t a_ro
 
 // What stands between the linear layers of a transformer block -------------------------------------------------------
 
-// e^x, within 1.2e-7 of it relatively, for -87 <= x <= 88; 1.2e-38 below.
+// e^x, within 1.2e-7 of it relatively, for -87 <= x <= 88; 1.2e-38 below. NaN of NaN: `maximum` takes its second
+// argument where either is NaN.
 inline F exponential(F x) {
-  x = maximum(x, set(-87.0f));
+  x = maximum(set(-87.0f), x);
   // n = x / ln 2 to the nearest integer, found in the low bits of a sum that is too large for a fraction.
   const F shifted = fma(x, set(1.44269504f), set(12582912.0f));
   const F n = sub(shifted, set(12582912.0f));
@@ -421,7 +422,8 @@ inline F exponential(F x) {
   F sum = set(1.0f / 5040);  // Taylor: |r| <= 0.35, the next term is below 6e-9
   const float terms[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
   for (float term : terms) sum = fma(sum, r, set(term));
-  return HARLORA_I2F(add(HARLORA_F2I(sum), shift_left(HARLORA_F2I(shifted), 23)));
+  // The sum of integers may have made a number of a NaN, whose bits are not all known; 0 · x does not.
+  return fma(zero(), x, HARLORA_I2F(add(HARLORA_F2I(sum), shift_left(HARLORA_F2I(shifted), 23))));
 }
 
 // x·Φ(x), with erfc(t) = exp(-t·p(t)) for t >= 0; p fitted so that erfc is within 2.3e-9 before rounding.
@@ -434,7 +436,7 @@ inline F gelu(F x) {
   for (float term : terms) p = fma(p, t, set(term));
   const F half_erfc = mul(exponential(sub(zero(), mul(t, p))), set(0.5f));
   // x·Φ(x) = max(x, 0) - |x|·erfc(|x| / √2) / 2; the second part vanishes where t was cut off.
-  return sub(maximum(x, zero()), mul(minimum(size, set(5.93969696f)), half_erfc));
+  return sub(maximum(zero(), x), mul(minimum(size, set(5.93969696f)), half_erfc));
 }
 
 inline float sum_of(F v) {
