@@ -42,7 +42,7 @@ sanitize: $(VENV)/.dev
 	PYTHONPATH=build/sanitize/lib LD_PRELOAD="$(SANITIZE_RUNTIME)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/pytest -n auto -x --capture=sys tests/test_ops.py tests/test_format.py tests/test_linear.py \
-		tests/test_cpu.py tests/test_whole.py tests/test_precision.py \
+		tests/test_cpu.py tests/test_whole.py tests/test_groups.py tests/test_precision.py \
 		tests/test_build.py::test_the_extension_of_this_installation_serves
 
 study: $(VENV)/.har

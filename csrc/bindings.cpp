@@ -13,6 +13,7 @@
 // last with a default: an argument that is not passed costs a fifth of one that is.
 #define HARLORA_WEIGHT "Tensor packed, Tensor absmax, Tensor code, int blocksize"
 #define HARLORA_NESTED "Tensor? nested_absmax=None, Tensor? nested_offset=None, Tensor? nested_code=None"
+#define HARLORA_LAYERS "Tensor[] tensors, int[] facts, float[] factors"
 
 STABLE_TORCH_LIBRARY(harlora_cpp, library) {
   library.def("quantize_4bit(Tensor weight, Tensor bounds, int blocksize, bool fp4) -> (Tensor, Tensor)");
@@ -23,7 +24,15 @@ STABLE_TORCH_LIBRARY(harlora_cpp, library) {
   library.def("qlora_linear_backward(Tensor grad, Tensor? x, Tensor? t, " HARLORA_WEIGHT
               ", int in_features, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor(a!)? grad_x,"
               " Tensor(b!)? grad_bias, Tensor(c!)? grad_A, Tensor(d!)? grad_B, " HARLORA_NESTED ") -> ()");
-  library.def("encoder_hold(Tensor[] tensors, int[] facts, float[] factors) -> int");
+  library.def("qlora_qkv(Tensor x, " HARLORA_LAYERS ", bool bfloat16=False) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def("qlora_qkv_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor x, Tensor t, " HARLORA_LAYERS
+              ", int[] wanted) -> Tensor[]");
+  library.def("qlora_mlp(Tensor x, " HARLORA_LAYERS ", bool keep, bool bfloat16=False) -> (Tensor, Tensor, Tensor)");
+  library.def("qlora_mlp_backward(Tensor grad, Tensor x, Tensor inner, Tensor t, " HARLORA_LAYERS
+              ", int[] wanted) -> Tensor[]");
+  library.def("attention(Tensor q, Tensor k, Tensor v, int heads) -> Tensor");
+  library.def("attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, int heads) -> (Tensor, Tensor, Tensor)");
+  library.def("encoder_hold(" HARLORA_LAYERS ") -> int");
   library.def("encoder_release(int held) -> ()");
   library.def("encoder(Tensor x, int held, bool bfloat16=False) -> Tensor");
   library.def("kernels() -> str");
@@ -34,6 +43,12 @@ STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CPU, library) {
   library.impl("quantize_4bit", TORCH_BOX(&harlora::cpu::quantize_4bit));
   library.impl("dequantize_4bit", TORCH_BOX(&harlora::cpu::dequantize_4bit));
   library.impl("qlora_linear", TORCH_BOX(&harlora::cpu::qlora_linear));
+  library.impl("qlora_qkv", TORCH_BOX(&harlora::cpu::qlora_qkv));
+  library.impl("qlora_qkv_backward", TORCH_BOX(&harlora::cpu::qlora_qkv_backward));
+  library.impl("qlora_mlp", TORCH_BOX(&harlora::cpu::qlora_mlp));
+  library.impl("qlora_mlp_backward", TORCH_BOX(&harlora::cpu::qlora_mlp_backward));
+  library.impl("attention", TORCH_BOX(&harlora::cpu::attention));
+  library.impl("attention_backward", TORCH_BOX(&harlora::cpu::attention_backward));
   library.impl("encoder", TORCH_BOX(&harlora::cpu::encoder));
   library.impl("qlora_linear_backward", TORCH_BOX(&harlora::cpu::qlora_linear_backward));
 }

@@ -167,6 +167,146 @@ class _Linear(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
+# The arguments of the operator qlora_linear after x: one layer.
+Layer = tuple[
+    Tensor, Tensor, Tensor | None, Tensor | None, str, int, int, Tensor | None, Tensor | None, Tensor | None, float
+]
+_Description = tuple[list[Tensor], list[int], list[float]]
+
+
+def _describe(in_features: int, layers: tuple[Layer, ...]) -> _Description:
+    """``layers`` as class Layers of csrc/cpu/operators.cpp reads them."""
+    tensors: list[Any] = []
+    facts = [in_features]
+    factors = []
+    for layer in layers:
+        packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, out_features, bias, A, B, scaling = layer
+        tensors += (packed, absmax, code_table(quant_type, _CPU))
+        if nested_absmax is not None:
+            tensors += (nested_absmax, nested_offset, nested_code_table(_CPU))
+        rank = 0 if A is None else A.shape[0]
+        facts += (out_features, blocksize, nested_absmax is not None, bias is not None, rank)
+        if bias is not None:
+            tensors.append(bias)
+        if rank:
+            tensors += (A, B)
+            factors.append(scaling)
+    return tensors, facts, factors
+
+
+def _wanted(needs: tuple[bool, ...]) -> list[int]:
+    """The compiled backward's ``wanted``, of the needs of x and then of bias, lora_A and lora_B of each layer."""
+    return [int(needs[0]), *(needs[i] + 2 * needs[i + 1] + 4 * needs[i + 2] for i in range(1, len(needs), 3))]
+
+
+class _Group(torch.autograd.Function):
+    """What _QKV and _MLP share; their arguments after the first two are bias, lora_A and lora_B of each layer."""
+
+    @staticmethod
+    def keep(ctx: Any, description: _Description, *computed: Tensor) -> None:
+        ctx.save_for_backward(*computed, *description[0])
+        ctx.facts = description[1:]
+
+    @staticmethod
+    def gradients(ctx: Any, operator: Any, count: int, *grads_y: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:])
+        saved = ctx.saved_tensors
+        grads = operator(*grads_y, *saved[:count], saved[count:], *ctx.facts, _wanted(needs))
+        wanted = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+        return wanted[0], None, *wanted[1:]
+
+
+class _QKV(_Group):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, description: _Description, *_: Tensor | None) -> tuple[Tensor, ...]:
+        *y, t = torch.ops.harlora_cpp.qlora_qkv.default(x, *description)
+        _Group.keep(ctx, description, x, t)
+        return tuple(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _Group.gradients(ctx, torch.ops.harlora_cpp.qlora_qkv_backward.default, 2, *grads)
+
+
+class _MLP(_Group):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, description: _Description, *_: Tensor | None) -> Tensor:
+        y: Tensor
+        y, inner, t = torch.ops.harlora_cpp.qlora_mlp.default(x, *description, True)
+        _Group.keep(ctx, description, x, inner, t)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _Group.gradients(ctx, torch.ops.harlora_cpp.qlora_mlp_backward.default, 3, *grads)
+
+
+def _grouped(function: type[_Group], operator: str, keep: tuple[bool, ...], x: Tensor, *layers: Layer) -> Any:
+    if torch.compiler.is_compiling() or not serves(x) or x.dtype is not torch.float32 or not x.dim():
+        return None
+    parameters = [tensor for layer in layers for tensor in layer[7:10]]
+    try:
+        description = _describe(x.shape[-1], layers)
+        if not torch.is_grad_enabled() or not any(p is not None and p.requires_grad for p in (x, *parameters)):
+            return getattr(torch.ops.harlora_cpp, operator).default(x, *description, *keep, _bfloat16.get())
+        # All of them keep x; layers whose lora_A does not train do not need it.
+        if any(layer[8] is not None and not layer[8].requires_grad for layer in layers):
+            return None
+        return function.apply(x, description, *parameters)
+    except RuntimeError:  # another dtype or shape: the layers serve one by one, or say what is wrong
+        return None
+
+
+def qlora_qkv(x: Tensor, q: Layer, k: Layer, v: Layer) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Three layers over one ``x``, float32, or None where they have to run one by one.
+
+    The same numbers as from `qlora_linear` for each; backward adds the three gradients of x as it computes them.
+    """
+    result = _grouped(_QKV, "qlora_qkv", (), x, q, k, v)
+    return None if result is None else result[:3]
+
+
+def qlora_mlp(x: Tensor, fc1: Layer, fc2: Layer) -> Tensor | None:
+    """fc2(gelu(fc1(x))), float32, or None where the layers have to run one by one.
+
+    Backward keeps x, fc1(x) and x·lora_Aᵀ of both layers, and computes gelu(fc1(x)) anew.
+    """
+    result = _grouped(_MLP, "qlora_mlp", (False,), x, fc1, fc2)
+    return result if result is None or isinstance(result, Tensor) else result[0]
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.heads = heads
+        y: Tensor = torch.ops.harlora_cpp.attention.default(q, k, v, heads)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        return *torch.ops.harlora_cpp.attention_backward.default(grad, *ctx.saved_tensors, ctx.heads), None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor | None:
+    """softmax(q·kᵀ / √size)·v by heads of that size, or None where torch's own has to serve.
+
+    q, k, v: ``(windows, tokens, width)``, float32, contiguous, the values of a head side by side; up to 256 tokens,
+    whose scores fit a cache.
+    """
+    if not serves(q) or q.dim() != 3 or q.shape[1] > 256:
+        return None
+    try:
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            return _Attention.apply(q, k, v, heads)
+        y: Tensor = torch.ops.harlora_cpp.attention.default(q, k, v, heads)
+    except RuntimeError:
+        return None
+    return y
+
+
 def qlora_linear(
     x: Tensor,
     packed: Tensor,

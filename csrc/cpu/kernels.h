@@ -72,6 +72,7 @@ struct Backward {
   int64_t depth;       // as in Forward
   float* u;            // (rows, rank)
   void* grad_x;
+  bool add_x;          // grad_x += dX, for several layers over one x
   void* grad_bias;
   void* grad_A;
   void* grad_B;
@@ -101,10 +102,16 @@ struct Kernels {
   // Of rows of `width`: (x - mean) / sqrt(variance + eps) * gain + bias.
   void (*layer_norm)(const float* x, int64_t rows, int64_t width, const float* gain, const float* bias, float eps,
                      float* y);
+  void (*gelu)(const float* x, int64_t n, float* y);
+  // y = gelu(x) and grad = grad · gelu'(x); x and y may be the same.
+  void (*gelu_backward)(const float* x, int64_t n, float* y, float* grad);
   // softmax(q·kᵀ / sqrt(size of a head))·v for heads [first, last), counted through all windows; q, k, v and y are
   // (windows, tokens, width), the values of one head side by side.
   void (*attention)(const float* q, const float* k, const float* v, int64_t tokens, int64_t width, int64_t heads,
                     int64_t first, int64_t last, float* scratch, float* y);
+  void (*attention_backward)(const float* grad, const float* q, const float* k, const float* v, int64_t tokens,
+                             int64_t width, int64_t heads, int64_t first, int64_t last, float* scratch, float* grad_q,
+                             float* grad_k, float* grad_v);
 
   void (*backward_u)(const Backward& job, int64_t first_row, int64_t last_row);
   void (*backward_x)(const Backward& job, int64_t first_panel, int64_t last_panel, int64_t first_row,

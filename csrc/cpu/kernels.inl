@@ -360,6 +360,33 @@ void multiply(int64_t rows, int64_t steps, const T* a, int64_t a_row, const floa
 
 alignas(64) constexpr float zeros[PANEL] = {};
 
+// c[r][:] of `ranks` rows and `columns` columns = sum over rows of a[row][r] · b[row][:]; c is (ranks, PANEL).
+template <typename T>
+void multiply_over_rows(int64_t rows, const float* a, int64_t a_row, int64_t ranks, const T* b, int64_t b_row,
+                        int64_t columns, float* c) {
+  alignas(64) float packed_b[DEPTH * PANEL];
+  if (rows == 0) __builtin_memset(c, 0, sizeof(float) * PANEL * static_cast<unsigned long>(ranks));
+  for (int64_t m = 0; m < rows; m += DEPTH) {
+    const int64_t count = smaller(DEPTH, rows - m);
+    const float* from = packed_b;
+    int64_t from_row = PANEL;
+    bool copy = true;
+    if constexpr (sizeof(T) == 4) {
+      if (columns == PANEL) copy = false, from = b + m * b_row, from_row = b_row;
+    }
+    if (copy) {
+      for (int64_t i = 0; i < count; ++i) widen(b + (m + i) * b_row, columns, PANEL, packed_b + i * PANEL);
+    }
+    for (int64_t r = 0; r < ranks;) {
+      const int64_t tall = next_tile(ranks - r);
+      const bool fresh = m == 0;
+      tile_of<2>(tall)(count, a + m * a_row + r, 1, a_row, from, from_row, fresh ? zeros : c + r * PANEL,
+                       fresh ? 0 : PANEL, c + r * PANEL, PANEL);
+      r += tall;
+    }
+  }
+}
+
 #if defined(HARLORA_BF16)
 // As `tile` with two vectors of columns, two steps at a time: the products of bfloat16 are exact in float32.
 template <int R>
@@ -426,17 +453,59 @@ inline F exponential(F x) {
   return fma(zero(), x, HARLORA_I2F(add(HARLORA_F2I(sum), shift_left(HARLORA_F2I(shifted), 23))));
 }
 
-// x·Φ(x), with erfc(t) = exp(-t·p(t)) for t >= 0; p fitted so that erfc is within 2.3e-9 before rounding.
-inline F gelu(F x) {
-  const F size = maximum(x, sub(zero(), x));
+// erfc(|x| / √2) / 2, with erfc(t) = exp(-t·p(t)) for t >= 0; p fitted so that erfc is within 2.3e-9 before rounding.
+inline F half_erfc(F size) {
   const F t = minimum(mul(size, set(0.707106781f)), set(4.2f));  // erfc(4.2) is nothing beside 1
   const float terms[] = {1.0602663e-4f,   -5.87950624e-4f, 1.57675997e-3f, -5.87813920e-5f,
                          -1.92171428e-2f, 0.102799207f,    0.636616111f,   1.12837934f};
   F p = set(-8.04382125e-6f);
   for (float term : terms) p = fma(p, t, set(term));
-  const F half_erfc = mul(exponential(sub(zero(), mul(t, p))), set(0.5f));
-  // x·Φ(x) = max(x, 0) - |x|·erfc(|x| / √2) / 2; the second part vanishes where t was cut off.
-  return sub(maximum(zero(), x), mul(minimum(size, set(5.93969696f)), half_erfc));
+  return mul(exponential(sub(zero(), mul(t, p))), set(0.5f));
+}
+
+// x·Φ(x) = max(x, 0) - |x|·erfc(|x| / √2) / 2; the second part vanishes where half_erfc cuts t off.
+inline F gelu(F x) {
+  const F size = maximum(x, sub(zero(), x));
+  return sub(maximum(zero(), x), mul(minimum(size, set(5.93969696f)), half_erfc(size)));
+}
+
+void gelu_of(const float* x, int64_t n, float* y) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) store(y + i, gelu(load(x + i)));
+  if (i < n) {
+    float rest[LANES];
+    widen(x + i, n - i, LANES, rest);
+    store(rest, gelu(load(rest)));
+    narrow(rest, n - i, y + i);
+  }
+}
+
+// gelu'(x) = Φ(x) + x·φ(x); φ(13) is nothing.
+inline F gelu_slope(F x) {
+  const F size = maximum(x, sub(zero(), x)), tail = half_erfc(size);
+  const F side = minimum(set(1.0f), maximum(zero(), mul(x, set(1e38f))));  // 1 for x > 0, 0 for x <= 0
+  const F cumulative = fma(side, sub(set(1.0f), add(tail, tail)), tail);
+  const F bounded = minimum(set(13.0f), maximum(set(-13.0f), x));
+  const F density = mul(exponential(mul(mul(bounded, bounded), set(-0.5f))), set(0.398942280f));
+  return fma(bounded, density, cumulative);
+}
+
+void gelu_backward(const float* x, int64_t n, float* y, float* grad) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    const F value = load(x + i);
+    store(grad + i, mul(load(grad + i), gelu_slope(value)));
+    store(y + i, gelu(value));
+  }
+  if (i < n) {
+    float rest[LANES], rest_grad[LANES];
+    widen(x + i, n - i, LANES, rest);
+    widen(grad + i, n - i, LANES, rest_grad);
+    store(rest_grad, mul(load(rest_grad), gelu_slope(load(rest))));
+    store(rest, gelu(load(rest)));
+    narrow(rest_grad, n - i, grad + i);
+    narrow(rest, n - i, y + i);
+  }
 }
 
 inline float sum_of(F v) {
@@ -478,26 +547,56 @@ inline int64_t padded(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
 int64_t attention_scratch(int64_t tokens, int64_t width, int64_t heads) {
   const int64_t size = width / heads;
-  // Scores, then a panel of keys (size steps) or of values (tokens steps), then a strip of results.
-  return tokens * padded(tokens) + PANEL * (size > tokens ? size : tokens) + tokens * PANEL;
+  // Scores and their gradients, then a panel of `size` or `tokens` steps, then a strip of results.
+  return 2 * tokens * padded(tokens) + PANEL * (size > tokens ? size : tokens) + tokens * PANEL;
 }
 
-void attention(const float* q, const float* k, const float* v, int64_t tokens, int64_t width, int64_t heads,
-               int64_t first, int64_t last, float* scratch, float* y) {
-  const int64_t size = width / heads, stride = padded(tokens);
-  float* scores = scratch;
-  float* panel = scores + tokens * stride;
-  float* strip = panel + PANEL * (size > tokens ? size : tokens);
-  const float factor = 1.0f / __builtin_sqrtf(static_cast<float>(size));
-  for (int64_t head = first; head < last; ++head) {
-    const int64_t offset = head / heads * tokens * width + head % heads * size;
+// One head: what lies where, and the products that forward and backward share. Matrices of a head have `tokens` rows
+// of `size` values, `width` apart; square ones have `tokens` rows, `stride` apart.
+struct Head {
+  int64_t tokens, width, size, stride;
+  float* scores;
+  float* grads;
+  float* panel;
+  float* strip;
+
+  Head(int64_t tokens, int64_t width, int64_t heads, float* scratch)
+      : tokens(tokens), width(width), size(width / heads), stride(padded(tokens)) {
+    scores = scratch;
+    grads = scores + tokens * stride;
+    panel = grads + tokens * stride;
+    strip = panel + PANEL * (size > tokens ? size : tokens);
+  }
+
+  int64_t offset(int64_t head) const { return head / (width / size) * tokens * width + head % (width / size) * size; }
+
+  // to = factor · a · bᵀ, a square one.
+  void square(const float* a, const float* b, float factor, float* to) const {
     for (int64_t n = 0; n < tokens; n += PANEL) {
-      transpose_panel(k + offset + n * width, width, smaller(PANEL, tokens - n), size, factor, PANEL, panel);
-      multiply<2>(tokens, size, q + offset, width, panel, zeros, 0, scores + n, stride, nullptr);
+      transpose_panel(b + n * width, width, smaller(PANEL, tokens - n), size, factor, PANEL, panel);
+      multiply<2>(tokens, size, a, width, panel, zeros, 0, to + n, stride, nullptr);
     }
+  }
+
+  // to = a · b, or aᵀ · b, of a square `a`.
+  void product(const float* a, bool transposed, const float* b, float* to) const {
+    for (int64_t n = 0; n < size; n += PANEL) {
+      const int64_t columns = smaller(PANEL, size - n);
+      if (transposed) {
+        multiply_over_rows(tokens, a, stride, tokens, b + n, width, columns, strip);
+      } else {
+        for (int64_t m = 0; m < tokens; ++m) widen(b + m * width + n, columns, PANEL, panel + m * PANEL);
+        multiply<2>(tokens, tokens, a, stride, panel, zeros, 0, strip, PANEL, nullptr);
+      }
+      for (int64_t m = 0; m < tokens; ++m) narrow(strip + m * PANEL, columns, to + m * width + n);
+    }
+  }
+
+  // softmax of the rows of scores; zeros from `tokens` to `stride`.
+  void softmax() const {
     for (int64_t m = 0; m < tokens; ++m) {
       float* row = scores + m * stride;
-      float largest = row[0], rest = 0.0f;
+      float largest = row[0];
       for (int64_t n = 1; n < tokens; ++n) largest = row[n] > largest ? row[n] : largest;
       for (int64_t n = tokens; n < stride; ++n) row[n] = -1e30f;
       F sum = zero();
@@ -506,15 +605,49 @@ void attention(const float* q, const float* k, const float* v, int64_t tokens, i
       }
       for (int64_t n = tokens; n < stride; ++n) row[n] = 0.0f;
       for (int64_t n = 0; n < stride; n += LANES) sum = add(sum, load(row + n));
-      rest = 1.0f / sum_of(sum);
-      for (int64_t n = 0; n < stride; n += LANES) store(row + n, mul(load(row + n), set(rest)));
+      const float inverse = 1.0f / sum_of(sum);
+      for (int64_t n = 0; n < stride; n += LANES) store(row + n, mul(load(row + n), set(inverse)));
     }
-    for (int64_t n = 0; n < size; n += PANEL) {
-      const int64_t columns = smaller(PANEL, size - n);
-      for (int64_t m = 0; m < tokens; ++m) widen(v + offset + m * width + n, columns, PANEL, panel + m * PANEL);
-      multiply<2>(tokens, tokens, scores, stride, panel, zeros, 0, strip, PANEL, nullptr);
-      for (int64_t m = 0; m < tokens; ++m) narrow(strip + m * PANEL, columns, y + offset + m * width + n);
+  }
+};
+
+void attention(const float* q, const float* k, const float* v, int64_t tokens, int64_t width, int64_t heads,
+               int64_t first, int64_t last, float* scratch, float* y) {
+  const Head h(tokens, width, heads, scratch);
+  const float factor = 1.0f / __builtin_sqrtf(static_cast<float>(h.size));
+  for (int64_t head = first; head < last; ++head) {
+    const int64_t offset = h.offset(head);
+    h.square(q + offset, k + offset, factor, h.scores);
+    h.softmax();
+    h.product(h.scores, false, v + offset, y + offset);
+  }
+}
+
+// With P the softmax and S its argument: dV = Pᵀ·dY, dP = dY·Vᵀ, dS = P ∘ (dP - Σ P ∘ dP), dQ = dS·K, dK = dSᵀ·Q.
+void attention_backward(const float* grad, const float* q, const float* k, const float* v, int64_t tokens,
+                        int64_t width, int64_t heads, int64_t first, int64_t last, float* scratch, float* grad_q,
+                        float* grad_k, float* grad_v) {
+  const Head h(tokens, width, heads, scratch);
+  const float factor = 1.0f / __builtin_sqrtf(static_cast<float>(h.size));
+  for (int64_t head = first; head < last; ++head) {
+    const int64_t offset = h.offset(head);
+    h.square(q + offset, k + offset, factor, h.scores);
+    h.softmax();
+    h.product(h.scores, true, grad + offset, grad_v + offset);
+    h.square(grad + offset, v + offset, 1.0f, h.grads);
+    for (int64_t m = 0; m < tokens; ++m) {
+      const float* p = h.scores + m * h.stride;
+      float* row = h.grads + m * h.stride;
+      F sum = zero();
+      // Past the last token both are zeros.
+      for (int64_t n = 0; n < h.stride; n += LANES) sum = fma(load(p + n), load(row + n), sum);
+      const F delta = set(sum_of(sum));
+      for (int64_t n = 0; n < h.stride; n += LANES) {
+        store(row + n, mul(mul(load(p + n), set(factor)), sub(load(row + n), delta)));
+      }
     }
+    h.product(h.grads, false, k + offset, grad_q + offset);
+    h.product(h.grads, true, q + offset, grad_k + offset);
   }
 }
 
@@ -858,6 +991,12 @@ void backward_x_as(const Backward& job, int64_t first_panel, int64_t last_panel,
         F first, second;
         interleave(load(block + i * PANEL), load(block + i * PANEL + LANES), &first, &second);
         T* to = static_cast<T*>(job.grad_x) + (m + i) * in + k;
+        if (job.add_x) {
+          alignas(64) float before[PANEL];
+          widen(to, columns, PANEL, before);
+          first = add(first, load(before));
+          second = add(second, load(before + LANES));
+        }
         if (columns == PANEL) {
           store(to, first);
           store(to + LANES, second);
@@ -868,33 +1007,6 @@ void backward_x_as(const Backward& job, int64_t first_panel, int64_t last_panel,
           narrow(row, columns, to);
         }
       }
-    }
-  }
-}
-
-// c[r][:] of `ranks` rows and `columns` columns = sum over rows of a[row][r] · b[row][:]; c is (RANKS, PANEL).
-template <typename T>
-void multiply_over_rows(int64_t rows, const float* a, int64_t a_row, int64_t ranks, const T* b, int64_t b_row,
-                        int64_t columns, float* c) {
-  alignas(64) float packed_b[DEPTH * PANEL];
-  if (rows == 0) __builtin_memset(c, 0, sizeof(float) * PANEL * static_cast<unsigned long>(ranks));
-  for (int64_t m = 0; m < rows; m += DEPTH) {
-    const int64_t count = smaller(DEPTH, rows - m);
-    const float* from = packed_b;
-    int64_t from_row = PANEL;
-    bool copy = true;
-    if constexpr (sizeof(T) == 4) {
-      if (columns == PANEL) copy = false, from = b + m * b_row, from_row = b_row;
-    }
-    if (copy) {
-      for (int64_t i = 0; i < count; ++i) widen(b + (m + i) * b_row, columns, PANEL, packed_b + i * PANEL);
-    }
-    for (int64_t r = 0; r < ranks;) {
-      const int64_t tall = next_tile(ranks - r);
-      const bool fresh = m == 0;
-      tile_of<2>(tall)(count, a + m * a_row + r, 1, a_row, from, from_row, fresh ? zeros : c + r * PANEL,
-                       fresh ? 0 : PANEL, c + r * PANEL, PANEL);
-      r += tall;
     }
   }
 }
@@ -988,7 +1100,10 @@ constexpr Kernels make_kernels(const char* name) {
       .forward_few_t = forward_few_t,
       .forward_few = forward_few,
       .layer_norm = layer_norm,
+      .gelu = gelu_of,
+      .gelu_backward = gelu_backward,
       .attention = attention,
+      .attention_backward = attention_backward,
       .backward_u = backward_u,
       .backward_x = backward_x,
       .backward_A = backward_A,

@@ -211,6 +211,51 @@ void forward(const Kernels& k, Forward* jobs, int count, bool threads, bool bflo
   }
 }
 
+// Gradients of linear layers, from memory to memory; of layers that add to one grad_x, rows and `in` are the same. One
+// round of threads computes all u that are needed (`has_u`: they are there), a second one the rest.
+void backward(const Kernels& k, Backward* jobs, int count, bool has_u = false) {
+  int64_t branch = 0, work = 0;
+  const auto wants_u = [](const Backward& job) {
+    return job.rank > 0 && (job.grad_x != nullptr || job.grad_A != nullptr);
+  };
+  for (int i = 0; i < count; ++i) {
+    Backward& job = jobs[i];
+    const int64_t rows = job.rows, in = job.weight.in, out = job.weight.out;
+    job.depth = depth_of(k, rows);
+    if (!has_u && wants_u(job)) branch += rows * out * job.rank;
+    work += (job.grad_x != nullptr ? rows * in * out + 2 * in * out : 0) +
+            (job.grad_A != nullptr ? rows * in * job.rank : 0) + (job.grad_B != nullptr ? rows * out * job.rank : 0) +
+            (job.grad_bias != nullptr ? rows * out : 0);
+  }
+  if (!has_u) {
+    in_parts(branch, [&](int64_t part, int64_t parts) {
+      for (int i = 0; i < count; ++i) {
+        if (!wants_u(jobs[i])) continue;
+        k.backward_u(jobs[i], share(jobs[i].rows, part, parts), share(jobs[i].rows, part + 1, parts));
+      }
+    });
+  }
+  in_parts(work, [&](int64_t part, int64_t parts) {
+    for (int i = 0; i < count; ++i) {
+      const Backward& job = jobs[i];
+      const int64_t in_panels = (job.weight.in + k.panel - 1) / k.panel;
+      const int64_t out_panels = (job.weight.out + k.panel - 1) / k.panel;
+      if (job.grad_x != nullptr) {
+        over_grid(part, parts, in_panels, job.rows, rows_of_pass(job.weight.out),
+                  [&](int64_t p0, int64_t p1, int64_t m0, int64_t m1) { k.backward_x(job, p0, p1, m0, m1); });
+      }
+      if (job.grad_A != nullptr) {
+        k.backward_A(job, share(in_panels, part, parts), share(in_panels, part + 1, parts));
+      }
+      if (job.grad_B != nullptr || job.grad_bias != nullptr) {
+        // The remainder of dA and dB fall to different threads.
+        const int64_t other = parts - 1 - part;
+        k.backward_B(job, share(out_panels, other, parts), share(out_panels, other + 1, parts));
+      }
+    }
+  });
+}
+
 // The layers of an encoder as harlora/models/whole.py lists them: tensors, what they are, and their constants.
 struct Description {
   std::vector<Tensor> tensors;
@@ -475,8 +520,6 @@ void qlora_linear_backward(Tensor grad, Optional x, Optional t, Tensor packed, T
     job.x = memory("x", *x, type, rows * in);
   }
 
-  const Kernels& k = kernels();
-  job.depth = depth_of(k, rows);
   Optional t_float;
   if (wants_B) {
     STD_TORCH_CHECK(t.has_value(), "grad_B requires t");
@@ -486,26 +529,7 @@ void qlora_linear_backward(Tensor grad, Optional x, Optional t, Tensor packed, T
   const bool wants_u = job.rank > 0 && (wants_x || wants_A);
   Scratch u(wants_u ? rows * job.rank : 0, nullptr);
   job.u = u.data();
-  if (wants_u) {
-    in_parts(rows * out * job.rank, [&](int64_t part, int64_t parts) {
-      k.backward_u(job, share(rows, part, parts), share(rows, part + 1, parts));
-    });
-  }
-  const int64_t in_panels = (in + k.panel - 1) / k.panel, out_panels = (out + k.panel - 1) / k.panel;
-  const int64_t work = (wants_x ? rows * in * out + 2 * in * out : 0) + (wants_A ? rows * in * job.rank : 0) +
-                       (wants_B ? rows * out * job.rank : 0) + (job.grad_bias != nullptr ? rows * out : 0);
-  in_parts(work, [&](int64_t part, int64_t parts) {
-    if (wants_x) {
-      over_grid(part, parts, in_panels, rows, rows_of_pass(out),
-                [&](int64_t p0, int64_t p1, int64_t m0, int64_t m1) { k.backward_x(job, p0, p1, m0, m1); });
-    }
-    if (wants_A) k.backward_A(job, share(in_panels, part, parts), share(in_panels, part + 1, parts));
-    if (wants_B || job.grad_bias != nullptr) {
-      // The remainder of dA and dB fall to different threads.
-      const int64_t other = parts - 1 - part;
-      k.backward_B(job, share(out_panels, other, parts), share(out_panels, other + 1, parts));
-    }
-  });
+  backward(kernels(), &job, 1);
 }
 
 int64_t encoder_hold(std::vector<Tensor> tensors, std::vector<int64_t> facts, std::vector<double> factors) {
@@ -594,6 +618,288 @@ Tensor encoder(Tensor x, int64_t held, bool bfloat16) {
     }
   });
   return y;
+}
+
+namespace {
+
+constexpr int64_t kRowsOfMlp = 128;  // whose hidden values stay in a second-level cache
+
+// Rows of x, which is (..., in) in float32.
+int64_t rows_of(const Tensor& x, int64_t in) {
+  STD_TORCH_CHECK(x.dim() >= 1 && x.dim() <= 64 && in > 0 && x.size(x.dim() - 1) == in, "x has another in_features");
+  return x.numel() / in;
+}
+
+// Like x, but with another last dimension.
+Tensor empty_rows(const Tensor& x, int64_t last) {
+  int64_t sizes[64];
+  const int64_t dim = x.dim();
+  for (int64_t i = 0; i + 1 < dim; ++i) sizes[i] = x.size(i);
+  sizes[dim - 1] = last;
+  return empty(x, sizes, dim);
+}
+
+float* floats_of(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+// Linear layers one after the other in a description: in_features, then for each out_features and what Layers::linear
+// reads. `from_hidden`: the second layer takes what the first gives, instead of x.
+std::vector<Forward> linears(const Description& d, size_t count, bool from_hidden) {
+  Layers layers(d);
+  std::vector<Forward> found;
+  int64_t in = layers.fact();
+  STD_TORCH_CHECK(in > 0, "facts: in_features must be positive");
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t out = layers.fact();
+    STD_TORCH_CHECK(out > 0, "facts: out_features must be positive");
+    found.push_back(layers.linear(in, out));
+    found.back().dtype = Dtype::float32;
+    if (from_hidden) in = out;
+  }
+  STD_TORCH_CHECK(layers.done(), "more tensors, facts or factors than layers");
+  return found;
+}
+
+int64_t ranks_of(const std::vector<Forward>& jobs) {
+  int64_t ranks = 0;
+  for (const Forward& job : jobs) ranks += job.rank;
+  return ranks;
+}
+
+// The gradients of one layer's parameters, as far as they are wanted; appended to `grads`, which keeps them alive.
+Backward backward_of(const Forward& layer, const Tensor& like, int64_t rows, const float* x, const float* t, float* u,
+                     const float* grad, int64_t wanted, std::vector<Tensor>& grads) {
+  Backward job{};
+  job.weight = layer.weight;
+  job.dtype = Dtype::float32;
+  job.rows = rows;
+  job.rank = layer.rank;
+  job.scaling = layer.scaling;
+  job.grad = grad;
+  job.x = x;
+  job.t = t;
+  job.u = u;
+  job.lora_A = layer.lora_A;
+  job.lora_B = layer.lora_B;
+  const int64_t bias[1] = {layer.weight.out}, A[2] = {layer.rank, layer.weight.in},
+                B[2] = {layer.weight.out, layer.rank}, none[1] = {0};
+  const bool adapted = layer.rank > 0;
+  grads.push_back((wanted & 1) != 0 ? empty(like, bias, 1) : empty(like, none, 1));
+  if ((wanted & 1) != 0) job.grad_bias = floats_of(grads.back());
+  grads.push_back(adapted && (wanted & 2) != 0 ? empty(like, A, 2) : empty(like, none, 1));
+  if (adapted && (wanted & 2) != 0) job.grad_A = floats_of(grads.back());
+  grads.push_back(adapted && (wanted & 4) != 0 ? empty(like, B, 2) : empty(like, none, 1));
+  if (adapted && (wanted & 4) != 0) job.grad_B = floats_of(grads.back());
+  return job;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> qlora_qkv(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> facts,
+                                                     std::vector<double> factors, bool bfloat16) {
+  const Description d{std::move(tensors), std::move(facts), std::move(factors)};
+  std::vector<Forward> jobs = linears(d, 3, false);
+  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  const int64_t rows = rows_of(x, jobs[0].weight.in);
+  const auto* from = static_cast<const float*>(memory("x", x, ScalarType::Float, x.numel()));
+  const int64_t flat[1] = {rows * ranks_of(jobs)};
+  Tensor t = empty(x, flat, 1);
+  Tensor y[3] = {empty_rows(x, jobs[0].weight.out), empty_rows(x, jobs[1].weight.out), empty_rows(x, jobs[2].weight.out)};
+  if (rows > 0) {
+    float* next_t = floats_of(t);
+    for (int i = 0; i < 3; ++i) {
+      jobs[i].rows = rows;
+      jobs[i].x = from;
+      jobs[i].y = floats_of(y[i]);
+      jobs[i].t = next_t;
+      next_t += rows * jobs[i].rank;
+    }
+    forward(kernels(), jobs.data(), 3, true, bfloat16);
+  }
+  return {y[0], y[1], y[2], t};
+}
+
+std::vector<Tensor> qlora_qkv_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor x, Tensor t,
+                                       std::vector<Tensor> tensors, std::vector<int64_t> facts,
+                                       std::vector<double> factors, std::vector<int64_t> wanted) {
+  const Description d{std::move(tensors), std::move(facts), std::move(factors)};
+  const std::vector<Forward> layers = linears(d, 3, false);
+  STD_TORCH_CHECK(wanted.size() == 4, "wanted must have 4 values");
+  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  const int64_t in = layers[0].weight.in, rows = rows_of(x, in);
+  const auto* from = static_cast<const float*>(memory("x", x, ScalarType::Float, x.numel()));
+  const auto* ts = static_cast<const float*>(memory("t", t, ScalarType::Float, rows * ranks_of(layers)));
+  Tensor grads_y[3] = {grad_q, grad_k, grad_v};
+  const int64_t none[1] = {0};
+  std::vector<Tensor> grads{wanted[0] != 0 ? empty_rows(x, in) : empty(x, none, 1)};
+  float* to = wanted[0] != 0 ? floats_of(grads[0]) : nullptr;
+  Scratch u(rows * ranks_of(layers), nullptr);
+  std::vector<Backward> jobs;
+  int64_t offset = 0;
+  for (int i = 0; i < 3; ++i) {
+    if (!grads_y[i].is_contiguous()) grads_y[i] = torch::stable::contiguous(grads_y[i]);
+    const auto* grad = static_cast<const float*>(
+        memory("grad", grads_y[i], ScalarType::Float, rows * layers[i].weight.out));
+    jobs.push_back(
+        backward_of(layers[i], x, rows, from, ts + offset, u.data() + offset, grad, wanted[i + 1], grads));
+    jobs.back().grad_x = to;
+    jobs.back().add_x = i > 0;
+    offset += rows * layers[i].rank;
+  }
+  backward(kernels(), jobs.data(), 3);
+  return grads;
+}
+
+std::tuple<Tensor, Tensor, Tensor> qlora_mlp(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> facts,
+                                             std::vector<double> factors, bool keep, bool bfloat16) {
+  const Description d{std::move(tensors), std::move(facts), std::move(factors)};
+  const std::vector<Forward> layers = linears(d, 2, true);
+  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  const int64_t in = layers[0].weight.in, ffn = layers[0].weight.out, out = layers[1].weight.out;
+  const int64_t rows = rows_of(x, in), ranks = ranks_of(layers);
+  const auto* from = static_cast<const float*>(memory("x", x, ScalarType::Float, x.numel()));
+  const int64_t none[1] = {0}, flat[1] = {keep ? rows * ranks : 0};
+  Tensor y = empty_rows(x, out), t = empty(x, flat, 1);
+  Tensor inner = keep ? empty_rows(x, ffn) : empty(x, none, 1);
+  float* to = floats_of(y);
+  float* kept = keep ? floats_of(inner) : nullptr;
+  float* kept_t = keep ? floats_of(t) : nullptr;
+  const Kernels& k = kernels();
+  const auto some = [&](float* scratch, int64_t first, int64_t count, bool threads) {
+    float* hidden = scratch;
+    float* unkept_t = hidden + count * ffn;
+    Forward job = layers[0];
+    job.rows = count;
+    job.x = from + first * in;
+    job.y = keep ? kept + first * ffn : hidden;
+    job.t = keep ? kept_t + first * job.rank : unkept_t;
+    job.gelu = !keep;
+    forward(k, &job, 1, threads, bfloat16);
+    if (keep) {
+      in_parts(threads ? 8 * count * ffn : 0, [&](int64_t part, int64_t parts) {
+        const int64_t begin = share(count * ffn, part, parts), end = share(count * ffn, part + 1, parts);
+        k.gelu(kept + first * ffn + begin, end - begin, hidden + begin);
+      });
+    }
+    job = layers[1];
+    job.rows = count;
+    job.x = hidden;
+    job.y = to + first * out;
+    job.t = keep ? kept_t + rows * layers[0].rank + first * job.rank : unkept_t;
+    forward(k, &job, 1, threads, bfloat16);
+  };
+  const int64_t threads = threads_usable() ? torch::stable::get_num_threads() : 1;
+  // With rows enough for all threads, each takes its own through both layers, so that hidden values stay in its cache.
+  // Fewer would be served by kernels for few rows, whose sums are rounded otherwise.
+  const bool apart = rows >= threads * kRowsOfMlp / 2;
+  const int64_t chunks = apart ? (rows + threads * kRowsOfMlp - 1) / (threads * kRowsOfMlp) * threads : 1;
+  const size_t room = static_cast<size_t>(((rows + chunks - 1) / chunks) * (ffn + ranks));
+  if (rows > 0 && !apart) {
+    std::unique_ptr<float[]> scratch(new float[room]);
+    some(scratch.get(), 0, rows, true);
+  } else if (rows > 0) {
+    in_parts(threads == 1 ? 0 : rows * (in * ffn + ffn * out), [&](int64_t part, int64_t parts) {
+      std::unique_ptr<float[]> scratch(new float[room]);
+      for (int64_t chunk = share(chunks, part, parts); chunk < share(chunks, part + 1, parts); ++chunk) {
+        const int64_t first = share(rows, chunk, chunks);
+        some(scratch.get(), first, share(rows, chunk + 1, chunks) - first, false);
+      }
+    });
+  }
+  return {y, inner, t};
+}
+
+std::vector<Tensor> qlora_mlp_backward(Tensor grad, Tensor x, Tensor inner, Tensor t, std::vector<Tensor> tensors,
+                                       std::vector<int64_t> facts, std::vector<double> factors,
+                                       std::vector<int64_t> wanted) {
+  const Description d{std::move(tensors), std::move(facts), std::move(factors)};
+  const std::vector<Forward> layers = linears(d, 2, true);
+  STD_TORCH_CHECK(wanted.size() == 3, "wanted must have 3 values");
+  if (!grad.is_contiguous()) grad = torch::stable::contiguous(grad);
+  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  const int64_t in = layers[0].weight.in, ffn = layers[0].weight.out, out = layers[1].weight.out;
+  const int64_t rows = rows_of(x, in);
+  const auto* from = static_cast<const float*>(memory("x", x, ScalarType::Float, x.numel()));
+  const auto* before = static_cast<const float*>(memory("inner", inner, ScalarType::Float, rows * ffn));
+  const auto* ts = static_cast<const float*>(memory("t", t, ScalarType::Float, rows * ranks_of(layers)));
+  const auto* grad_y = static_cast<const float*>(memory("grad", grad, ScalarType::Float, rows * out));
+  const int64_t none[1] = {0};
+  std::vector<Tensor> grads{wanted[0] != 0 ? empty_rows(x, in) : empty(x, none, 1)};
+  Scratch u(rows * ranks_of(layers), nullptr);
+  std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(2 * rows * ffn)]);
+  float* hidden = scratch.get();
+  float* grad_hidden = hidden + rows * ffn;
+  const int64_t second = rows * layers[0].rank;
+  // First the gradient of what lies between the layers, then all that depends on it.
+  Backward jobs[2] = {
+      backward_of(layers[0], x, rows, from, ts, u.data(), grad_hidden, wanted[1], grads),
+      backward_of(layers[1], x, rows, hidden, ts + second, u.data() + second, grad_y, wanted[2], grads)};
+  if (wanted[0] != 0) jobs[0].grad_x = floats_of(grads[0]);
+  const Kernels& k = kernels();
+  Backward between = jobs[1];
+  between.grad_bias = between.grad_A = between.grad_B = nullptr;
+  between.grad_x = grad_hidden;
+  backward(k, &between, 1);
+  in_parts(16 * rows * ffn, [&](int64_t part, int64_t parts) {
+    const int64_t first = share(rows, part, parts) * ffn, last = share(rows, part + 1, parts) * ffn;
+    k.gelu_backward(before + first, last - first, hidden + first, grad_hidden + first);
+  });
+  backward(k, jobs + 1, 1, true);
+  backward(k, jobs, 1);
+  return grads;
+}
+
+namespace {
+
+// f(first, last, scratch) over the heads of all windows of q, k and v, which are (windows, tokens, width).
+template <typename F>
+void over_heads(const Kernels& k, const Tensor& q, int64_t heads, const F& f) {
+  const int64_t tokens = q.size(1), width = q.size(2), all = q.size(0) * heads;
+  const int64_t floats = k.attention_scratch(tokens, width, heads);
+  in_parts(16 * q.numel() * tokens, [&](int64_t part, int64_t parts) {
+    std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(floats)]);
+    f(share(all, part, parts), share(all, part + 1, parts), scratch.get());
+  });
+}
+
+const float* head_values(const char* name, const Tensor& tensor, const Tensor& q) {
+  return static_cast<const float*>(memory(name, tensor, ScalarType::Float, q.numel()));
+}
+
+void check_heads(const Tensor& q, int64_t heads) {
+  STD_TORCH_CHECK(q.dim() == 3 && heads > 0 && q.size(2) > 0 && q.size(2) % heads == 0,
+                  "attention: q must be (windows, tokens, width), width a multiple of heads");
+}
+
+}  // namespace
+
+Tensor attention(Tensor q, Tensor k, Tensor v, int64_t heads) {
+  check_heads(q, heads);
+  const float *from_q = head_values("q", q, q), *from_k = head_values("k", k, q), *from_v = head_values("v", v, q);
+  Tensor y = empty_rows(q, q.size(2));
+  if (q.numel() == 0) return y;
+  float* to = floats_of(y);
+  const Kernels& kernel = kernels();
+  over_heads(kernel, q, heads, [&](int64_t first, int64_t last, float* scratch) {
+    kernel.attention(from_q, from_k, from_v, q.size(1), q.size(2), heads, first, last, scratch, to);
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, int64_t heads) {
+  check_heads(q, heads);
+  if (!grad.is_contiguous()) grad = torch::stable::contiguous(grad);
+  const float *from = head_values("grad", grad, q), *from_q = head_values("q", q, q);
+  const float *from_k = head_values("k", k, q), *from_v = head_values("v", v, q);
+  Tensor grads[3] = {empty_rows(q, q.size(2)), empty_rows(q, q.size(2)), empty_rows(q, q.size(2))};
+  if (q.numel() > 0) {
+    float *to_q = floats_of(grads[0]), *to_k = floats_of(grads[1]), *to_v = floats_of(grads[2]);
+    const Kernels& kernel = kernels();
+    over_heads(kernel, q, heads, [&](int64_t first, int64_t last, float* scratch) {
+      kernel.attention_backward(from, from_q, from_k, from_v, q.size(1), q.size(2), heads, first, last, scratch, to_q,
+                                to_k, to_v);
+    });
+  }
+  return {grads[0], grads[1], grads[2]};
 }
 
 }  // namespace harlora::cpu

@@ -33,6 +33,29 @@ void qlora_linear_backward(Tensor grad, Optional x, Optional t, Tensor packed, T
                            Optional grad_x, Optional grad_bias, Optional grad_A, Optional grad_B,
                            Optional nested_absmax, Optional nested_offset, Optional nested_code);
 
+// Three layers over one x (..., in), float32: q, k, v, and what backward needs of them. Layers are described as in class
+// Layers of operators.cpp; facts begin with in_features, and each layer's with its out_features.
+std::tuple<Tensor, Tensor, Tensor, Tensor> qlora_qkv(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> facts,
+                                                     std::vector<double> factors, bool bfloat16);
+
+// Gradients of x, then of bias, lora_A and lora_B of each layer; empty where not `wanted`: whether that of x is, then
+// for each layer the sum of 1 (bias), 2 (lora_A) and 4 (lora_B).
+std::vector<Tensor> qlora_qkv_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor x, Tensor t,
+                                       std::vector<Tensor> tensors, std::vector<int64_t> facts,
+                                       std::vector<double> factors, std::vector<int64_t> wanted);
+
+// fc2(gelu(fc1(x))), float32, described alike; and, empty unless `keep`, what backward needs: fc1(x) and both t.
+std::tuple<Tensor, Tensor, Tensor> qlora_mlp(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> facts,
+                                             std::vector<double> factors, bool keep, bool bfloat16);
+std::vector<Tensor> qlora_mlp_backward(Tensor grad, Tensor x, Tensor inner, Tensor t, std::vector<Tensor> tensors,
+                                       std::vector<int64_t> facts, std::vector<double> factors,
+                                       std::vector<int64_t> wanted);
+
+// softmax(q·kᵀ / sqrt(size of a head))·v; all are (windows, tokens, width) in float32, the values of a head side by
+// side. Backward computes the softmax anew.
+Tensor attention(Tensor q, Tensor k, Tensor v, int64_t heads);
+std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, int64_t heads);
+
 // The whole MAE encoder, inference in float32: x (windows, tokens, features) are the patches. Its layers, described as
 // in class Layers, are held under a number from encoder_hold to encoder_release: handing over hundreds of tensors in each
 // call would take longer than a window does. What they point to is read anew in each call.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harlora.models.whole import encode
+from harlora.models.whole import attend, encode, feed_forward
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,9 @@ class Attention(nn.Module):
         self.o = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, tokens, width)
+        attended = attend(x, self.q, self.k, self.v, self.heads)
+        if attended is not None:
+            return self.o(attended)
         q, k, v = (
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (batch, heads, tokens, width / heads)
             for layer in (self.q, self.k, self.v)
@@ -106,7 +109,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        normed = self.norm2(x)
+        fed = feed_forward(normed, self.fc1, self.fc2)
+        return x + (self.fc2(F.gelu(self.fc1(normed))) if fed is None else fed)
 
 
 def patchify(x: Tensor, patch_size: int) -> Tensor:

@@ -1,7 +1,9 @@
-"""A whole encoder in one call of the compiled CPU kernels, for inference.
+"""Several layers of an encoder in one call of the compiled CPU kernels.
 
-At HAR size the modules around the products cost more than the products. `encode` hands all layers of an `Encoder` to
-one operator; where anything about them is out of the ordinary it returns None and the modules run one by one.
+At HAR size the modules around the products cost more than the products. For inference `encode` hands all layers of an
+`Encoder` to one operator. In training `attend` takes q, k, v and what
+mixes them together, `feed_forward` fc1, GELU and fc2. Where
+anything about the layers is out of the ordinary they return None and the modules run one by one.
 """
 
 from itertools import chain
@@ -166,3 +168,48 @@ def encode(encoder: nn.Module, patches: Tensor) -> Tensor | None:
 
 def _kinds(tensors: list[Tensor]) -> list[Any]:
     return [(tensor.dtype, tensor.device.type, tensor.shape) for tensor in tensors]
+
+
+def _layers(*modules: Any) -> list[eager.Layer] | None:
+    """What `eager` takes of 4-bit layers, or None unless calling each does nothing but compute."""
+    layers: list[eager.Layer] = []
+    for module in modules:
+        attributes = vars(module)
+        if (
+            type(module) is not QLoRALinear
+            or "forward" in attributes
+            or any(attributes[hooks] for hooks in _HOOKS)
+            or (module.rank and module.dropout and module.training)
+        ):
+            return None
+        tensors, parameters = module._buffers, module._parameters
+        try:
+            layer: Any = (
+                tensors["weight"], tensors["absmax"], tensors["nested_absmax"], tensors["nested_offset"],
+                module.quant_type, module.blocksize, module.out_features, parameters["bias"], parameters["lora_A"],
+                parameters["lora_B"], module.scaling,
+            )  # fmt: skip
+        except KeyError:  # a parametrised layer keeps its parameters elsewhere
+            return None
+        layers.append(layer)
+    return None if nn.modules.module._has_any_global_hook() else layers
+
+
+def attend(x: Tensor, q: nn.Module, k: nn.Module, v: nn.Module, heads: int) -> Tensor | None:
+    """Attention of ``q(x)``, ``k(x)`` and ``v(x)``, or None where the modules have to run.
+
+    x: ``(windows, tokens, width)``, float32.
+    """
+    if torch.compiler.is_compiling() or not eager.serves(x):
+        return None
+    layers = _layers(q, k, v)
+    projected = None if layers is None else eager.qlora_qkv(x, *layers)
+    return None if projected is None else eager.attention(*projected, heads)
+
+
+def feed_forward(x: Tensor, fc1: nn.Module, fc2: nn.Module) -> Tensor | None:
+    """``fc2(gelu(fc1(x)))``, or None where the modules have to run."""
+    if torch.compiler.is_compiling() or not eager.serves(x):
+        return None
+    layers = _layers(fc1, fc2)
+    return None if layers is None else eager.qlora_mlp(x, *layers)
