@@ -323,6 +323,7 @@ def test_the_operators_check_what_they_are_given():
         (x, tensors, [0, *facts[1:]], factors),
         (x, tensors, [8, -8, *facts[2:]], factors),
         (x, tensors, facts, factors[:-1]),
+        (x, [torch.randn(8, 8), *tensors[3:]], [8, 8, 0, *facts[3:]], factors),  # dense
         (torch.tensor(1.0), *description),
     ):
         with pytest.raises(RuntimeError):
@@ -350,7 +351,13 @@ def test_the_operators_check_what_they_are_given():
         with pytest.raises(RuntimeError):
             operators.qlora_mlp_backward(*wrong)
     three = torch.randn(2, 3, 8)
-    for wrong in ((three, three[:1], three, 2), (three, three, three, 0), (x, x, x, 2), (three, three, three, 5)):
+    for wrong in (
+        (three, three[:1], three, 2),
+        (three, three, three, 0),
+        (x, x, x, 2),
+        (three, three, three, 5),
+        (three, three.view(3, 2, 8), three, 2),
+    ):
         with pytest.raises(RuntimeError):
             operators.attention(*wrong)
         with pytest.raises(RuntimeError):

@@ -354,8 +354,7 @@ struct Encoder {
 // Everything for `windows` windows of x (windows, tokens, in of embed) into y (windows, tokens, width). `scratch` has
 // room for floats_of_row() floats a row, and for one attention on each thread.
 void encode(const Kernels& kernels, const Encoder& e, const float* x, int64_t windows, bool threads, bool bfloat16,
-            float* scratch,
-            float* attention_scratch, int64_t attention_floats, float* y) {
+            float* scratch, float* attention_scratch, int64_t attention_floats, float* y) {
   const int64_t rows = windows * e.tokens, width = e.width;
   float* normed = scratch;
   float* q = normed + rows * width;
@@ -653,6 +652,7 @@ std::vector<Forward> linears(const Description& d, size_t count, bool from_hidde
     STD_TORCH_CHECK(out > 0, "facts: out_features must be positive");
     found.push_back(layers.linear(in, out));
     found.back().dtype = Dtype::float32;
+    STD_TORCH_CHECK(found.back().weight.dense == nullptr, "facts: blocksize must be that of a weight in 4 bits");
     if (from_hidden) in = out;
   }
   STD_TORCH_CHECK(layers.done(), "more tensors, facts or factors than layers");
@@ -703,18 +703,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qlora_qkv(Tensor x, std::vector<Tenso
   const auto* from = static_cast<const float*>(memory("x", x, ScalarType::Float, x.numel()));
   const int64_t flat[1] = {rows * ranks_of(jobs)};
   Tensor t = empty(x, flat, 1);
-  Tensor y[3] = {empty_rows(x, jobs[0].weight.out), empty_rows(x, jobs[1].weight.out), empty_rows(x, jobs[2].weight.out)};
-  if (rows > 0) {
-    float* next_t = floats_of(t);
-    for (int i = 0; i < 3; ++i) {
-      jobs[i].rows = rows;
-      jobs[i].x = from;
-      jobs[i].y = floats_of(y[i]);
-      jobs[i].t = next_t;
-      next_t += rows * jobs[i].rank;
-    }
-    forward(kernels(), jobs.data(), 3, true, bfloat16);
+  std::vector<Tensor> y;
+  float* next_t = floats_of(t);
+  for (Forward& job : jobs) {
+    y.push_back(empty_rows(x, job.weight.out));
+    job.rows = rows;
+    job.x = from;
+    job.y = floats_of(y.back());
+    job.t = next_t;
+    next_t += rows * job.rank;
   }
+  if (rows > 0) forward(kernels(), jobs.data(), 3, true, bfloat16);
   return {y[0], y[1], y[2], t};
 }
 
@@ -862,6 +861,8 @@ void over_heads(const Kernels& k, const Tensor& q, int64_t heads, const F& f) {
 }
 
 const float* head_values(const char* name, const Tensor& tensor, const Tensor& q) {
+  STD_TORCH_CHECK(tensor.dim() == 3 && tensor.size(0) == q.size(0) && tensor.size(1) == q.size(1), name,
+                  " must have the shape of q");
   return static_cast<const float*>(memory(name, tensor, ScalarType::Float, q.numel()));
 }
 
