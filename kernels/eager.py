@@ -290,13 +290,17 @@ class _Attention(torch.autograd.Function):
         return *torch.ops.harlora_cpp.attention_backward.default(grad, *ctx.saved_tensors, ctx.heads), None
 
 
+def attention_serves(x: Tensor) -> bool:
+    """Whether `attention` takes what is projected from ``x``: up to 256 tokens, whose scores fit a cache."""
+    return serves(x) and x.dim() == 3 and x.shape[1] <= 256
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor | None:
     """softmax(q·kᵀ / √size)·v by heads of that size, or None where torch's own has to serve.
 
-    q, k, v: ``(windows, tokens, width)``, float32, contiguous, the values of a head side by side; up to 256 tokens,
-    whose scores fit a cache.
+    q, k, v: ``(windows, tokens, width)``, float32, contiguous, the values of a head side by side.
     """
-    if not serves(q) or q.dim() != 3 or q.shape[1] > 256:
+    if not attention_serves(q):
         return None
     try:
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):

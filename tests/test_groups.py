@@ -139,6 +139,7 @@ def test_attention_of_nothing_and_of_too_much():
     assert empty.grad.shape == (0, 4, 6)
     many = torch.randn(1, 257, 4)
     assert eager.attention(many, many, many, 2) is None
+    assert not eager.attention_serves(many)
     x = torch.randn(2, 3, 8)
     assert eager.attention(x, x.transpose(0, 1), x, 2) is None
     assert eager.attention(x, x, x, 3) is None
@@ -243,6 +244,13 @@ def test_falls_back_where_a_layer_is_out_of_the_ordinary(change, served):
     attention(x).sum().backward()
     block(x).sum().backward()
     assert len(served) == 3
+
+
+def test_long_sequences_are_projected_once(served):
+    attention, x = Attention(8, 2), torch.randn(1, 257, 8)
+    attention.q, attention.k, attention.v = make(8, 8), make(8, 8), make(8, 8)
+    attention(x)
+    assert not served
 
 
 def test_falls_back_for_other_layers_autocast_and_global_hooks(served):

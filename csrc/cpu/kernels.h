@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-// The boundary between tensors (qlora_linear.cpp and its neighbours, compiled once) and arithmetic (kernels.inl,
+// The boundary between tensors (operators.cpp, compiled once) and arithmetic (kernels.inl,
 // compiled for every instruction set). Everything here is plain memory: contiguous, row by row.
 
 namespace harlora::cpu {

@@ -1,9 +1,8 @@
 """Several layers of an encoder in one call of the compiled CPU kernels.
 
 At HAR size the modules around the products cost more than the products. For inference `encode` hands all layers of an
-`Encoder` to one operator. In training `attend` takes q, k, v and what
-mixes them together, `feed_forward` fc1, GELU and fc2. Where
-anything about the layers is out of the ordinary they return None and the modules run one by one.
+`Encoder` to one operator. In training `attend` takes q, k, v and attention together, `feed_forward` fc1, GELU and fc2.
+Where anything about the layers is out of the ordinary they return None and the modules run one by one.
 """
 
 from itertools import chain
@@ -182,16 +181,10 @@ def _layers(*modules: Any) -> list[eager.Layer] | None:
             or (module.rank and module.dropout and module.training)
         ):
             return None
-        tensors, parameters = module._buffers, module._parameters
         try:
-            layer: Any = (
-                tensors["weight"], tensors["absmax"], tensors["nested_absmax"], tensors["nested_offset"],
-                module.quant_type, module.blocksize, module.out_features, parameters["bias"], parameters["lora_A"],
-                parameters["lora_B"], module.scaling,
-            )  # fmt: skip
+            layers.append(module.operands())
         except KeyError:  # a parametrised layer keeps its parameters elsewhere
             return None
-        layers.append(layer)
     return None if nn.modules.module._has_any_global_hook() else layers
 
 
@@ -200,7 +193,8 @@ def attend(x: Tensor, q: nn.Module, k: nn.Module, v: nn.Module, heads: int) -> T
 
     x: ``(windows, tokens, width)``, float32.
     """
-    if torch.compiler.is_compiling() or not eager.serves(x):
+    # Asked first, so that no product is computed twice.
+    if torch.compiler.is_compiling() or not eager.attention_serves(x):
         return None
     layers = _layers(q, k, v)
     projected = None if layers is None else eager.qlora_qkv(x, *layers)

@@ -223,6 +223,17 @@ class QLoRALinear(AdaptedLinear):
         """The dequantised weight, ``(out_features, in_features)``, a new tensor."""
         return dequantize_4bit(self.quantized_weight())
 
+    def operands(self) -> eager.Layer:
+        """What the operator qlora_linear takes after x. Raises: KeyError if the layer is parametrised."""
+        # nn.Module's attribute lookup takes half a microsecond a tensor; a whole call at HAR size takes six.
+        tensors: dict[str, Any] = self._buffers
+        parameters = self._parameters
+        return (
+            tensors["weight"], tensors["absmax"], tensors["nested_absmax"], tensors["nested_offset"], self.quant_type,
+            self.blocksize, self.out_features, parameters["bias"], parameters["lora_A"], parameters["lora_B"],
+            self.scaling,
+        )  # fmt: skip
+
     def forward(self, x: Tensor) -> Tensor:
         """``(..., out_features)``.
 
@@ -231,15 +242,8 @@ class QLoRALinear(AdaptedLinear):
         if self.rank and self.dropout and self.training:
             # The adapter sees another input than the base, so its branch is computed apart.
             return qlora_linear(x, self.quantized_weight(), self.bias) + self._branch(x)
-        # nn.Module's attribute lookup takes half a microsecond a tensor; a whole call at HAR size takes six.
-        tensors: dict[str, Any] = self._buffers
-        parameters = self._parameters
         try:
-            direct = eager.qlora_linear(
-                x, tensors["weight"], tensors["absmax"], tensors["nested_absmax"], tensors["nested_offset"],
-                self.quant_type, self.blocksize, self.out_features, parameters["bias"], parameters["lora_A"],
-                parameters["lora_B"], self.scaling,
-            )  # fmt: skip
+            direct = eager.qlora_linear(x, *self.operands())
         except KeyError:  # a parametrised layer keeps its parameters elsewhere
             direct = None
         if direct is not None:
