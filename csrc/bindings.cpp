@@ -20,22 +20,23 @@ STABLE_TORCH_LIBRARY(harlora_cpp, library) {
   library.def("dequantize_4bit(" HARLORA_WEIGHT ", Tensor(a!) out, " HARLORA_NESTED ") -> ()");
   library.def("qlora_linear(Tensor x, " HARLORA_WEIGHT
               ", int out_features, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor(a!)? t=None, "
-              HARLORA_NESTED ", bool bfloat16=False) -> Tensor");
+              HARLORA_NESTED ", int precision=0) -> Tensor");
   library.def("qlora_linear_backward(Tensor grad, Tensor? x, Tensor? t, " HARLORA_WEIGHT
               ", int in_features, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor(a!)? grad_x,"
               " Tensor(b!)? grad_bias, Tensor(c!)? grad_A, Tensor(d!)? grad_B, " HARLORA_NESTED ") -> ()");
-  library.def("qlora_qkv(Tensor x, " HARLORA_LAYERS ", bool bfloat16=False) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def("qlora_qkv(Tensor x, " HARLORA_LAYERS ", int precision=0) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def("qlora_qkv_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor x, Tensor t, " HARLORA_LAYERS
               ", int[] wanted) -> Tensor[]");
-  library.def("qlora_mlp(Tensor x, " HARLORA_LAYERS ", bool keep, bool bfloat16=False) -> (Tensor, Tensor, Tensor)");
+  library.def("qlora_mlp(Tensor x, " HARLORA_LAYERS ", bool keep, int precision=0) -> (Tensor, Tensor, Tensor)");
   library.def("qlora_mlp_backward(Tensor grad, Tensor x, Tensor inner, Tensor t, " HARLORA_LAYERS
               ", int[] wanted) -> Tensor[]");
   library.def("attention(Tensor q, Tensor k, Tensor v, int heads) -> Tensor");
   library.def("attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, int heads) -> (Tensor, Tensor, Tensor)");
   library.def("encoder_hold(" HARLORA_LAYERS ") -> int");
   library.def("encoder_release(int held) -> ()");
-  library.def("encoder(Tensor x, int held, bool bfloat16=False) -> Tensor");
+  library.def("encoder(Tensor x, int held, int precision=0) -> Tensor");
   library.def("kernels() -> str");
+  library.def("precisions() -> str");
   library.def("select_kernels(str name) -> str");
 }
 
@@ -55,6 +56,7 @@ STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CPU, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CompositeExplicitAutograd, library) {
   library.impl("kernels", TORCH_BOX(&harlora::cpu::kernels_name));
+  library.impl("precisions", TORCH_BOX(&harlora::cpu::precisions));
   library.impl("encoder_hold", TORCH_BOX(&harlora::cpu::encoder_hold));
   library.impl("encoder_release", TORCH_BOX(&harlora::cpu::encoder_release));
   library.impl("select_kernels", TORCH_BOX(&harlora::cpu::select_kernels));

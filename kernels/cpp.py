@@ -60,6 +60,12 @@ def selected_kernels() -> str:
     return name
 
 
+def precisions() -> list[str]:
+    """What inference may be rounded to with the CPU kernels that serve, on this processor."""
+    names: str = torch.ops.harlora_cpp.precisions()
+    return names.split()
+
+
 def quantize_4bit(
     weight: Tensor, quant_type: str, blocksize: int, double_quant: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -23,7 +23,9 @@ from harlora.kernels.format import QUANT_TYPES, code_table, nested_code_table
 
 _CPU = torch.device("cpu")
 _Quantized = tuple[Tensor, Tensor, Tensor, int]  # packed, absmax, code, blocksize
-_bfloat16: ContextVar[bool] = ContextVar("harlora_bfloat16", default=False)
+# As enum class Precision of csrc/cpu/kernels.h counts them.
+PRECISIONS = {"float32": 0, "bfloat16": 1, "int8": 2}
+_precision: ContextVar[int] = ContextVar("harlora_precision", default=0)
 _operators: dict[str, Any] = {}
 _served: dict[torch.dtype, bool] = {}
 
@@ -56,26 +58,29 @@ def codes() -> dict[str, Tensor]:
 def inference_precision(name: str) -> Iterator[None]:
     """Within ``with``, the precision of the base product x·Ŵᵀ when nothing is differentiated and x is float32.
 
-    name: ``"float32"``, the default everywhere, or ``"bfloat16"``: x and Ŵ are rounded to bfloat16 (2⁻⁹ relatively),
-        products are exact and sums float32. Bias and adapters stay float32. On CPUs with fast bfloat16 products; what
-        is compiled, traced or on another device is not affected.
+    name: ``"float32"``, the default everywhere; ``"bfloat16"``: x and Ŵ are rounded to bfloat16 (2⁻⁹ relatively);
+        ``"int8"``: x is rounded to 8 bits with a scale for each 64 values of a row (1/254 of the largest of them), and
+        the 16 values of the weight's code to 8 bits (1/254 of a block's absmax), about 1 % of a layer's output. Sums
+        are float32, over integer sums of 64 products; bias and adapters stay float32. On CPUs with fast products of
+        the kind: AVX512-BF16; AVX512-VNNI or AVX-VNNI. Layers that do not fit (odd ``in_features``; for int8,
+        ``in_features`` no multiple of 64 or a blocksize of 32) compute in float32, as does what is compiled, traced
+        or on another device.
     Raises: ValueError for another name; RuntimeError where the processor has no such products.
     """
-    if name not in {"float32", "bfloat16"}:
-        raise ValueError(f"inference_precision: name must be 'float32' or 'bfloat16', got {name!r}")
-    if name == "bfloat16":
+    if name not in PRECISIONS:
+        raise ValueError(f"inference_precision: name must be one of {', '.join(PRECISIONS)}, got {name!r}")
+    if name != "float32":
         reason = cpp.load_extension()
-        if not reason and cpp.selected_kernels() != "avx512bf16":
-            reason = f"those that serve here are {cpp.selected_kernels()!r}"
+        if not reason and name not in cpp.precisions():
+            kernels = cpp.selected_kernels()
+            reason = f"the kernels {kernels!r} on this processor have those of {', '.join(cpp.precisions())}"
         if reason:
-            raise RuntimeError(
-                f"inference_precision: 'bfloat16' requires the kernels 'avx512bf16', but {reason}; use 'float32'"
-            )
-    token = _bfloat16.set(name == "bfloat16")
+            raise RuntimeError(f"inference_precision: requires products of {name}, but {reason}; use 'float32'")
+    token = _precision.set(PRECISIONS[name])
     try:
         yield
     finally:
-        _bfloat16.reset(token)
+        _precision.reset(token)
 
 
 def serves(x: Tensor) -> bool:
@@ -99,7 +104,7 @@ class HeldEncoder:
     def __call__(self, patches: Tensor) -> Tensor | None:
         """The encoded tokens, or None if the tensors are not what the operator takes."""
         try:
-            result: Tensor = self._run(patches, self._number, _bfloat16.get())
+            result: Tensor = self._run(patches, self._number, _precision.get())
         except RuntimeError:  # another dtype or device, or not contiguous: the modules serve, or say what is wrong
             return None
         return result
@@ -249,7 +254,7 @@ def _grouped(function: type[_Group], operator: str, keep: tuple[bool, ...], x: T
     try:
         description = _describe(x.shape[-1], layers)
         if not torch.is_grad_enabled() or not any(p is not None and p.requires_grad for p in (x, *parameters)):
-            return getattr(torch.ops.harlora_cpp, operator).default(x, *description, *keep, _bfloat16.get())
+            return getattr(torch.ops.harlora_cpp, operator).default(x, *description, *keep, _precision.get())
         # All of them keep x; layers whose lora_A does not train do not need it.
         if any(layer[8] is not None and not layer[8].requires_grad for layer in layers):
             return None
@@ -341,11 +346,11 @@ def qlora_linear(
                 x, bias, lora_A, lora_B, scaling, out_features, (packed, absmax, code, blocksize), nested
             )
         operator = _operators["qlora_linear"]
-        if not nested and not _bfloat16.get():
+        if not nested and not _precision.get():
             return operator(x, packed, absmax, code, blocksize, out_features, bias, lora_A, lora_B, scaling)
         return operator(
             x, packed, absmax, code, blocksize, out_features, bias, lora_A, lora_B, scaling, None,
-            *(nested or (None, None, None)), _bfloat16.get(),
+            *(nested or (None, None, None)), _precision.get(),
         )  # fmt: skip
     except RuntimeError:  # adapters of another dtype, or a mistake: the public operator converts, or says which
         return None

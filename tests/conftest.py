@@ -46,10 +46,10 @@ _NEEDS = {
 def use_kernels():
     """Makes a set of CPU kernels serve for one test; skips where the processor lacks it, fails where it is missing."""
 
-    def use(name: str) -> None:
+    def use(name: str, *needs: str) -> None:
         information = Path("/proc/cpuinfo")
         flags = set(information.read_text().split()) if information.exists() else set()
-        if missing := _NEEDS[name] - flags:
+        if missing := (_NEEDS[name] | set(needs)) - flags:
             pytest.skip(f"this processor has no {', '.join(sorted(missing))}")
         cpp.select_kernels(name)
 

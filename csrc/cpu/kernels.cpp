@@ -8,8 +8,12 @@
 #include <cstdlib>
 #include <string>
 
+#include "operators.h"
 #include "parallel.h"
 
+#ifdef HARLORA_X86
+#include <cpuid.h>
+#endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
@@ -33,6 +37,18 @@ bool runs(const Kernels& candidate) {
   }
 #endif
   return &candidate == &portable_kernels;
+}
+
+// Products of bytes: in AVX-512, or in vectors of AVX2.
+bool has_vnni(bool wide) {
+#ifdef HARLORA_X86
+  if (wide) return __builtin_cpu_supports("avx512vnni");
+  unsigned a = 0, b = 0, c = 0, d = 0;  // compilers do not agree on a name for this one
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
+#else
+  (void)wide;
+  return false;
+#endif
 }
 
 bool is_amd() {
@@ -83,7 +99,25 @@ const Kernels& kernels() {
   return *found;
 }
 
+bool has(const Kernels& k, Precision precision) {
+  if (precision == Precision::bfloat16) return k.pairs;
+  if (precision == Precision::float32) return true;
+#ifdef HARLORA_X86
+  static const bool wide = has_vnni(true), narrow = has_vnni(false);
+  return k.round_to_bytes != nullptr && (&k == &avx2_kernels ? narrow : wide);
+#else
+  return false;
+#endif
+}
+
 bool threads_usable() { return !forked.load(std::memory_order_relaxed); }
+
+std::string precisions() {
+  std::string names = "float32";
+  if (has(kernels(), Precision::bfloat16)) names += " bfloat16";
+  if (has(kernels(), Precision::int8)) names += " int8";
+  return names;
+}
 
 std::string select_kernels(std::string name) {
   selected = find(name);

@@ -9,6 +9,9 @@ namespace harlora::cpu {
 
 enum class Dtype : int { float32, bfloat16, float16 };
 
+// What the factors of a base product are rounded to.
+enum class Precision : int { float32, bfloat16, int8 };
+
 // Bit patterns; kernels compute in float32 and round once, to nearest even, when they store.
 struct BFloat16 {
   uint16_t bits;
@@ -16,6 +19,14 @@ struct BFloat16 {
 struct Half {
   uint16_t bits;
 };
+
+// x in 8 bits, by blocks of kBlock values.
+struct Bytes {
+  int8_t* values;   // of each eight steps first the even ones, then the odd ones
+  float* scale;     // (blocks): x ≈ 127 · scale · values; a weight's bytes are its codes' values times 127
+  int32_t* offset;  // (blocks): -128 · Σ values, since the weight's bytes are unsigned, 128 above what they mean
+};
+constexpr int64_t kBlock = 64;
 
 // A weight of (out, in) in 4 bits; format as in kernels/format.py. Or, inside whole blocks, a dense one.
 struct Weight {
@@ -49,6 +60,7 @@ struct Forward {
   const void* lora_A;  // (rank, in)
   const void* lora_B;  // (out, rank)
   const BFloat16* x16; // (rows, in), x in bfloat16: the base product is of such pairs; or null
+  Bytes x8;            // (rows, in), x in 8 bits: the base product is of bytes; or null
   int64_t depth;       // steps decoded at a time: a multiple of 64, at most Kernels::depth
   float* t;            // (rows, rank)
   void* y;             // (rows, out)
@@ -84,7 +96,10 @@ struct Kernels {
   const char* name;
   int panel;        // columns of a panel: of y in forward, of dX and dA (in), dB and dbias (out) in backward
   int64_t depth;
-  bool pairs;       // serves x16, where `in` is even
+  // x16 and x8 are served where `in` is a multiple of kBlock and blocks are no smaller.
+  bool pairs;
+  // Makes x8 of n values. Null: x8 is not served, as on processors without products of bytes.
+  void (*round_to_bytes)(const float* x, int64_t n, const Bytes& to);
   int64_t (*attention_scratch)(int64_t tokens, int64_t width, int64_t heads);  // floats
   int few_columns;  // forward_few takes ranges of columns that start at a multiple of this
 

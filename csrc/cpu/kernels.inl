@@ -11,12 +11,14 @@
 //             dB = dYᵀ · t    panel: PANEL columns of dY; the transpose of dB is computed
 //
 // The low-rank branch is `rank` further steps into the same accumulators. For few rows decoding would cost more than
-// the product: `forward_few` multiplies codes in registers as they come and scales sums of 64.
+// the product: `forward_few` multiplies codes in registers as they come and scales sums of 64. In bfloat16 and in 8 bits
+// a panel holds codes, not weights, and sums of 64 are scaled too.
 
 constexpr int PANEL = 2 * LANES;
 // Steps of a decoded panel at most. Loops over them run once even where there are none, to write the zeros.
 constexpr int64_t DEPTH = 512;
-constexpr int GRANULE = 64;     // codes of a row decoded at a time: 32 bytes
+constexpr int GRANULE = 64;        // codes of a row decoded at a time: 32 bytes
+constexpr int LINE = 2 * GRANULE;  // of a row in one line of the cache: used while it is there
 constexpr int64_t ROW_BLOCK = 16 * ROWS;
 constexpr int RANKS = 64;       // ranks of one pass; larger adapters take several
 
@@ -100,68 +102,76 @@ inline float decode_one(const Weight& w, int64_t index) {
   return w.code[index & 1 ? byte & 15 : byte >> 4] * w.scale(index >> w.log2_blocksize);
 }
 
-// panel[step][column] = Ŵ[first_row + column][first_step + step]. Columns past the last row repeat it. With P =
-// BFloat16 the values are rounded, and two steps lie side by side: panel[step / 2][column][step % 2]; `steps` is even.
-template <typename P>
-void decode_transposed(const Weight& w, int64_t first_row, int64_t first_step, int64_t steps, P* panel) {
-  const int64_t last = w.out - 1;
-  int64_t step = 0;
-  if constexpr (sizeof(P) == 4) {
-    if (w.dense != nullptr) {
-      const float* from = w.dense + first_row * w.in + first_step;
-      return transpose_panel(from, w.in, smaller(PANEL, w.out - first_row), steps, 1.0f, PANEL, panel);
-    }
-  }
-  if (w.in % 32 == 0) {  // rows begin on bytes, and 32 codes never cross a block
-    const Table table = load_table(w.code);
-    // scale[half][column] of each half of a granule.
-    alignas(64) float scale[DEPTH / 32][PANEL];
-    const int64_t halves = steps / GRANULE * 2;
+// The rows that a panel of forward is made of, from first_step on; columns past the last row repeat it.
+struct PanelRows {
+  const uint8_t* packed[PANEL];
+  // Steps of one scale: 64, or 32 where blocks may begin within 64 steps.
+  int log2_unit;
+
+  PanelRows(const Weight& w, int64_t first_row, int64_t first_step, int64_t steps, float* scale)
+      : log2_unit(w.in % GRANULE == 0 && w.log2_blocksize >= 6 ? 6 : 5) {
+    const int64_t units = steps >> log2_unit;
     for (int column = 0; column < PANEL; ++column) {
-      const int64_t index = smaller(first_row + column, last) * w.in + first_step;
-      for (int64_t half = 0; half < halves; ++half) {
-        scale[half][column] = w.scale((index + 32 * half) >> w.log2_blocksize);
+      const int64_t start = smaller(first_row + column, w.out - 1) * w.in + first_step;
+      packed[column] = w.packed + start / 2;
+      if (w.absmax != nullptr) {
+        for (int64_t u = 0; u < units; ++u) {
+          scale[u * PANEL + column] = w.absmax[(start + (u << log2_unit)) >> w.log2_blocksize];
+        }
+      } else {
+        for (int64_t u = 0; u < units; ++u) {
+          scale[u * PANEL + column] = w.scale((start + (u << log2_unit)) >> w.log2_blocksize);
+        }
       }
     }
-    // Two granules are a line of the cache in each row: both are used while it is there.
-    for (int64_t line = 0; line + GRANULE <= steps; line += 2 * GRANULE) {
+  }
+
+  // Eight codes in each lane of v[i], of columns from `group` on and steps from `step` + 8 · i.
+  void load(int group, int64_t step, I v[8]) const {
+    for (int i = 0; i < 8; ++i) {
+      const uint8_t* from = packed[group + i] + step / 2;
+      const uint8_t* from_other = packed[group + i + LANES - 8] + step / 2;
+      v[i] = load_rows(from, from_other);
+      __builtin_prefetch(from + LINE);
+      if (LANES > 8) __builtin_prefetch(from_other + LINE);
+    }
+    transpose8(v);
+  }
+};
+
+// panel[step][column] = Ŵ[first_row + column][first_step + step]. Columns past the last row repeat it.
+void decode_transposed(const Weight& w, int64_t first_row, int64_t first_step, int64_t steps, float* panel) {
+  if (w.dense != nullptr) {
+    const float* from = w.dense + first_row * w.in + first_step;
+    return transpose_panel(from, w.in, smaller(PANEL, w.out - first_row), steps, 1.0f, PANEL, panel);
+  }
+  int64_t step = 0;
+  if (w.in % 32 == 0) {  // rows begin on bytes, and 32 codes never cross a block
+    const Table table = load_table(w.code);
+    const int64_t whole = steps / GRANULE * GRANULE;
+    alignas(64) float scale[DEPTH / 32 * PANEL];
+    const PanelRows rows(w, first_row, first_step, whole, scale);
+    for (int64_t line = 0; line < whole; line += LINE) {
       for (int group = 0; group < PANEL; group += LANES) {
-        for (step = line; step < smaller(line + 2 * GRANULE, steps / GRANULE * GRANULE); step += GRANULE) {
-          I dwords[8];  // of eight codes
+        for (step = line; step < smaller(line + LINE, whole); step += GRANULE) {
+          I codes[8];
+          rows.load(group, step, codes);
           for (int i = 0; i < 8; ++i) {
-            const int64_t row = smaller(first_row + group + i, last);
-            const int64_t other = smaller(first_row + group + i + LANES - 8, last);
-            const uint8_t* from = w.packed + (row * w.in + first_step + step) / 2;
-            const uint8_t* from_other = w.packed + (other * w.in + first_step + step) / 2;
-            dwords[i] = load_rows(from, from_other);
-            __builtin_prefetch(from + 2 * GRANULE);
-            __builtin_prefetch(from_other + 2 * GRANULE);
-          }
-          transpose8(dwords);
-          for (int i = 0; i < 8; ++i) {
-            const F s = load(scale[step / 32 + i / 4] + group);
+            const F s = load(scale + ((step + 8 * i) >> rows.log2_unit) * PANEL + group);
+            float* to = panel + (step + 8 * i) * PANEL + group;
             // The first code of a byte is in its high half: nibble j holds step j ^ 1.
-            for (int j = 0; j < 8; j += 2) {
-              const F second = mul(lookup(table, shift_right(dwords[i], 4 * j)), s);
-              const F first = mul(lookup(table, shift_right(dwords[i], 4 * j + 4)), s);
-              if constexpr (sizeof(P) == 4) {
-                P* to = panel + (step + 8 * i + j) * PANEL + group;
-                store(to, first);
-                store(to + PANEL, second);
-              } else {
-                store_pairs(panel + (step + 8 * i + j) * PANEL + 2 * group, first, second);
-              }
+            for (int j = 0; j < 8; ++j) {
+              store(to + (j ^ 1) * PANEL, mul(lookup(table, shift_right(codes[i], 4 * j)), s));
             }
           }
         }
       }
     }
-    step = steps / GRANULE * GRANULE;
+    step = whole;
   }
   for (; step < steps; ++step) {
     for (int column = 0; column < PANEL; ++column) {
-      const float value = decode_one(w, smaller(first_row + column, last) * w.in + first_step + step);
-      put(panel + (sizeof(P) == 4 ? step * PANEL + column : step / 2 * 2 * PANEL + 2 * column + step % 2), value);
+      panel[step * PANEL + column] = decode_one(w, smaller(first_row + column, w.out - 1) * w.in + first_step + step);
     }
   }
 }
@@ -331,8 +341,8 @@ inline Tile tile_of(int64_t rows) {
 }
 
 // How many rows the next tile takes of `rows`, so that all tiles are about the same.
-inline int64_t next_tile(int64_t rows) {
-  const int64_t tiles = (rows + ROWS - 1) / ROWS;
+inline int64_t next_tile(int64_t rows, int64_t most = ROWS) {
+  const int64_t tiles = (rows + most - 1) / most;
   return (rows + tiles - 1) / tiles;
 }
 
@@ -387,50 +397,182 @@ void multiply_over_rows(int64_t rows, const float* a, int64_t a_row, int64_t ran
   }
 }
 
+#if defined(HARLORA_BYTES)
+// Products in fewer bits --------------------------------------------------------------------------------------------
+//
+// A panel holds the weight's codes alone, in bfloat16 or in 8 bits; the sum of each block of 64 products is scaled in
+// float32. Rows of x are read through a type that knows the format:
+//
+//   STEPS         steps in one 32-bit lane            Sum            of STEPS products in each lane
+//   Table, table  of the 16 codes                     decode         eight codes in each lane, to 8 / STEPS vectors
+//   at            STEPS values of a row, repeated     start, dot     a sum, and its next products
+//   total         the sum in float32                  scale          that of a block, of weight and x
+
+constexpr int BLOCK_ROWS = LANES == 16 ? 7 : 2;  // of the tile: sums of blocks and sums of all side by side
+
 #if defined(HARLORA_BF16)
-// As `tile` with two vectors of columns, two steps at a time: the products of bfloat16 are exact in float32.
-template <int R>
-void tile_pairs(int64_t steps, const BFloat16* a, int64_t a_row, const BFloat16* b, const float* init, int64_t init_row,
-                float* c, int64_t c_row) {
+struct PairRows {  // products of bfloat16 are exact in float32
+  const BFloat16* x;
+  int64_t row;
+
+  static constexpr int STEPS = 2;
+  using Sum = F;
+  struct Table {
+    I values;
+  };
+  static Table table(const float* code) {
+    alignas(64) BFloat16 values[2 * LANES];
+    for (int i = 0; i < 2 * LANES; ++i) values[i] = to_bfloat16(code[i % 16]);
+    return {load_bytes(values)};
+  }
+  // The first code of a byte is in its high half.
+  static void decode(const Table& table, I codes, uint8_t* to) {
+    store_bytes(to, lookup_halves(table.values, halves_of_byte<0>(codes)));
+    store_bytes(to + 4 * PANEL, lookup_halves(table.values, halves_of_byte<1>(codes)));
+    store_bytes(to + 8 * PANEL, lookup_halves(table.values, halves_of_byte<2>(codes)));
+    store_bytes(to + 12 * PANEL, lookup_halves(table.values, halves_of_byte<3>(codes)));
+  }
+  PairRows from(int64_t m, int64_t step) const { return {x + m * row + step, row}; }
+  I at(int i, int64_t step) const { return set_pair(x + i * row + step); }
+  Sum start(int, int64_t) const { return zero(); }
+  static Sum dot(I weight, I x, Sum sum) { return dot_pairs(x, weight, sum); }
+  static F total(Sum sum) { return sum; }
+  F scale(F weight, int, int64_t) const { return weight; }
+};
+#endif
+
+struct ByteRows {  // sums of 64 products of 8 bits are exact integers
+  Bytes x;
+  int64_t row;
+
+  static constexpr int STEPS = 4;
+  using Sum = I;
+  struct Table {
+    I values;
+  };
+  // 128 + 127 times the value: NF4 and FP4 lie within half a 127th of a block's largest value.
+  static Table table(const float* code) {
+    alignas(64) uint8_t values[4 * LANES];
+    for (int i = 0; i < 4 * LANES; ++i) values[i] = static_cast<uint8_t>(code[i % 16] * 127.0f + 128.5f);
+    return {load_bytes(values)};
+  }
+  // The even steps first, as in x.
+  static void decode(const Table& table, I codes, uint8_t* to) {
+    const I low = set(0x0F0F0F0F);
+    store_bytes(to, lookup_bytes(table.values, both(shift_right(codes, 4), low)));
+    store_bytes(to + 4 * PANEL, lookup_bytes(table.values, both(codes, low)));
+  }
+  ByteRows from(int64_t m, int64_t step) const {
+    const int64_t values = m * row + step, block = values / kBlock;
+    return {{x.values + values, x.scale + block, x.offset + block}, row};
+  }
+  I at(int i, int64_t step) const {
+    int32_t four;
+    __builtin_memcpy(&four, x.values + i * row + step, sizeof four);
+    return set(four);
+  }
+  Sum start(int i, int64_t block) const { return set(x.offset[i * (row / kBlock) + block]); }
+  HARLORA_BYTES static Sum dot(I weight, I x, Sum sum) { return dot_bytes(weight, x, sum); }
+  static F total(Sum sum) { return to_float(sum); }
+  F scale(F weight, int i, int64_t block) const {
+    return mul(weight, set(x.scale[i * (row / kBlock) + block]));
+  }
+};
+
+HARLORA_BYTES void round_to_bytes(const float* x, int64_t n, const Bytes& to) {
+  const I magnitude = set(0x7FFFFFFF), ones = set(0x01010101);
+  for (int64_t block = 0; block < n / kBlock; ++block) {
+    const float* from = x + block * kBlock;
+    int8_t* values = to.values + block * kBlock;
+    // Magnitudes compare as integers, infinity above all numbers and NaN above infinity: the scale is what they are.
+    I largest = set(0);
+    for (int i = 0; i < kBlock; i += LANES) {
+      largest = maximum(largest, both(HARLORA_F2I(load(from + i)), magnitude));
+    }
+    const int32_t bits = largest_of(largest);
+    float most;
+    __builtin_memcpy(&most, &bits, sizeof most);
+    to.scale[block] = most * (1.0f / (127 * 127));
+    const F inverse = set(most > 1e-36f ? 127.0f / most : 0.0f);  // that of a smaller one is infinite
+    for (int i = 0; i < kBlock; i += LANES) store_signed_bytes(values + i, mul(load(from + i), inverse));
+    I sum = set(0);
+    for (int i = 0; i < kBlock; i += 4 * LANES) sum = dot_bytes(ones, load_bytes(values + i), sum);
+    to.offset[block] = -128 * sum_of(sum);
+  }
+}
+
+// panel[step / STEPS][column][STEPS] of rows of the weight from first_row, and scale[step / 64][column]. Columns past
+// the last row repeat it.
+template <typename X>
+void decode_blocks(const Weight& w, int64_t first_row, int64_t first_step, int64_t steps, uint8_t* panel,
+                   float* scale) {
+  const typename X::Table table = X::table(w.code);
+  const PanelRows rows(w, first_row, first_step, steps, scale);
+  for (int64_t line = 0; line < steps; line += LINE) {
+    for (int group = 0; group < PANEL; group += LANES) {
+      for (int64_t step = line; step < smaller(line + LINE, steps); step += GRANULE) {
+        I codes[8];
+        rows.load(group, step, codes);
+        for (int i = 0; i < 8; ++i) {
+          X::decode(table, codes[i], panel + (step + 8 * i) * PANEL * (4 / X::STEPS) + 4 * group);
+        }
+      }
+    }
+  }
+}
+
+// c[i][:] = init[i][:] + x[i][:] · panel for R rows.
+template <int R, typename X>
+HARLORA_BYTES void tile_blocks(int64_t steps, const X& x, const uint8_t* panel, const float* scale, const float* init,
+                               int64_t init_row, float* c, int64_t c_row) {
   F sum[R][2];
-#pragma GCC unroll 16
+#pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
     sum[i][0] = load(init + i * init_row);
     sum[i][1] = load(init + i * init_row + LANES);
   }
-  constexpr int POINTERS = (R + 2) / 3;
-  const BFloat16* row[POINTERS];
+  int64_t step = 0;
+  for (int64_t block = 0; step < steps; ++block) {
+    typename X::Sum part[R][2];
 #pragma GCC unroll 8
-  for (int p = 0; p < POINTERS; ++p) row[p] = a + 3 * p * a_row;
-  for (int64_t step = 0; step < steps; step += 2) {
-    const I left = load_pairs(b), right = load_pairs(b + 2 * LANES);
-    b += 2 * PANEL;
-#pragma GCC unroll 16
-    for (int i = 0; i < R; ++i) {
-      const I pair = set_pair(row[i / 3] + (i % 3) * a_row);
-      sum[i][0] = dot_pairs(pair, left, sum[i][0]);
-      sum[i][1] = dot_pairs(pair, right, sum[i][1]);
+    for (int i = 0; i < R; ++i) part[i][0] = part[i][1] = x.start(i, block);
+    for (const int64_t stop = step + GRANULE; step < stop; step += X::STEPS) {
+      const I left = load_bytes(panel), right = load_bytes(panel + 4 * LANES);
+      panel += 4 * PANEL;
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) {
+        const I values = x.at(i, step);
+        part[i][0] = X::dot(left, values, part[i][0]);
+        part[i][1] = X::dot(right, values, part[i][1]);
+      }
     }
+    const F left = load(scale + block * PANEL), right = load(scale + block * PANEL + LANES);
 #pragma GCC unroll 8
-    for (int p = 0; p < POINTERS; ++p) row[p] += 2;
+    for (int i = 0; i < R; ++i) {
+      sum[i][0] = fma(X::total(part[i][0]), x.scale(left, i, block), sum[i][0]);
+      sum[i][1] = fma(X::total(part[i][1]), x.scale(right, i, block), sum[i][1]);
+    }
   }
-#pragma GCC unroll 16
+#pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
     store(c + i * c_row, sum[i][0]);
     store(c + i * c_row + LANES, sum[i][1]);
   }
 }
 
-void multiply_pairs(int64_t rows, int64_t steps, const BFloat16* a, int64_t a_row, const BFloat16* b, const float* init,
-                    int64_t init_row, float* c, int64_t c_row) {
-  using Pairs = void (*)(int64_t, const BFloat16*, int64_t, const BFloat16*, const float*, int64_t, float*, int64_t);
-  static constexpr Pairs tiles[ROWS] = {
-      tile_pairs<1>, tile_pairs<2>, tile_pairs<3>,  tile_pairs<4>,  tile_pairs<5>,  tile_pairs<6>,  tile_pairs<7>,
-      tile_pairs<8>, tile_pairs<9>, tile_pairs<10>, tile_pairs<11>, tile_pairs<12>, tile_pairs<13>, tile_pairs<14>,
+template <typename X>
+void multiply_blocks(int64_t rows, int64_t steps, const X& x, const uint8_t* panel, const float* scale,
+                     const float* init, int64_t init_row, float* c, int64_t c_row) {
+  static constexpr decltype(&tile_blocks<1, X>) tiles[] = {
+      tile_blocks<1, X>, tile_blocks<2, X>,
+#if defined(HARLORA_AVX512)
+      tile_blocks<3, X>, tile_blocks<4, X>, tile_blocks<5, X>, tile_blocks<6, X>, tile_blocks<7, X>,
+#endif
   };
+  static_assert(sizeof(tiles) / sizeof(tiles[0]) == BLOCK_ROWS);
   for (int64_t m = 0; m < rows;) {
-    const int64_t count = next_tile(rows - m);
-    tiles[count - 1](steps, a + m * a_row, a_row, b, init + m * init_row, init_row, c + m * c_row, c_row);
+    const int64_t count = next_tile(rows - m, BLOCK_ROWS);
+    tiles[count - 1](steps, x.from(m, 0), panel, scale, init + m * init_row, init_row, c + m * c_row, c_row);
     m += count;
   }
 }
@@ -714,6 +856,9 @@ template <typename T>
 void forward_as(const Forward& job, int64_t first_panel, int64_t last_panel, int64_t first_row, int64_t last_row) {
   alignas(64) float panel[DEPTH * PANEL];
   alignas(64) float block[ROW_BLOCK * PANEL];
+#if defined(HARLORA_BYTES)
+  alignas(64) float scale[DEPTH / GRANULE * PANEL];
+#endif
   alignas(64) float packed_a[PACKED_A];
   alignas(64) float branch[RANKS * PANEL];
   alignas(64) float bias[PANEL];
@@ -742,11 +887,20 @@ void forward_as(const Forward& job, int64_t first_panel, int64_t last_panel, int
         const float* init = step == 0 ? bias : c;
         const int64_t init_row = step == 0 ? 0 : c_row;
         const bool fresh = in > job.depth || m == first_row;
+#if defined(HARLORA_BYTES)
+        auto* codes = reinterpret_cast<uint8_t*>(panel);
+        if (job.x8.values != nullptr) {
+          const ByteRows bytes{job.x8, in};
+          if (fresh) decode_blocks<ByteRows>(job.weight, n, step, steps, codes, scale);
+          multiply_blocks(rows, steps, bytes.from(m, step), codes, scale, init, init_row, c, c_row);
+          continue;
+        }
+#endif
 #if defined(HARLORA_BF16)
         if (job.x16 != nullptr) {
-          auto* pairs = reinterpret_cast<BFloat16*>(panel);
-          if (fresh) decode_transposed(job.weight, n, step, steps, pairs);
-          multiply_pairs(rows, steps, job.x16 + m * in + step, in, pairs, init, init_row, c, c_row);
+          const PairRows pairs{job.x16, in};
+          if (fresh) decode_blocks<PairRows>(job.weight, n, step, steps, codes, scale);
+          multiply_blocks(rows, steps, pairs.from(m, step), codes, scale, init, init_row, c, c_row);
           continue;
         }
 #endif
@@ -1088,6 +1242,11 @@ constexpr Kernels make_kernels(const char* name) {
       .pairs = true,
 #else
       .pairs = false,
+#endif
+#if defined(HARLORA_BYTES)
+      .round_to_bytes = round_to_bytes,
+#else
+      .round_to_bytes = nullptr,
 #endif
       .attention_scratch = attention_scratch,
       .few_columns = 4 * GROUP,

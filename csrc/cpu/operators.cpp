@@ -118,7 +118,9 @@ class Scratch {
 };
 
 constexpr int64_t kRowsOfChunk = 128;
-constexpr int64_t kFewPairs = 2;  // rows up to which codes in registers beat products of bfloat16 pairs
+// Rows up to which codes in registers beat products of bfloat16 pairs, and of bytes.
+constexpr int64_t kFewPairs = 2, kFewBytes = 2;
+constexpr int64_t kWorkOfRounding = 8;  // multiply-adds that take as long as rounding a value of x
 
 // Steps that each thread decodes at a time, so that all of them together hold at most 1 MiB of decoded weight (up to
 // 128 threads).
@@ -151,44 +153,86 @@ void over_grid(int64_t part, int64_t parts, int64_t panels, int64_t rows, int64_
   }
 }
 
-// Whether the base product is of bfloat16 pairs.
-bool in_pairs(const Kernels& k, const Forward& job, bool bfloat16) {
-  return k.pairs && job.weight.in % 2 == 0 && job.weight.dense == nullptr &&
-         (job.dtype == Dtype::bfloat16 || (bfloat16 && job.dtype == Dtype::float32));
+// What the factors of a layer's base product are rounded to; float32 where the kernels do not serve what is asked.
+Precision precision_of(const Kernels& k, const Forward& job, Precision asked) {
+  if (job.weight.dense != nullptr || job.weight.in == 0) return Precision::float32;
+  if (job.dtype == Dtype::bfloat16) asked = Precision::bfloat16;
+  const bool serves = job.dtype != Dtype::float16 && has(k, asked) && job.weight.in % kBlock == 0 &&
+                      int64_t{1} << job.weight.log2_blocksize >= kBlock;
+  return serves ? asked : Precision::float32;
 }
 
+Precision precision_from(int64_t value) {
+  STD_TORCH_CHECK(value >= 0 && value <= static_cast<int64_t>(Precision::int8), "precision is none of those there are");
+  return static_cast<Precision>(value);
+}
+
+// Copies of float32 x in fewer bits, of some rows at a time.
+class Rounded {
+ public:
+  Rounded(int64_t numel, bool pairs, bool bytes) {
+    if (pairs) pairs_.reset(new BFloat16[static_cast<size_t>(numel)]);
+    if (!bytes) return;
+    const size_t blocks = static_cast<size_t>(numel / kBlock);
+    values_.reset(new int8_t[static_cast<size_t>(numel)]);
+    scale_.reset(new float[blocks]);
+    offset_.reset(new int32_t[blocks]);
+  }
+  // Of values from `first` on; n is a multiple of kBlock if there are bytes.
+  void round(const Kernels& k, const float* x, int64_t first, int64_t n) {
+    if (pairs_) k.narrow(x, n, Dtype::bfloat16, pairs_.get() + first);
+    if (!values_) return;
+    const int64_t block = first / kBlock;
+    k.round_to_bytes(x, n, {values_.get() + first, scale_.get() + block, offset_.get() + block});
+  }
+  const BFloat16* pairs() const { return pairs_.get(); }
+  Bytes bytes() const { return {values_.get(), scale_.get(), offset_.get()}; }
+
+ private:
+  std::unique_ptr<BFloat16[]> pairs_;
+  std::unique_ptr<int8_t[]> values_;
+  std::unique_ptr<float[]> scale_;
+  std::unique_ptr<int32_t[]> offset_;
+};
+
 // Linear layers over the same x, from memory to memory; on one thread alone unless `threads`. One round of threads
-// computes all t, a second one all y.
-void forward(const Kernels& k, Forward* jobs, int count, bool threads, bool bfloat16) {
+// computes all t and rounds x, a second one computes all y.
+void forward(const Kernels& k, Forward* jobs, int count, bool threads, Precision asked) {
   const int64_t rows = jobs[0].rows, in = jobs[0].weight.in;
-  const bool pairs = in_pairs(k, jobs[0], bfloat16);
   int64_t branch = 0, work = 0;
-  bool few = true;
+  bool few = true, pairs = false, bytes = false;
   for (int i = 0; i < count; ++i) {
     branch += 2 * rows * in * jobs[i].rank;  // thin products run at half the rate
     work += rows * in * jobs[i].weight.out + 2 * in * jobs[i].weight.out;  // decoding counts as two multiply-adds
     few = few && k.forward_few_serves(jobs[i]);
+    pairs = pairs || precision_of(k, jobs[i], asked) == Precision::bfloat16;
+    bytes = bytes || precision_of(k, jobs[i], asked) == Precision::int8;
     jobs[i].depth = depth_of(k, rows);
   }
-  if (!threads) branch = work = 0;
-  few = few && !(pairs && rows > kFewPairs);
-  in_parts(branch, [&](int64_t part, int64_t parts) {
-    for (int i = 0; i < count; ++i) {
-      if (jobs[i].rank == 0) continue;
-      const int64_t items = few ? jobs[i].rank : rows;
-      (few ? k.forward_few_t : k.forward_t)(jobs[i], share(items, part, parts), share(items, part + 1, parts));
-    }
-  });
-  // Of bfloat16 products over float32, a rounded copy of at most 1 MiB of x at a time.
-  const bool round = pairs && jobs[0].dtype == Dtype::float32 && !few;
+  few = few && !(pairs && rows > kFewPairs) && !(bytes && rows > kFewBytes);
+  // Of reduced products over float32, a copy of at most 1 MiB of x at a time.
+  const bool round = (pairs || bytes) && jobs[0].dtype == Dtype::float32 && !few;
   const int64_t most = round ? std::min(rows, std::max<int64_t>(96, (int64_t{1} << 19) / in)) : rows;
-  std::unique_ptr<BFloat16[]> rounded(round ? new BFloat16[static_cast<size_t>(most * in)] : nullptr);
+  Rounded rounded(most * in, round && pairs, round && bytes);
+  if (round) branch += kWorkOfRounding * rows * in;
+  if (!threads) branch = work = 0;
   for (int64_t row = 0; row < rows; row += most) {
     const int64_t some = std::min(most, rows - row);
-    if (round) {
-      k.narrow(static_cast<const float*>(jobs[0].x) + row * in, some * in, Dtype::bfloat16, rounded.get());
-    }
-    in_parts(work, [&](int64_t part, int64_t parts) {
+    in_parts(branch / rows * some, [&](int64_t part, int64_t parts) {
+      const int64_t first = share(some, part, parts), last = share(some, part + 1, parts);
+      for (int i = 0; i < count; ++i) {
+        if (jobs[i].rank == 0) continue;
+        if (few) {
+          k.forward_few_t(jobs[i], share(jobs[i].rank, part, parts), share(jobs[i].rank, part + 1, parts));
+        } else {
+          k.forward_t(jobs[i], row + first, row + last);
+        }
+      }
+      if (round) {
+        rounded.round(k, static_cast<const float*>(jobs[0].x) + (row + first) * in, first * in, (last - first) * in);
+      }
+    });
+    in_parts(work / rows * some, [&](int64_t part, int64_t parts) {
       for (int i = 0; i < count; ++i) {
         Forward job = jobs[i];
         const int64_t out = job.weight.out;
@@ -196,7 +240,12 @@ void forward(const Kernels& k, Forward* jobs, int count, bool threads, bool bflo
           k.forward_few(job, share(out, part, parts, k.few_columns), share(out, part + 1, parts, k.few_columns));
           continue;
         }
-        if (pairs) job.x16 = round ? rounded.get() : static_cast<const BFloat16*>(job.x);
+        const Precision precision = precision_of(k, job, asked);
+        if (precision == Precision::bfloat16) {
+          job.x16 = round ? rounded.pairs() : static_cast<const BFloat16*>(job.x);
+        } else if (precision == Precision::int8) {
+          job.x8 = rounded.bytes();
+        }
         if (round) {
           job.rows = some;
           job.x = static_cast<const float*>(job.x) + row * in;
@@ -353,8 +402,8 @@ struct Encoder {
 
 // Everything for `windows` windows of x (windows, tokens, in of embed) into y (windows, tokens, width). `scratch` has
 // room for floats_of_row() floats a row, and for one attention on each thread.
-void encode(const Kernels& kernels, const Encoder& e, const float* x, int64_t windows, bool threads, bool bfloat16,
-            float* scratch, float* attention_scratch, int64_t attention_floats, float* y) {
+void encode(const Kernels& kernels, const Encoder& e, const float* x, int64_t windows, bool threads,
+            Precision precision, float* scratch, float* attention_scratch, int64_t attention_floats, float* y) {
   const int64_t rows = windows * e.tokens, width = e.width;
   float* normed = scratch;
   float* q = normed + rows * width;
@@ -375,7 +424,7 @@ void encode(const Kernels& kernels, const Encoder& e, const float* x, int64_t wi
     Forward job = placed(linear, from, to);
     job.residual = residual;
     job.gelu = gelu;
-    forward(kernels, &job, 1, threads, bfloat16);
+    forward(kernels, &job, 1, threads, precision);
   };
   const auto norm = [&](const Norm& n, const float* from, float* to) {
     in_parts(threads ? 4 * rows * width : 0, [&](int64_t part, int64_t parts) {
@@ -392,7 +441,7 @@ void encode(const Kernels& kernels, const Encoder& e, const float* x, int64_t wi
     Forward qkv[3] = {placed(block.q, normed, q), placed(block.k, normed, k), placed(block.v, normed, v)};
     qkv[1].t += rows * e.rank;
     qkv[2].t += 2 * rows * e.rank;
-    forward(kernels, qkv, 3, threads, bfloat16);
+    forward(kernels, qkv, 3, threads, precision);
     const int64_t heads = windows * e.heads;
     // Exponentials, copies and short sums: about four times the multiply-adds.
     in_parts(threads ? 8 * rows * e.tokens * width : 0, [&](int64_t part, int64_t parts) {
@@ -447,7 +496,7 @@ void dequantize_4bit(Tensor packed, Tensor absmax, Tensor code, int64_t blocksiz
 
 Tensor qlora_linear(Tensor x, Tensor packed, Tensor absmax, Tensor code, int64_t blocksize, int64_t out_features,
                     Optional bias, Optional lora_A, Optional lora_B, double scaling, Optional t,
-                    Optional nested_absmax, Optional nested_offset, Optional nested_code, bool bfloat16) {
+                    Optional nested_absmax, Optional nested_offset, Optional nested_code, int64_t precision) {
   const int64_t dim = x.dim();
   STD_TORCH_CHECK(dim >= 1 && dim <= 64, "x must have at least one dimension");
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
@@ -480,7 +529,7 @@ Tensor qlora_linear(Tensor x, Tensor packed, Tensor absmax, Tensor code, int64_t
   job.t = t32.data();
 
   const Kernels& k = kernels();
-  forward(k, &job, 1, true, bfloat16);
+  forward(k, &job, 1, true, precision_from(precision));
   if (t_memory != nullptr && job.t != t_memory) k.narrow(job.t, rows * job.rank, job.dtype, t_memory);
   return y;
 }
@@ -544,7 +593,7 @@ void encoder_release(int64_t held) {
   descriptions.erase(held);
 }
 
-Tensor encoder(Tensor x, int64_t held, bool bfloat16) {
+Tensor encoder(Tensor x, int64_t held, int64_t precision) {
   std::shared_ptr<const Description> description;
   {
     const std::lock_guard<std::mutex> lock(descriptions_lock);
@@ -552,6 +601,7 @@ Tensor encoder(Tensor x, int64_t held, bool bfloat16) {
     STD_TORCH_CHECK(found != descriptions.end(), "encoder: no layers are held under ", held);
     description = found->second;
   }
+  const Precision reduced = precision_from(precision);
   Layers layers(*description);
   Encoder e{};
   STD_TORCH_CHECK(x.dim() == 3, "encoder: x must be (windows, tokens, features)");
@@ -598,7 +648,7 @@ Tensor encoder(Tensor x, int64_t held, bool bfloat16) {
     std::unique_ptr<float[]> scratch(new float[e.floats_of_row() * at_once * e.tokens + most * attention_floats]);
     float* attention = scratch.get() + e.floats_of_row() * at_once * e.tokens;
     for (int64_t window = 0; window < windows; window += at_once) {
-      encode(k, e, from + window * e.tokens * features, std::min(at_once, windows - window), most > 1, bfloat16,
+      encode(k, e, from + window * e.tokens * features, std::min(at_once, windows - window), most > 1, reduced,
              scratch.get(), attention, attention_floats, to + window * e.tokens * e.width);
     }
     return y;
@@ -611,7 +661,7 @@ Tensor encoder(Tensor x, int64_t held, bool bfloat16) {
       std::unique_ptr<float[]> scratch(new float[e.floats_of_row() * at_once * e.tokens + attention_floats]);
       float* attention = scratch.get() + e.floats_of_row() * at_once * e.tokens;
       for (int64_t window = first; window < last; window += at_once) {
-        encode(k, e, from + window * e.tokens * features, std::min(at_once, last - window), false, bfloat16,
+        encode(k, e, from + window * e.tokens * features, std::min(at_once, last - window), false, reduced,
                scratch.get(), attention, attention_floats, to + window * e.tokens * e.width);
       }
     }
@@ -695,7 +745,7 @@ Backward backward_of(const Forward& layer, const Tensor& like, int64_t rows, con
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> qlora_qkv(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> facts,
-                                                     std::vector<double> factors, bool bfloat16) {
+                                                     std::vector<double> factors, int64_t precision) {
   const Description d{std::move(tensors), std::move(facts), std::move(factors)};
   std::vector<Forward> jobs = linears(d, 3, false);
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
@@ -713,7 +763,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qlora_qkv(Tensor x, std::vector<Tenso
     job.t = next_t;
     next_t += rows * job.rank;
   }
-  if (rows > 0) forward(kernels(), jobs.data(), 3, true, bfloat16);
+  if (rows > 0) forward(kernels(), jobs.data(), 3, true, precision_from(precision));
   return {y[0], y[1], y[2], t};
 }
 
@@ -749,7 +799,7 @@ std::vector<Tensor> qlora_qkv_backward(Tensor grad_q, Tensor grad_k, Tensor grad
 }
 
 std::tuple<Tensor, Tensor, Tensor> qlora_mlp(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> facts,
-                                             std::vector<double> factors, bool keep, bool bfloat16) {
+                                             std::vector<double> factors, bool keep, int64_t precision) {
   const Description d{std::move(tensors), std::move(facts), std::move(factors)};
   const std::vector<Forward> layers = linears(d, 2, true);
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
@@ -772,7 +822,7 @@ std::tuple<Tensor, Tensor, Tensor> qlora_mlp(Tensor x, std::vector<Tensor> tenso
     job.y = keep ? kept + first * ffn : hidden;
     job.t = keep ? kept_t + first * job.rank : unkept_t;
     job.gelu = !keep;
-    forward(k, &job, 1, threads, bfloat16);
+    forward(k, &job, 1, threads, precision_from(precision));
     if (keep) {
       in_parts(threads ? 8 * count * ffn : 0, [&](int64_t part, int64_t parts) {
         const int64_t begin = share(count * ffn, part, parts), end = share(count * ffn, part + 1, parts);
@@ -784,7 +834,7 @@ std::tuple<Tensor, Tensor, Tensor> qlora_mlp(Tensor x, std::vector<Tensor> tenso
     job.x = hidden;
     job.y = to + first * out;
     job.t = keep ? kept_t + rows * layers[0].rank + first * job.rank : unkept_t;
-    forward(k, &job, 1, threads, bfloat16);
+    forward(k, &job, 1, threads, precision_from(precision));
   };
   const int64_t threads = threads_usable() ? torch::stable::get_num_threads() : 1;
   // With rows enough for all threads, each takes its own through both layers, so that hidden values stay in its cache.

@@ -12,6 +12,9 @@ namespace harlora::cpu {
 // The kernels that serve: the best that this processor has, or those that HARLORA_CPU names.
 const Kernels& kernels();
 
+// Whether this processor and those kernels have products of such factors.
+bool has(const Kernels& k, Precision precision);
+
 // False in a process that was forked: the threads of OpenMP do not survive a fork, and waiting for them never ends.
 bool threads_usable();
 

@@ -98,14 +98,39 @@ inline I set_pair(const BFloat16* p) {
   __builtin_memcpy(&pair, p, sizeof pair);
   return _mm512_set1_epi32(pair);
 }
-inline I load_pairs(const BFloat16* p) { return _mm512_loadu_si512(p); }
-// The first of each pair from `low`, the second from `high`, rounded to nearest even.
-inline void store_pairs(BFloat16* p, F low, F high) {
-  const I first = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(low)));
-  const I second = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(high)));
-  _mm512_storeu_si512(p, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+// Of the low five bits of each half lane, the value of a table of 32.
+inline I lookup_halves(I table, I index) { return _mm512_permutexvar_epi16(index, table); }
+// Byte `byte` of each lane, its high four bits in the lower half of the lane; above four bits stands anything.
+template <int byte>
+inline I halves_of_byte(I v) {
+  const I copies = _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(_mm_set_epi8(
+      byte + 12, byte + 12, byte + 12, byte + 12, byte + 8, byte + 8, byte + 8, byte + 8, byte + 4, byte + 4, byte + 4,
+      byte + 4, byte, byte, byte, byte)));
+  return _mm512_srlv_epi16(copies, _mm512_set1_epi32(4));
 }
 #endif
+
+
+// Products of bytes, of processors that have them beyond the instruction set of the file.
+#define HARLORA_BYTES __attribute__((target("avx512vnni")))
+// Of each lane: sum + the four products of unsigned bytes of a with signed ones of b.
+HARLORA_BYTES inline I dot_bytes(I a, I b, I sum) { return _mm512_dpbusd_epi32(sum, a, b); }
+inline I load_bytes(const void* p) { return _mm512_loadu_si512(p); }
+inline void store_bytes(uint8_t* p, I v) { _mm512_storeu_si512(p, v); }
+inline I set(int32_t v) { return _mm512_set1_epi32(v); }
+inline F to_float(I v) { return _mm512_cvtepi32_ps(v); }
+inline I both(I a, I b) { return _mm512_and_si512(a, b); }
+inline I maximum(I a, I b) { return _mm512_max_epi32(a, b); }
+inline int32_t sum_of(I v) { return _mm512_reduce_add_epi32(v); }
+inline int32_t largest_of(I v) { return _mm512_reduce_max_epi32(v); }
+// The bytes of a table of 16, repeated in each 128 bits, that the low four bits of each byte point to.
+inline I lookup_bytes(I table, I index) { return _mm512_shuffle_epi8(table, index); }
+// To nearest, the even before the odd ones of each eight.
+inline void store_signed_bytes(int8_t* p, F v) {
+  const __m128i order = _mm_set_epi8(15, 13, 11, 9, 14, 12, 10, 8, 7, 5, 3, 1, 6, 4, 2, 0);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_shuffle_epi8(_mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)), order));
+}
 
 #elif defined(HARLORA_AVX2)
 
@@ -182,6 +207,35 @@ inline F load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpre
 inline void store(Half* p, F v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
+
+
+#if __GNUC__ >= 11 || __clang_major__ >= 12
+#define HARLORA_BYTES __attribute__((target("avxvnni")))
+HARLORA_BYTES inline I dot_bytes(I a, I b, I sum) { return _mm256_dpbusd_avx_epi32(sum, a, b); }
+inline I load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void store_bytes(uint8_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+inline I set(int32_t v) { return _mm256_set1_epi32(v); }
+inline F to_float(I v) { return _mm256_cvtepi32_ps(v); }
+inline I both(I a, I b) { return _mm256_and_si256(a, b); }
+inline I maximum(I a, I b) { return _mm256_max_epi32(a, b); }
+inline int32_t sum_of(I v) {
+  __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4E));
+  return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xB1)));
+}
+inline int32_t largest_of(I v) {
+  __m128i half = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4E));
+  return _mm_cvtsi128_si32(_mm_max_epi32(half, _mm_shuffle_epi32(half, 0xB1)));
+}
+inline I lookup_bytes(I table, I index) { return _mm256_shuffle_epi8(table, index); }
+inline void store_signed_bytes(int8_t* p, F v) {
+  const I whole = _mm256_cvtps_epi32(v);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  const __m128i order = _mm_set_epi8(-1, -1, -1, -1, -1, -1, -1, -1, 7, 5, 3, 1, 6, 4, 2, 0);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_shuffle_epi8(_mm_packs_epi16(words, words), order));
+}
+#endif
 
 #else  // portable: GCC's and clang's vector extension, which every target lowers to what it has
 
