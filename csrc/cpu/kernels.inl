@@ -105,12 +105,14 @@ inline float decode_one(const Weight& w, int64_t index) {
 // The rows that a panel of forward is made of, from first_step on; columns past the last row repeat it.
 struct PanelRows {
   const uint8_t* packed[PANEL];
+  int64_t next;  // bytes to the panel after this one
   // Steps of one scale: 64, or 32 where blocks may begin within 64 steps.
   int log2_unit;
 
   PanelRows(const Weight& w, int64_t first_row, int64_t first_step, int64_t steps, float* scale)
       : log2_unit(w.in % GRANULE == 0 && w.log2_blocksize >= 6 ? 6 : 5) {
     const int64_t units = steps >> log2_unit;
+    next = PANEL * w.in / 2;
     for (int column = 0; column < PANEL; ++column) {
       const int64_t start = smaller(first_row + column, w.out - 1) * w.in + first_step;
       packed[column] = w.packed + start / 2;
@@ -132,8 +134,14 @@ struct PanelRows {
       const uint8_t* from = packed[group + i] + step / 2;
       const uint8_t* from_other = packed[group + i + LANES - 8] + step / 2;
       v[i] = load_rows(from, from_other);
-      __builtin_prefetch(from + LINE);
-      if (LANES > 8) __builtin_prefetch(from_other + LINE);
+      // The next line into the first cache; from memory, a panel early, into the second one: the processor itself does
+      // not follow so many rows.
+      __builtin_prefetch(from + LINE / 2);
+      if (LANES > 8) __builtin_prefetch(from_other + LINE / 2);
+      if (step % LINE == 0) {
+        __builtin_prefetch(from + next, 0, 2);
+        if (LANES > 8) __builtin_prefetch(from_other + next, 0, 2);
+      }
     }
     transpose8(v);
   }
@@ -983,6 +991,7 @@ void few_columns(const Forward& job, const float* x, const float* t, int64_t n, 
     block[g] = (row * in) >> w.log2_blocksize;
   }
   const bool whole = in % (int64_t{1} << w.log2_blocksize) == 0;  // blocks do not cross rows
+  const int64_t ahead = G * GROUP * in;  // bytes to the columns after the next, which are called into the second cache
   constexpr int SUMS = (M * G + 3) / 4 * 4;
   // For few rows the sum over a granule is scaled; for more, which would need twice the registers, each value is.
   constexpr bool EARLY = M > 4;
@@ -994,6 +1003,10 @@ void few_columns(const Forward& job, const float* x, const float* t, int64_t n, 
     for (int g = 0; g < G; ++g) {
       const int a = g * GROUP, b = a + GROUP - 1;
       codes[g] = load_rows(packed[a] + k / 2, packed[b] + k / 2);
+      if (k % LINE == 0) {
+        __builtin_prefetch(packed[a] + k / 2 + ahead, 0, 2);
+        if (GROUP > 1) __builtin_prefetch(packed[b] + k / 2 + ahead, 0, 2);
+      }
       const int64_t block_a = whole ? block[a] + (k >> w.log2_blocksize)
                                     : (smaller(n + a, last) * in + k) >> w.log2_blocksize;
       const int64_t block_b = whole ? block[b] + (k >> w.log2_blocksize)
