@@ -15,7 +15,7 @@ from harlora.models.mae import patchify
 
 TARGETS = ("q", "k", "v", "o", "fc1", "fc2")
 MODELS = {"A": MAEConfig(), "B": MAEConfig(ffn=384, patch_size=16)}  # the package's default; the sizes
-INFERENCE = ("H", "H16", "P", "D")
+INFERENCE = ("H", "H16", "H8", "P", "D")
 CLASSES = 6
 STEP_WINDOWS = 64
 

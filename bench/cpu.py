@@ -232,18 +232,18 @@ def run_memory(name: str, count: int, threads: int) -> Row:
 
 
 def ratios(rows: Sequence[Row]) -> list[Row]:
-    """H's lead over every other competitor of each case, and H16's over P; None where either was not timed."""
+    """H's lead over every other competitor of each case, H16's and H8's over P; None where either was not timed."""
     found = []
     ours: dict[str, Row] = {}
     for row in rows:
         name = row["competitor"]
-        if row["case"] == "memory" or name in {"H", "H16"}:  # these come first in every case
+        if row["case"] == "memory" or name in peers.PRECISIONS:  # these come first in every case
             ours = {name: row} if name == "H" else {**ours, name: row}
             continue
         facts = {
             key: row[key] for key in ("case", "in_features", "out_features", "rows", "model", "windows") if key in row
         }
-        for of in ("H", "H16") if name == "P" else ("H",):
+        for of in peers.PRECISIONS if name == "P" else ("H",):
             if of not in ours:
                 continue
             aim = target(row, name) if of == "H" else None

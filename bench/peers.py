@@ -1,7 +1,8 @@
 """The competitors: the same model with the same weights and adapters, adapted by four libraries' means.
 
 H  harlora.QLoRALinear: NF4, blocksize 64, float32
-H16  the same layers within harlora.inference_precision("bfloat16"), where the processor has it: P's precision
+H16, H8  the same layers within harlora.inference_precision("bfloat16"), P's precision, or ("int8"), where the processor
+   has it
 P  bitsandbytes' Linear4bit with PEFT's LoRA: the same codes and scales, compute_dtype float32. In eval mode on a CPU
    with avx512_bf16 it computes in bfloat16 all the same, and says so nowhere; hence every result carries its error.
 D  float32 nn.Linear with PEFT's LoRA
@@ -37,20 +38,22 @@ RANK, ALPHA = 16, 16
 TITLES = {
     "H": "harlora.QLoRALinear, NF4, blocksize 64, float32",
     "H16": "the same, inference_precision('bfloat16')",
+    "H8": "the same, inference_precision('int8')",
     "P": "bitsandbytes.nn.Linear4bit (NF4, blocksize 64, plain scales, compute_dtype=float32) with PEFT LoRA",
     "D": "float32 nn.Linear with PEFT LoRA",
     "F": "float32 nn.Linear, no adapter",
 }
-# ‖y - y₆₄‖ / ‖y₆₄‖ above which a competitor is wrong and not timed. P's allows for bfloat16 through a whole encoder.
-ERROR_LIMIT = {"H": 1e-4, "H16": 5e-2, "P": 5e-2, "D": 1e-4, "F": 1e-4}
+PRECISIONS = {"H": "float32", "H16": "bfloat16", "H8": "int8"}
+# ‖y - y₆₄‖ / ‖y₆₄‖ above which a competitor is wrong and not timed. Reduced ones go through a whole encoder, too.
+ERROR_LIMIT = {"H": 1e-4, "H16": 5e-2, "H8": 5e-2, "P": 5e-2, "D": 1e-4, "F": 1e-4}
 
 
 def called(name: str, model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What a competitor calls: ``model``, for H16 with the precision set once and for all its calls."""
-    if name != "H16":
+    """What a competitor calls: ``model``, for H16 and H8 with the precision set once and for all its calls."""
+    if PRECISIONS.get(name, "float32") == "float32":
         return model
     context = contextvars.copy_context()
-    context.run(harlora.inference_precision("bfloat16").__enter__)
+    context.run(harlora.inference_precision(PRECISIONS[name]).__enter__)
     return partial(context.run, model)
 
 
@@ -69,7 +72,7 @@ def adapt(name: str, model: nn.Module, targets: Sequence[str]) -> nn.Module:
     repacks the weight, and training on it loses the gradient.
     """
     model = copy.deepcopy(model).requires_grad_(False)
-    if name in {"H", "H16"}:
+    if name in PRECISIONS:
         harlora.apply_qlora(model, targets, rank=RANK, alpha=ALPHA)
     elif name == "P":
         _quantize_(model, targets)

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 STYLES = {
     "H": ("#d55e00", "o", "harlora"),
     "H16": ("#e69f00", "D", "harlora, bfloat16"),
+    "H8": ("#009e73", "v", "harlora, int8"),
     "P": ("#0072b2", "s", "bitsandbytes + PEFT"),
     "D": ("#000000", "^", "float32 + PEFT"),
 }
@@ -99,9 +100,9 @@ def _bandwidths(axis: Axes, rows: Sequence[Row], shapes: Sequence[tuple[int, int
                 # D reads a float32 weight; for the others codes and scales count.
                 read = 4 * row["in_features"] * row["out_features"] if name == "D" else row["packed_bytes"]
                 rate = read / row["median_us"] / 1e3
-                place = shapes.index((row["in_features"], row["out_features"])) + 0.21 * (number - 1.5)
-                axis.bar(place, rate, width=0.2, color=colour)
-                axis.text(place, rate, f"{rate:.2g}", ha="center", va="bottom", fontsize=7)
+                place = shapes.index((row["in_features"], row["out_features"])) + 0.17 * (number - 2)
+                axis.bar(place, rate, width=0.16, color=colour)
+                axis.text(place, rate, f"{rate:.2g}", ha="center", va="bottom", fontsize=6)
     if ceilings is not None:
         axis.axhline(ceilings["copy_gb_s"], color="#555555", linestyle="-.", linewidth=1, label="DRAM copy")
     axis.set_xticks(range(len(shapes)), [f"{a}×{b}" for a, b in shapes], fontsize=8)

@@ -35,6 +35,7 @@ def tables(result: Row) -> str:
     for of, over, what in (
         ("H", "P", "One layer forward: times faster than bitsandbytes + PEFT"),
         ("H16", "P", "The same in bfloat16, as bitsandbytes computes"),
+        ("H8", "P", "The same in 8 bits"),
         ("H", "D", "Times faster than float32 + PEFT"),
     ):
         body = [
@@ -48,9 +49,9 @@ def tables(result: Row) -> str:
             name = f"{case}, {windows} windows, model {model}"
             body.append(
                 [name, *(cell(result, of, over, case=case, model=model, windows=windows)
-                         for of, over in (("H", "P"), ("H16", "P"), ("H", "D"), ("H", "F")))]
+                         for of, over in (("H", "P"), ("H16", "P"), ("H8", "P"), ("H", "D"), ("H", "F")))]
             )  # fmt: skip
-    heads = ["whole model", "over bitsandbytes + PEFT", "the same in bfloat16", "over float32 + PEFT",
+    heads = ["whole model", "over bitsandbytes + PEFT", "the same in bfloat16", "in 8 bits", "over float32 + PEFT",
              "over float32, no adapter"]  # fmt: skip
     parts.append(markdown(heads, body))
     memory = []

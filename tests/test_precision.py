@@ -1,5 +1,7 @@
 """The opt-in reduced precision of inference: its error is what is promised, and it is off unless asked for."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -45,48 +47,53 @@ def promised(precision, layer, x):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rows", [3, 7, 8, 15, 64, 300])
 @pytest.mark.parametrize(
-    ("in_features", "out_features", "options"),
+    ("rows", "in_features", "out_features", "options"),
     [
-        (192, 192, {}),
-        (64, 33, {"quant_type": "fp4"}),
-        (320, 40, {"blocksize": 128}),
-        (192, 5, {"blocksize": 4096}),
-        (4096, 64, {}),
+        *itertools.product([3, 15, 64, 300], [192], [192], [{}]),
+        *itertools.product([3, 15, 64], [64], [33], [{"quant_type": "fp4"}]),
+        *itertools.product([5, 16], [320], [40], [{"blocksize": 128}]),
+        *itertools.product([8, 19], [192], [5], [{"blocksize": 4096}]),
+        *itertools.product([9, 300], [4096], [64], [{}]),
+        # Few long rows; half a line at the end of each.
+        *itertools.product([1, 2, 3, 4, 5, 6, 7, 8], [1088], [33], [{}]),
+        *itertools.product([1, 8], [4096], [64], [{}, {"blocksize": 256}, {"quant_type": "fp4"}]),
     ],
 )
 def test_error_is_what_is_promised(precision, rows, in_features, out_features, options):
     layer = layer_of(in_features, out_features, double_quant=rows % 2 == 0, **options)
     x = torch.randn(rows, in_features)
-    x[0, 1] = 1000.0  # widens the steps of its 64 values alone
+    x[-1, 1] = 1000.0  # widens the steps of its 64 values alone
     expected = exact(layer, x)
     with harlora.inference_precision(precision):
         found = layer(x)
         empty = layer(x[:0])
     error = (found.double() - expected).abs()
     assert (error <= promised(precision, layer, x)).all()
-    assert error[1:].norm() < {"bfloat16": 3e-3, "int8": 1e-2}[precision] * (x[1:] @ layer.base_weight().T).norm()
+    usual = slice(-1) if rows > 1 else slice(0)
+    base = x[usual] @ layer.base_weight().T
+    assert error[usual].norm() <= {"bfloat16": 3e-3, "int8": 1e-2}[precision] * base.norm()
     assert error.max() > 10 * (layer(x).double() - expected).abs().max()  # it was on, and off again
     assert empty.shape == (0, out_features)
 
 
 @torch.no_grad()
-def test_numbers_at_the_ends_of_their_range(precision):
-    layer = layer_of(128, 48)
+@pytest.mark.parametrize("in_features", [128, 1088])
+def test_numbers_at_the_ends_of_their_range(precision, in_features):
+    layer = layer_of(in_features, 48)
     layer.lora_A.zero_()
-    x = torch.randn(9, 128)
+    x = torch.randn(8, in_features)
     usual = x.clone()
-    x[1], x[3, 70], x[5, 7], x[7] = 0.0, torch.nan, torch.inf, 1e-39
-    x[8, :64] *= 1e30
+    x[1], x[3, 70], x[5, 7], x[6] = 0.0, torch.nan, torch.inf, 1e-39
+    x[7, :64] *= 1e30
     with harlora.inference_precision(precision):
         found, before = layer(x), layer(usual)
-    assert torch.equal(found[[0, 2, 4, 6]], before[[0, 2, 4, 6]])
+    assert torch.equal(found[[0, 2, 4]], before[[0, 2, 4]])
     assert torch.equal(found[1], layer.bias)
     assert found[3].isnan().all()
     assert not found[5].isfinite().any()
-    torch.testing.assert_close(found[7], layer.bias)
-    torch.testing.assert_close(found[8], layer(x)[8], rtol=0, atol=2e-2 * found[8].abs().max().item())
+    torch.testing.assert_close(found[6], layer.bias)
+    torch.testing.assert_close(found[7], layer(x)[7], rtol=0, atol=2e-2 * found[7].abs().max().item())
 
 
 @torch.no_grad()
@@ -145,7 +152,7 @@ def test_half_precision_inputs_stay_as_they_are(precision):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("rows", "in_features"), [(5, 192), (700, 1024)])  # of the latter, 512 rows at a time
+@pytest.mark.parametrize(("rows", "in_features"), [(5, 192), (700, 1024), (6, 1088)])  # 512 of 700 at a time
 def test_threads_do_not_change_the_result(precision, rows, in_features):
     layer, x = layer_of(in_features, 200), torch.randn(rows, in_features)
     found = []

@@ -20,11 +20,10 @@ struct Half {
   uint16_t bits;
 };
 
-// x in 8 bits, by blocks of kBlock values.
+// x in 8 bits, by blocks of kBlock values: x ≈ 127 · scale · (values - 128). Of each eight the even values come first.
 struct Bytes {
-  int8_t* values;   // of each eight steps first the even ones, then the odd ones
-  float* scale;     // (blocks): x ≈ 127 · scale · values; a weight's bytes are its codes' values times 127
-  int32_t* offset;  // (blocks): -128 · Σ values, since the weight's bytes are unsigned, 128 above what they mean
+  uint8_t* values;
+  float* scale;  // (blocks); a weight's bytes are its codes' values times 127, hence that factor
 };
 constexpr int64_t kBlock = 64;
 
@@ -46,6 +45,9 @@ struct Weight {
     const float product = nested_code[absmax_code[block]] * nested_absmax[block >> 8];
     return product + nested_offset;
   }
+  const void* place_of_scale(int64_t block) const {
+    return absmax != nullptr ? static_cast<const void*>(absmax + block) : absmax_code + block;
+  }
 };
 
 // y = x·Ŵᵀ + bias + scaling·t·lora_Bᵀ. Pointers of `dtype` unless typed.
@@ -59,8 +61,9 @@ struct Forward {
   const void* bias;    // (out), or null
   const void* lora_A;  // (rank, in)
   const void* lora_B;  // (out, rank)
-  const BFloat16* x16; // (rows, in), x in bfloat16: the base product is of such pairs; or null
-  Bytes x8;            // (rows, in), x in 8 bits: the base product is of bytes; or null
+  Precision precision; // of the base product
+  const BFloat16* x16; // (rows, in), x in bfloat16, where that is the precision and the dtype is another
+  Bytes x8;            // (rows, in), x in 8 bits, where that is the precision
   int64_t depth;       // steps decoded at a time: a multiple of 64, at most Kernels::depth
   float* t;            // (rows, rank)
   void* y;             // (rows, out)

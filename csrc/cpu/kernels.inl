@@ -22,6 +22,10 @@ constexpr int LINE = 2 * GRANULE;  // of a row in one line of the cache: used wh
 constexpr int64_t ROW_BLOCK = 16 * ROWS;
 constexpr int RANKS = 64;       // ranks of one pass; larger adapters take several
 
+constexpr int FEW = LANES == 16 ? 8 : 4;  // rows whose codes are multiplied in registers; 2 of narrower types
+constexpr int GROUP = LANES / 8;          // groups of eight lanes, which hold what shares a scale
+constexpr int64_t FEW_VALUES = 32768;     // of such rows at most: their reordered copy is on the stack
+
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <typename T>
@@ -195,6 +199,10 @@ void decode_straight(const Weight& w, int64_t first_column, int64_t first_step, 
       const int64_t index = (first_step + step) * w.in + first_column;
       const F s = set(w.scale(index >> w.log2_blocksize));
       const I pairs = bytes(w.packed + index / 2);
+      // Rows far apart, of which each panel takes little: they are called in time.
+      const int64_t later = index + 48 * w.in;
+      __builtin_prefetch(w.packed + later / 2);
+      __builtin_prefetch(w.place_of_scale(later >> w.log2_blocksize));
       store(panel, mul(lookup(table, shift_right(pairs, 4)), s));
       store(panel + LANES, mul(lookup(table, pairs), s));
     }
@@ -408,90 +416,84 @@ void multiply_over_rows(int64_t rows, const float* a, int64_t a_row, int64_t ran
 #if defined(HARLORA_BYTES)
 // Products in fewer bits --------------------------------------------------------------------------------------------
 //
-// A panel holds the weight's codes alone, in bfloat16 or in 8 bits; the sum of each block of 64 products is scaled in
-// float32. Rows of x are read through a type that knows the format:
+// The weight's codes are multiplied alone, in bfloat16 or in 8 bits, and the sum of each block of 64 products is scaled
+// in float32. A type for each format knows the rest:
 //
-//   STEPS         steps in one 32-bit lane            Sum            of STEPS products in each lane
-//   Table, table  of the 16 codes                     decode         eight codes in each lane, to 8 / STEPS vectors
-//   at            STEPS values of a row, repeated     start, dot     a sum, and its next products
-//   total         the sum in float32                  scale          that of a block, of weight and x
+//   STEPS, Sum   steps in one 32-bit lane, and what their products are added up in
+//   table        of the 16 codes                    decode       eight codes in each lane, to 8 / STEPS vectors
+//   at           STEPS values of a row, repeated    dot          adds products
+//   from_start   what sums of a block begin with    finish       adds a sum, scaled, to one of float32
+//
+// and for few rows, where a line of CODES codes is decoded to VECTORS vectors:
+//
+//   decode_line  returns what sums begin with       arrange      brings a row of x into the same order, between others
 
 constexpr int BLOCK_ROWS = LANES == 16 ? 7 : 2;  // of the tile: sums of blocks and sums of all side by side
+constexpr int CODES = 8 * LANES;                 // GROUP blocks
+
+// A decoded panel: codes[step / STEPS][column][STEPS], and for each block of 64 steps and column the scale and what the
+// sum of products begins with.
+struct Panel {
+  uint8_t* codes;
+  float* scale;
+  int32_t* start;
+};
 
 #if defined(HARLORA_BF16)
 struct PairRows {  // products of bfloat16 are exact in float32
   const BFloat16* x;
   int64_t row;
 
-  static constexpr int STEPS = 2;
+  static constexpr int STEPS = 2, VECTORS = 4;
   using Sum = F;
-  struct Table {
-    I values;
-  };
-  static Table table(const float* code) {
+  static I table(const float* code) {
     alignas(64) BFloat16 values[2 * LANES];
     for (int i = 0; i < 2 * LANES; ++i) values[i] = to_bfloat16(code[i % 16]);
-    return {load_bytes(values)};
+    return load_bytes(values);
   }
   // The first code of a byte is in its high half.
-  static void decode(const Table& table, I codes, uint8_t* to) {
-    store_bytes(to, lookup_halves(table.values, halves_of_byte<0>(codes)));
-    store_bytes(to + 4 * PANEL, lookup_halves(table.values, halves_of_byte<1>(codes)));
-    store_bytes(to + 8 * PANEL, lookup_halves(table.values, halves_of_byte<2>(codes)));
-    store_bytes(to + 12 * PANEL, lookup_halves(table.values, halves_of_byte<3>(codes)));
+  static void decode(I table, I codes, uint8_t* to, I*) {
+    store_bytes(to, lookup_halves(table, halves_of_byte<0>(codes)));
+    store_bytes(to + 4 * PANEL, lookup_halves(table, halves_of_byte<1>(codes)));
+    store_bytes(to + 8 * PANEL, lookup_halves(table, halves_of_byte<2>(codes)));
+    store_bytes(to + 12 * PANEL, lookup_halves(table, halves_of_byte<3>(codes)));
   }
   PairRows from(int64_t m, int64_t step) const { return {x + m * row + step, row}; }
   I at(int i, int64_t step) const { return set_pair(x + i * row + step); }
-  Sum start(int, int64_t) const { return zero(); }
+  static Sum from_start(I) { return zero(); }
   static Sum dot(I weight, I x, Sum sum) { return dot_pairs(x, weight, sum); }
-  static F total(Sum sum) { return sum; }
-  F scale(F weight, int, int64_t) const { return weight; }
+  static F finish(Sum part, F weight_scale, F, F sum) { return fma(part, weight_scale, sum); }
+  static constexpr bool SCALED = false;  // x
+  F scale(int, int64_t) const { return zero(); }
+
+  // Vector j has of each four codes that of bits 4·j.
+  static I decode_line(I table, I line, I values[VECTORS]) {
+    for (int j = 0; j < VECTORS; ++j) values[j] = lookup_halves(table, shift_right_halves(line, 4 * j));
+    return line;
+  }
+  static void arrange(const BFloat16* from, int64_t n, uint8_t* to, float*, int64_t rows) {
+    for (int64_t line = 0; line < n; line += CODES, to += rows * VECTORS * 4 * LANES) {
+      for (int i = 0; i < VECTORS * 2 * LANES; ++i) {
+        const int64_t step = line + i % (2 * LANES) * 4 + (i / (2 * LANES) ^ 1);
+        const BFloat16 value = step < n ? from[step] : BFloat16{0};
+        __builtin_memcpy(to + 2 * i, &value, sizeof value);
+      }
+    }
+  }
+  static void arrange(const float* from, int64_t n, uint8_t* to, float* scale, int64_t rows) {
+    alignas(64) BFloat16 rounded[FEW_VALUES];
+    narrow(from, n, rounded);
+    arrange(rounded, n, to, scale, rows);
+  }
 };
 #endif
 
-struct ByteRows {  // sums of 64 products of 8 bits are exact integers
-  Bytes x;
-  int64_t row;
-
-  static constexpr int STEPS = 4;
-  using Sum = I;
-  struct Table {
-    I values;
-  };
-  // 128 + 127 times the value: NF4 and FP4 lie within half a 127th of a block's largest value.
-  static Table table(const float* code) {
-    alignas(64) uint8_t values[4 * LANES];
-    for (int i = 0; i < 4 * LANES; ++i) values[i] = static_cast<uint8_t>(code[i % 16] * 127.0f + 128.5f);
-    return {load_bytes(values)};
-  }
-  // The even steps first, as in x.
-  static void decode(const Table& table, I codes, uint8_t* to) {
-    const I low = set(0x0F0F0F0F);
-    store_bytes(to, lookup_bytes(table.values, both(shift_right(codes, 4), low)));
-    store_bytes(to + 4 * PANEL, lookup_bytes(table.values, both(codes, low)));
-  }
-  ByteRows from(int64_t m, int64_t step) const {
-    const int64_t values = m * row + step, block = values / kBlock;
-    return {{x.values + values, x.scale + block, x.offset + block}, row};
-  }
-  I at(int i, int64_t step) const {
-    int32_t four;
-    __builtin_memcpy(&four, x.values + i * row + step, sizeof four);
-    return set(four);
-  }
-  Sum start(int i, int64_t block) const { return set(x.offset[i * (row / kBlock) + block]); }
-  HARLORA_BYTES static Sum dot(I weight, I x, Sum sum) { return dot_bytes(weight, x, sum); }
-  static F total(Sum sum) { return to_float(sum); }
-  F scale(F weight, int i, int64_t block) const {
-    return mul(weight, set(x.scale[i * (row / kBlock) + block]));
-  }
-};
-
-HARLORA_BYTES void round_to_bytes(const float* x, int64_t n, const Bytes& to) {
-  const I magnitude = set(0x7FFFFFFF), ones = set(0x01010101);
+// x by 64 values in 8 bits, 128 higher, since one factor has to be unsigned. Its scale is for both factors, whose values
+// are 127 times too large.
+void round_to_bytes(const float* x, int64_t n, const Bytes& to) {
+  const I magnitude = set(0x7FFFFFFF);
   for (int64_t block = 0; block < n / kBlock; ++block) {
     const float* from = x + block * kBlock;
-    int8_t* values = to.values + block * kBlock;
     // Magnitudes compare as integers, infinity above all numbers and NaN above infinity: the scale is what they are.
     I largest = set(0);
     for (int i = 0; i < kBlock; i += LANES) {
@@ -502,28 +504,84 @@ HARLORA_BYTES void round_to_bytes(const float* x, int64_t n, const Bytes& to) {
     __builtin_memcpy(&most, &bits, sizeof most);
     to.scale[block] = most * (1.0f / (127 * 127));
     const F inverse = set(most > 1e-36f ? 127.0f / most : 0.0f);  // that of a smaller one is infinite
-    for (int i = 0; i < kBlock; i += LANES) store_signed_bytes(values + i, mul(load(from + i), inverse));
-    I sum = set(0);
-    for (int i = 0; i < kBlock; i += 4 * LANES) sum = dot_bytes(ones, load_bytes(values + i), sum);
-    to.offset[block] = -128 * sum_of(sum);
+    for (int i = 0; i < kBlock; i += LANES) store_above_128(to.values + block * kBlock + i, mul(load(from + i), inverse));
   }
 }
 
-// panel[step / STEPS][column][STEPS] of rows of the weight from first_row, and scale[step / 64][column]. Columns past
-// the last row repeat it.
+struct ByteRows {  // sums of 64 products of 8 bits are exact integers
+  Bytes x;
+  int64_t row;
+
+  static constexpr int STEPS = 4, VECTORS = 2;
+  using Sum = I;
+  // 127 times the values: NF4 and FP4 lie within half a 127th of a block's largest value.
+  static I table(const float* code) {
+    alignas(64) int8_t values[4 * LANES];
+    for (int i = 0; i < 4 * LANES; ++i) {
+      values[i] = static_cast<int8_t>(static_cast<int>(code[i % 16] * 127.0f + 128.5f) - 128);
+    }
+    return load_bytes(values);
+  }
+  // The even steps first, as in x. `start` takes off the 128 by which x is too high.
+  HARLORA_BYTES static void decode(I table, I codes, uint8_t* to, I* start) {
+    I values[VECTORS];
+    *start = add(*start, decode_line(table, codes, values));
+    store_bytes(to, values[0]);
+    store_bytes(to + 4 * PANEL, values[1]);
+  }
+  ByteRows from(int64_t m, int64_t step) const {
+    const int64_t values = m * row + step;
+    return {{x.values + values, x.scale + values / kBlock}, row};
+  }
+  I at(int i, int64_t step) const {
+    int32_t four;
+    __builtin_memcpy(&four, x.values + i * row + step, sizeof four);
+    return set(four);
+  }
+  static Sum from_start(I start) { return start; }
+  HARLORA_BYTES static Sum dot(I weight, I x, Sum sum) { return dot_bytes(x, weight, sum); }
+  static F finish(Sum part, F weight_scale, F x_scale, F sum) {
+    return fma(to_float(part), mul(weight_scale, x_scale), sum);
+  }
+  static constexpr bool SCALED = true;
+  F scale(int i, int64_t block) const { return set(x.scale[i * (row / kBlock) + block]); }
+
+  HARLORA_BYTES static I decode_line(I table, I line, I values[VECTORS]) {
+    const I low = set(0x0F0F0F0F), high = set(static_cast<int32_t>(0x80808080));
+    values[0] = lookup_bytes(table, both(shift_right(line, 4), low));
+    values[1] = lookup_bytes(table, both(line, low));
+    return sub(set(0), dot_bytes(high, values[1], dot_bytes(high, values[0], set(0))));
+  }
+  static void arrange(const float* from, int64_t n, uint8_t* to, float* scale, int64_t rows) {
+    alignas(64) uint8_t values[FEW_VALUES];
+    float scales[FEW_VALUES / kBlock];
+    round_to_bytes(from, n, {values, scales});
+    for (int64_t line = 0; line < n; line += CODES, to += rows * VECTORS * 4 * LANES, scale += rows * GROUP) {
+      for (int i = 0; i < LANES; ++i) {  // past the row's end the weight's scale is 0
+        const int64_t eight = smaller(line + 8 * i, n - 8);
+        __builtin_memcpy(to + 4 * i, values + eight, 4);
+        __builtin_memcpy(to + 4 * (LANES + i), values + eight + 4, 4);
+      }
+      for (int i = 0; i < GROUP; ++i) scale[i] = scales[smaller(line / kBlock + i, n / kBlock - 1)];
+    }
+  }
+};
+
+// The panel of rows of the weight from first_row. Columns past the last row repeat it.
 template <typename X>
-void decode_blocks(const Weight& w, int64_t first_row, int64_t first_step, int64_t steps, uint8_t* panel,
-                   float* scale) {
-  const typename X::Table table = X::table(w.code);
-  const PanelRows rows(w, first_row, first_step, steps, scale);
+HARLORA_BYTES void decode_blocks(const Weight& w, int64_t first_row, int64_t first_step, int64_t steps,
+                                 const Panel& panel) {
+  const I table = X::table(w.code);
+  const PanelRows rows(w, first_row, first_step, steps, panel.scale);
   for (int64_t line = 0; line < steps; line += LINE) {
     for (int group = 0; group < PANEL; group += LANES) {
       for (int64_t step = line; step < smaller(line + LINE, steps); step += GRANULE) {
-        I codes[8];
+        I codes[8], start = set(0);
         rows.load(group, step, codes);
         for (int i = 0; i < 8; ++i) {
-          X::decode(table, codes[i], panel + (step + 8 * i) * PANEL * (4 / X::STEPS) + 4 * group);
+          X::decode(table, codes[i], panel.codes + (step + 8 * i) * PANEL * (4 / X::STEPS) + 4 * group, &start);
         }
+        store_bytes(panel.start + step / GRANULE * PANEL + group, start);
       }
     }
   }
@@ -531,22 +589,26 @@ void decode_blocks(const Weight& w, int64_t first_row, int64_t first_step, int64
 
 // c[i][:] = init[i][:] + x[i][:] · panel for R rows.
 template <int R, typename X>
-HARLORA_BYTES void tile_blocks(int64_t steps, const X& x, const uint8_t* panel, const float* scale, const float* init,
-                               int64_t init_row, float* c, int64_t c_row) {
+HARLORA_BYTES void tile_blocks(int64_t steps, const X& x, const Panel& panel, const float* init, int64_t init_row,
+                               float* c, int64_t c_row) {
   F sum[R][2];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
     sum[i][0] = load(init + i * init_row);
     sum[i][1] = load(init + i * init_row + LANES);
   }
+  const uint8_t* codes = panel.codes;
   int64_t step = 0;
   for (int64_t block = 0; step < steps; ++block) {
     typename X::Sum part[R][2];
 #pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) part[i][0] = part[i][1] = x.start(i, block);
+    for (int i = 0; i < R; ++i) {
+      part[i][0] = X::from_start(load_bytes(panel.start + block * PANEL));
+      part[i][1] = X::from_start(load_bytes(panel.start + block * PANEL + LANES));
+    }
     for (const int64_t stop = step + GRANULE; step < stop; step += X::STEPS) {
-      const I left = load_bytes(panel), right = load_bytes(panel + 4 * LANES);
-      panel += 4 * PANEL;
+      const I left = load_bytes(codes), right = load_bytes(codes + 4 * LANES);
+      codes += 4 * PANEL;
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) {
         const I values = x.at(i, step);
@@ -554,11 +616,12 @@ HARLORA_BYTES void tile_blocks(int64_t steps, const X& x, const uint8_t* panel, 
         part[i][1] = X::dot(right, values, part[i][1]);
       }
     }
-    const F left = load(scale + block * PANEL), right = load(scale + block * PANEL + LANES);
+    const F left = load(panel.scale + block * PANEL), right = load(panel.scale + block * PANEL + LANES);
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
-      sum[i][0] = fma(X::total(part[i][0]), x.scale(left, i, block), sum[i][0]);
-      sum[i][1] = fma(X::total(part[i][1]), x.scale(right, i, block), sum[i][1]);
+      const F x_scale = x.scale(i, block);
+      sum[i][0] = X::finish(part[i][0], left, x_scale, sum[i][0]);
+      sum[i][1] = X::finish(part[i][1], right, x_scale, sum[i][1]);
     }
   }
 #pragma GCC unroll 8
@@ -569,8 +632,8 @@ HARLORA_BYTES void tile_blocks(int64_t steps, const X& x, const uint8_t* panel, 
 }
 
 template <typename X>
-void multiply_blocks(int64_t rows, int64_t steps, const X& x, const uint8_t* panel, const float* scale,
-                     const float* init, int64_t init_row, float* c, int64_t c_row) {
+void multiply_blocks(int64_t rows, int64_t steps, const X& x, const Panel& panel, const float* init, int64_t init_row,
+                     float* c, int64_t c_row) {
   static constexpr decltype(&tile_blocks<1, X>) tiles[] = {
       tile_blocks<1, X>, tile_blocks<2, X>,
 #if defined(HARLORA_AVX512)
@@ -580,7 +643,7 @@ void multiply_blocks(int64_t rows, int64_t steps, const X& x, const uint8_t* pan
   static_assert(sizeof(tiles) / sizeof(tiles[0]) == BLOCK_ROWS);
   for (int64_t m = 0; m < rows;) {
     const int64_t count = next_tile(rows - m, BLOCK_ROWS);
-    tiles[count - 1](steps, x.from(m, 0), panel, scale, init + m * init_row, init_row, c + m * c_row, c_row);
+    tiles[count - 1](steps, x.from(m, 0), panel, init + m * init_row, init_row, c + m * c_row, c_row);
     m += count;
   }
 }
@@ -866,6 +929,7 @@ void forward_as(const Forward& job, int64_t first_panel, int64_t last_panel, int
   alignas(64) float block[ROW_BLOCK * PANEL];
 #if defined(HARLORA_BYTES)
   alignas(64) float scale[DEPTH / GRANULE * PANEL];
+  alignas(64) int32_t start[DEPTH / GRANULE * PANEL];
 #endif
   alignas(64) float packed_a[PACKED_A];
   alignas(64) float branch[RANKS * PANEL];
@@ -896,19 +960,19 @@ void forward_as(const Forward& job, int64_t first_panel, int64_t last_panel, int
         const int64_t init_row = step == 0 ? 0 : c_row;
         const bool fresh = in > job.depth || m == first_row;
 #if defined(HARLORA_BYTES)
-        auto* codes = reinterpret_cast<uint8_t*>(panel);
-        if (job.x8.values != nullptr) {
+        const Panel codes{reinterpret_cast<uint8_t*>(panel), scale, start};
+        if (job.precision == Precision::int8) {
           const ByteRows bytes{job.x8, in};
-          if (fresh) decode_blocks<ByteRows>(job.weight, n, step, steps, codes, scale);
-          multiply_blocks(rows, steps, bytes.from(m, step), codes, scale, init, init_row, c, c_row);
+          if (fresh) decode_blocks<ByteRows>(job.weight, n, step, steps, codes);
+          multiply_blocks(rows, steps, bytes.from(m, step), codes, init, init_row, c, c_row);
           continue;
         }
 #endif
 #if defined(HARLORA_BF16)
-        if (job.x16 != nullptr) {
-          const PairRows pairs{job.x16, in};
-          if (fresh) decode_blocks<PairRows>(job.weight, n, step, steps, codes, scale);
-          multiply_blocks(rows, steps, pairs.from(m, step), codes, scale, init, init_row, c, c_row);
+        if (job.precision == Precision::bfloat16) {
+          const PairRows pairs{sizeof(T) == 2 ? static_cast<const BFloat16*>(job.x) : job.x16, in};
+          if (fresh) decode_blocks<PairRows>(job.weight, n, step, steps, codes);
+          multiply_blocks(rows, steps, pairs.from(m, step), codes, init, init_row, c, c_row);
           continue;
         }
 #endif
@@ -939,16 +1003,12 @@ void forward_as(const Forward& job, int64_t first_panel, int64_t last_panel, int
 
 // Forward of few rows -----------------------------------------------------------------------------------------------
 
-constexpr int FEW = LANES == 16 ? 8 : 4;  // rows, of float32; narrower types have 2
-constexpr int GROUP = LANES / 8;          // rows of the weight in one vector
-constexpr int64_t FEW_VALUES = 32768;     // of x at most: its reordered copy is on the stack
-
 bool forward_few_serves(const Forward& job) {
 #ifdef HARLORA_PORTABLE
   (void)job;
   return false;
 #else
-  if (job.rows > 2 && job.dtype != Dtype::float32) return false;
+  if (job.rows > 2 && job.dtype != Dtype::float32 && job.precision == Precision::float32) return false;
   if (job.weight.dense != nullptr || job.gelu || job.residual != nullptr) return false;
   if (job.weight.in % GRANULE != 0 || job.weight.log2_blocksize < 6) return false;
   return job.rows > 0 && job.rows <= FEW && job.rank <= RANKS &&
@@ -1081,8 +1141,108 @@ inline void reorder(const T* from, float* to) {
   }
 }
 
+#if defined(HARLORA_BYTES)
+// y[m][n + g] of M rows and G columns, `columns` of which are to be written; x and its scales as X::arrange left them.
+template <int M, int G, typename X, typename T>
+HARLORA_BYTES void few_columns_of_lines(const Forward& job, const uint8_t* x, const float* x_scale, const float* t,
+                                        int64_t n, int64_t columns) {
+  const Weight& w = job.weight;
+  const int64_t in = w.in, last = w.out - 1;
+  const I table = X::table(w.code);
+  alignas(64) static constexpr uint8_t nothing[32] = {};
+  constexpr int SUMS = (M * G + 3) / 4 * 4;
+  F sum[SUMS];
+  for (int i = 0; i < SUMS; ++i) sum[i] = zero();
+  for (int64_t k = 0; k < in; k += CODES) {
+    const bool whole = GROUP > 1 && k + kBlock < in;  // or half a line
+    I codes[G][X::VECTORS], start[G];
+    F scale[G];
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+      const int64_t code = smaller(n + g, last) * in + k;
+      const uint8_t* from = w.packed + code / 2;
+      const float other = whole ? w.scale((code + kBlock) >> w.log2_blocksize) : 0.0f;
+      scale[g] = set_rows(w.scale(code >> w.log2_blocksize), other);
+      start[g] = X::decode_line(table, load_rows(from, whole ? from + kBlock / 2 : nothing), codes[g]);
+      __builtin_prefetch(from + G * in, 0, 2);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      I line[X::VECTORS];
+      for (int j = 0; j < X::VECTORS; ++j) line[j] = load_bytes(x + (m * X::VECTORS + j) * 4 * LANES);
+      F scale_of_line = zero();
+      if (X::SCALED) scale_of_line = set_rows(x_scale[m * GROUP], x_scale[m * GROUP + GROUP - 1]);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+        typename X::Sum part = X::from_start(start[g]);
+        for (int j = 0; j < X::VECTORS; ++j) part = X::dot(codes[g][j], line[j], part);
+        sum[m * G + g] = X::finish(part, scale[g], scale_of_line, sum[m * G + g]);
+      }
+    }
+    x += M * X::VECTORS * 4 * LANES;
+    x_scale += M * GROUP;
+  }
+  const auto* lora_B = static_cast<const T*>(job.lora_B);
+  int ranks = 0;  // that were added as vectors
+  for (; ranks + LANES <= job.rank; ranks += LANES) {
+    for (int g = 0; g < G; ++g) {
+      const F factors = load(lora_B + smaller(n + g, last) * job.rank + ranks);
+      for (int m = 0; m < M; ++m) sum[m * G + g] = fma(factors, load(t + m * job.rank + ranks), sum[m * G + g]);
+    }
+  }
+  float sums[SUMS * GROUP];
+  for (int i = 0; i < SUMS; i += 4) sum_groups(sum + i, sums + i * GROUP);
+  const auto* bias = static_cast<const T*>(job.bias);
+  for (int m = 0; m < M; ++m) {
+    T* y = static_cast<T*>(job.y) + m * w.out + n;
+    for (int64_t g = 0; g < columns; ++g) {
+      float value = sums[(m * G + g) * GROUP];
+      if (GROUP > 1) value += sums[(m * G + g) * GROUP + 1];
+      for (int r = ranks; r < job.rank; ++r) value += one(lora_B + (n + g) * job.rank + r) * t[m * job.rank + r];
+      put(y + g, bias == nullptr ? value : value + one(bias + n + g));
+    }
+  }
+}
+
+template <typename X, typename T>
+void few_lines(const Forward& job, int64_t first_column, int64_t last_column) {
+  constexpr int64_t LINES = FEW_VALUES / CODES + FEW;  // a row may end within one
+  alignas(64) uint8_t x[LINES * X::VECTORS * 4 * LANES];
+  alignas(64) float x_scale[LINES * GROUP];
+  alignas(64) float t[FEW * RANKS];
+  const int64_t in = job.weight.in, rows = job.rows;
+  for (int64_t m = 0; m < rows; ++m) {
+    X::arrange(static_cast<const T*>(job.x) + m * in, in, x + m * X::VECTORS * 4 * LANES, x_scale + m * GROUP, rows);
+  }
+  for (int64_t i = 0; i < rows * job.rank; ++i) t[i] = job.scaling * job.t[i];
+  constexpr int G = 2;
+  static constexpr decltype(&few_columns_of_lines<1, G, X, T>) of_rows[FEW] = {
+      few_columns_of_lines<1, G, X, T>, few_columns_of_lines<2, G, X, T>, few_columns_of_lines<3, G, X, T>,
+      few_columns_of_lines<4, G, X, T>,
+#if defined(HARLORA_AVX512)
+      few_columns_of_lines<5, G, X, T>, few_columns_of_lines<6, G, X, T>, few_columns_of_lines<7, G, X, T>,
+      few_columns_of_lines<8, G, X, T>,
+#endif
+  };
+  for (int64_t n = first_column; n < last_column; n += G) {
+    of_rows[rows - 1](job, x, x_scale, t, n, smaller(G, last_column - n));
+  }
+}
+#endif
+
 template <typename T>
 void forward_few_as(const Forward& job, int64_t first_column, int64_t last_column) {
+#if defined(HARLORA_BYTES)
+  if constexpr (sizeof(T) == 4) {
+    if (job.precision == Precision::int8) return few_lines<ByteRows, T>(job, first_column, last_column);
+  }
+#endif
+#if defined(HARLORA_BF16)
+  if (job.precision == Precision::bfloat16) {
+    if constexpr (sizeof(T) == 4) return few_lines<PairRows, float>(job, first_column, last_column);
+    return few_lines<PairRows, BFloat16>(job, first_column, last_column);
+  }
+#endif
   alignas(64) float x[FEW_VALUES];
   alignas(64) float t[FEW * RANKS];
   const int64_t in = job.weight.in, rows = job.rows;

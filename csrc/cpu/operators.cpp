@@ -118,8 +118,6 @@ class Scratch {
 };
 
 constexpr int64_t kRowsOfChunk = 128;
-// Rows up to which codes in registers beat products of bfloat16 pairs, and of bytes.
-constexpr int64_t kFewPairs = 2, kFewBytes = 2;
 constexpr int64_t kWorkOfRounding = 8;  // multiply-adds that take as long as rounding a value of x
 
 // Steps that each thread decodes at a time, so that all of them together hold at most 1 MiB of decoded weight (up to
@@ -153,13 +151,18 @@ void over_grid(int64_t part, int64_t parts, int64_t panels, int64_t rows, int64_
   }
 }
 
+// From this in_features on few rows are multiplied line by line in fewer bits as well: shorter ones would be over before
+// the sums' lanes are added up. Up to two of those are as fast in float32.
+constexpr int64_t kLongRow = 1024;
+
 // What the factors of a layer's base product are rounded to; float32 where the kernels do not serve what is asked.
 Precision precision_of(const Kernels& k, const Forward& job, Precision asked) {
   if (job.weight.dense != nullptr || job.weight.in == 0) return Precision::float32;
   if (job.dtype == Dtype::bfloat16) asked = Precision::bfloat16;
   const bool serves = job.dtype != Dtype::float16 && has(k, asked) && job.weight.in % kBlock == 0 &&
                       int64_t{1} << job.weight.log2_blocksize >= kBlock;
-  return serves ? asked : Precision::float32;
+  const bool pays = job.rows > 2 || job.weight.in >= kLongRow;
+  return serves && pays ? asked : Precision::float32;
 }
 
 Precision precision_from(int64_t value) {
@@ -174,25 +177,23 @@ class Rounded {
     if (pairs) pairs_.reset(new BFloat16[static_cast<size_t>(numel)]);
     if (!bytes) return;
     const size_t blocks = static_cast<size_t>(numel / kBlock);
-    values_.reset(new int8_t[static_cast<size_t>(numel)]);
+    values_.reset(new uint8_t[static_cast<size_t>(numel)]);
     scale_.reset(new float[blocks]);
-    offset_.reset(new int32_t[blocks]);
   }
   // Of values from `first` on; n is a multiple of kBlock if there are bytes.
   void round(const Kernels& k, const float* x, int64_t first, int64_t n) {
     if (pairs_) k.narrow(x, n, Dtype::bfloat16, pairs_.get() + first);
     if (!values_) return;
     const int64_t block = first / kBlock;
-    k.round_to_bytes(x, n, {values_.get() + first, scale_.get() + block, offset_.get() + block});
+    k.round_to_bytes(x, n, {values_.get() + first, scale_.get() + block});
   }
   const BFloat16* pairs() const { return pairs_.get(); }
-  Bytes bytes() const { return {values_.get(), scale_.get(), offset_.get()}; }
+  Bytes bytes() const { return {values_.get(), scale_.get()}; }
 
  private:
   std::unique_ptr<BFloat16[]> pairs_;
-  std::unique_ptr<int8_t[]> values_;
+  std::unique_ptr<uint8_t[]> values_;
   std::unique_ptr<float[]> scale_;
-  std::unique_ptr<int32_t[]> offset_;
 };
 
 // Linear layers over the same x, from memory to memory; on one thread alone unless `threads`. One round of threads
@@ -204,12 +205,12 @@ void forward(const Kernels& k, Forward* jobs, int count, bool threads, Precision
   for (int i = 0; i < count; ++i) {
     branch += 2 * rows * in * jobs[i].rank;  // thin products run at half the rate
     work += rows * in * jobs[i].weight.out + 2 * in * jobs[i].weight.out;  // decoding counts as two multiply-adds
-    few = few && k.forward_few_serves(jobs[i]);
-    pairs = pairs || precision_of(k, jobs[i], asked) == Precision::bfloat16;
-    bytes = bytes || precision_of(k, jobs[i], asked) == Precision::int8;
+    jobs[i].precision = precision_of(k, jobs[i], asked);
+    few = few && k.forward_few_serves(jobs[i]) && (jobs[i].precision == Precision::float32 || in >= kLongRow);
+    pairs = pairs || jobs[i].precision == Precision::bfloat16;
+    bytes = bytes || jobs[i].precision == Precision::int8;
     jobs[i].depth = depth_of(k, rows);
   }
-  few = few && !(pairs && rows > kFewPairs) && !(bytes && rows > kFewBytes);
   // Of reduced products over float32, a copy of at most 1 MiB of x at a time.
   const bool round = (pairs || bytes) && jobs[0].dtype == Dtype::float32 && !few;
   const int64_t most = round ? std::min(rows, std::max<int64_t>(96, (int64_t{1} << 19) / in)) : rows;
@@ -240,13 +241,9 @@ void forward(const Kernels& k, Forward* jobs, int count, bool threads, Precision
           k.forward_few(job, share(out, part, parts, k.few_columns), share(out, part + 1, parts, k.few_columns));
           continue;
         }
-        const Precision precision = precision_of(k, job, asked);
-        if (precision == Precision::bfloat16) {
-          job.x16 = round ? rounded.pairs() : static_cast<const BFloat16*>(job.x);
-        } else if (precision == Precision::int8) {
-          job.x8 = rounded.bytes();
-        }
         if (round) {
+          job.x16 = rounded.pairs();
+          job.x8 = rounded.bytes();
           job.rows = some;
           job.x = static_cast<const float*>(job.x) + row * in;
           job.y = static_cast<float*>(job.y) + row * out;

@@ -26,6 +26,7 @@ inline F div(F a, F b) { return _mm512_div_ps(a, b); }
 inline F minimum(F a, F b) { return _mm512_min_ps(a, b); }
 inline F maximum(F a, F b) { return _mm512_max_ps(a, b); }
 inline I add(I a, I b) { return _mm512_add_epi32(a, b); }
+inline I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
 inline I shift_left(I v, int bits) { return _mm512_slli_epi32(v, static_cast<unsigned>(bits)); }
 inline I shift_right(I v, int bits) { return _mm512_srli_epi32(v, static_cast<unsigned>(bits)); }
 
@@ -100,6 +101,7 @@ inline I set_pair(const BFloat16* p) {
 }
 // Of the low five bits of each half lane, the value of a table of 32.
 inline I lookup_halves(I table, I index) { return _mm512_permutexvar_epi16(index, table); }
+inline I shift_right_halves(I v, int bits) { return _mm512_srli_epi16(v, static_cast<unsigned>(bits)); }
 // Byte `byte` of each lane, its high four bits in the lower half of the lane; above four bits stands anything.
 template <int byte>
 inline I halves_of_byte(I v) {
@@ -116,20 +118,19 @@ inline I halves_of_byte(I v) {
 // Of each lane: sum + the four products of unsigned bytes of a with signed ones of b.
 HARLORA_BYTES inline I dot_bytes(I a, I b, I sum) { return _mm512_dpbusd_epi32(sum, a, b); }
 inline I load_bytes(const void* p) { return _mm512_loadu_si512(p); }
-inline void store_bytes(uint8_t* p, I v) { _mm512_storeu_si512(p, v); }
+inline void store_bytes(void* p, I v) { _mm512_storeu_si512(p, v); }
 inline I set(int32_t v) { return _mm512_set1_epi32(v); }
 inline F to_float(I v) { return _mm512_cvtepi32_ps(v); }
 inline I both(I a, I b) { return _mm512_and_si512(a, b); }
 inline I maximum(I a, I b) { return _mm512_max_epi32(a, b); }
-inline int32_t sum_of(I v) { return _mm512_reduce_add_epi32(v); }
 inline int32_t largest_of(I v) { return _mm512_reduce_max_epi32(v); }
 // The bytes of a table of 16, repeated in each 128 bits, that the low four bits of each byte point to.
 inline I lookup_bytes(I table, I index) { return _mm512_shuffle_epi8(table, index); }
-// To nearest, the even before the odd ones of each eight.
-inline void store_signed_bytes(int8_t* p, F v) {
+// To nearest, 128 higher, the even before the odd ones of each eight.
+inline void store_above_128(uint8_t* p, F v) {
   const __m128i order = _mm_set_epi8(15, 13, 11, 9, 14, 12, 10, 8, 7, 5, 3, 1, 6, 4, 2, 0);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm_shuffle_epi8(_mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)), order));
+  const __m128i values = _mm_shuffle_epi8(_mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)), order);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_xor_si128(values, _mm_set1_epi8(-128)));
 }
 
 #elif defined(HARLORA_AVX2)
@@ -150,6 +151,7 @@ inline F div(F a, F b) { return _mm256_div_ps(a, b); }
 inline F minimum(F a, F b) { return _mm256_min_ps(a, b); }
 inline F maximum(F a, F b) { return _mm256_max_ps(a, b); }
 inline I add(I a, I b) { return _mm256_add_epi32(a, b); }
+inline I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
 inline I shift_left(I v, int bits) { return _mm256_slli_epi32(v, bits); }
 inline I shift_right(I v, int bits) { return _mm256_srli_epi32(v, bits); }
 
@@ -213,27 +215,23 @@ inline void store(Half* p, F v) {
 #define HARLORA_BYTES __attribute__((target("avxvnni")))
 HARLORA_BYTES inline I dot_bytes(I a, I b, I sum) { return _mm256_dpbusd_avx_epi32(sum, a, b); }
 inline I load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-inline void store_bytes(uint8_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+inline void store_bytes(void* p, I v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 inline I set(int32_t v) { return _mm256_set1_epi32(v); }
 inline F to_float(I v) { return _mm256_cvtepi32_ps(v); }
 inline I both(I a, I b) { return _mm256_and_si256(a, b); }
 inline I maximum(I a, I b) { return _mm256_max_epi32(a, b); }
-inline int32_t sum_of(I v) {
-  __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-  half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4E));
-  return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xB1)));
-}
 inline int32_t largest_of(I v) {
   __m128i half = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
   half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4E));
   return _mm_cvtsi128_si32(_mm_max_epi32(half, _mm_shuffle_epi32(half, 0xB1)));
 }
 inline I lookup_bytes(I table, I index) { return _mm256_shuffle_epi8(table, index); }
-inline void store_signed_bytes(int8_t* p, F v) {
+inline void store_above_128(uint8_t* p, F v) {
   const I whole = _mm256_cvtps_epi32(v);
   const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
   const __m128i order = _mm_set_epi8(-1, -1, -1, -1, -1, -1, -1, -1, 7, 5, 3, 1, 6, 4, 2, 0);
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_shuffle_epi8(_mm_packs_epi16(words, words), order));
+  const __m128i values = _mm_shuffle_epi8(_mm_packs_epi16(words, words), order);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_xor_si128(values, _mm_set1_epi8(-128)));
 }
 #endif
 
