@@ -58,13 +58,14 @@ def codes() -> dict[str, Tensor]:
 def inference_precision(name: str) -> Iterator[None]:
     """Within ``with``, the precision of the base product x·Ŵᵀ when nothing is differentiated and x is float32.
 
-    name: ``"float32"``, the default everywhere; ``"bfloat16"``: x and Ŵ are rounded to bfloat16 (2⁻⁹ relatively);
+    name: ``"float32"``, the default everywhere; ``"bfloat16"``: x and the 16 values of the weight's code are rounded to
+        bfloat16 (2⁻⁹ relatively);
         ``"int8"``: x is rounded to 8 bits with a scale for each 64 values of a row (1/254 of the largest of them), and
         the 16 values of the weight's code to 8 bits (1/254 of a block's absmax), about 1 % of a layer's output. Sums
         are float32, over integer sums of 64 products; bias and adapters stay float32. On CPUs with fast products of
-        the kind: AVX512-BF16; AVX512-VNNI or AVX-VNNI. Layers that do not fit (odd ``in_features``; for int8,
-        ``in_features`` no multiple of 64 or a blocksize of 32) compute in float32, as does what is compiled, traced
-        or on another device.
+        the kind: AVX512-BF16; AVX512-VNNI or AVX-VNNI. Layers that do not fit (``in_features`` no multiple of 64,
+        a blocksize of 32) compute in float32, as do one or two rows where ``in_features`` is below 1024, which gain
+        nothing, and what is compiled, traced or on another device.
     Raises: ValueError for another name; RuntimeError where the processor has no such products.
     """
     if name not in PRECISIONS:

@@ -113,6 +113,22 @@ def test_encoder(precision):
 
 
 @torch.no_grad()
+def test_threads_do_not_change_what_an_encoder_computes(precision):
+    """A window is two rows here, and 65 of them are one more than are encoded at a time: it must not be left alone."""
+    config = MAEConfig(width=64, depth=1, heads=2, ffn=64, patch_size=64, mask_ratio=0.5)
+    encoder = harlora.apply_qlora(MAE(config).encoder.eval(), LAYERS)
+    x = torch.randn(65, 128, 6)
+    try:
+        with harlora.inference_precision(precision):
+            one = encoder(x)
+            torch.set_num_threads(2)
+            two = encoder(x)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(one, two)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("layers", [["q", "v"], ["k", "fc2"], ["o"]])
 def test_dense_layers_among_those_in_4_bits(precision, layers):
     encoder = harlora.apply_qlora(MAE(MAEConfig(depth=1)).encoder.eval(), layers)

@@ -641,7 +641,8 @@ Tensor encoder(Tensor x, int64_t held, int64_t precision) {
   const int64_t chunk = std::max<int64_t>(1, kRowsOfChunk / e.tokens);
   const bool apart = windows * e.tokens >= most * kRowsOfChunk / 4 && windows >= most;
   if (most == 1 || !apart) {
-    const int64_t at_once = most == 1 ? std::min(windows, chunk) : windows;
+    const int64_t chunks = (windows + chunk - 1) / chunk;
+    const int64_t at_once = most == 1 ? (windows + chunks - 1) / chunks : windows;
     std::unique_ptr<float[]> scratch(new float[e.floats_of_row() * at_once * e.tokens + most * attention_floats]);
     float* attention = scratch.get() + e.floats_of_row() * at_once * e.tokens;
     for (int64_t window = 0; window < windows; window += at_once) {
