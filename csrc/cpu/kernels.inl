@@ -120,14 +120,8 @@ struct PanelRows {
     for (int column = 0; column < PANEL; ++column) {
       const int64_t start = smaller(first_row + column, w.out - 1) * w.in + first_step;
       packed[column] = w.packed + start / 2;
-      if (w.absmax != nullptr) {
-        for (int64_t u = 0; u < units; ++u) {
-          scale[u * PANEL + column] = w.absmax[(start + (u << log2_unit)) >> w.log2_blocksize];
-        }
-      } else {
-        for (int64_t u = 0; u < units; ++u) {
-          scale[u * PANEL + column] = w.scale((start + (u << log2_unit)) >> w.log2_blocksize);
-        }
+      for (int64_t u = 0; u < units; ++u) {
+        scale[u * PANEL + column] = w.scale((start + (u << log2_unit)) >> w.log2_blocksize);
       }
     }
   }
@@ -430,6 +424,7 @@ void multiply_over_rows(int64_t rows, const float* a, int64_t a_row, int64_t ran
 
 constexpr int BLOCK_ROWS = LANES == 16 ? 7 : 2;  // of the tile: sums of blocks and sums of all side by side
 constexpr int CODES = 8 * LANES;                 // GROUP blocks
+static_assert(GRANULE == kBlock);                // one scale for what is decoded at a time
 
 // A decoded panel: codes[step / STEPS][column][STEPS], and for each block of 64 steps and column the scale and what the
 // sum of products begins with.
