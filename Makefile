@@ -3,10 +3,12 @@
 # make sanitize  the operators' tests on kernels built with AddressSanitizer and UBSan; needs GCC
 # make study   the committed results: three to four hours on two cores; goes on where it was stopped
 # make report  docs/results.md from the committed results
-# make bench-cpu   the layers on this CPU against bitsandbytes with PEFT and float32: some minutes
+# make bench   this machine's CPU against bitsandbytes with PEFT and others: ten minutes; harlora bench --help has more
+# make gpu     on a machine with an NVIDIA GPU, with $(PYTHON)'s own packages, no internet: build, GPU tests, GPU bench
+# make benchmarks  docs/benchmarks.md from the committed results
 #
 # PYTHON   the interpreter for the environment          TORCH   which torch is installed into it
-# ARGS     further options of lodo and bench-cpu        HARLORA_DATA   the folder with the datasets
+# ARGS     further options of lodo, bench and gpu        HARLORA_DATA   the folder with the datasets
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -14,7 +16,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: lodo test check sanitize study report bench-cpu clean
+.PHONY: lodo test check sanitize study report bench gpu benchmarks clean
 
 lodo: $(VENV)/.har
 	$(BIN)/harlora lodo $(ARGS)
@@ -25,9 +27,9 @@ test: $(VENV)/.dev
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	@# mypy follows no import hook, so it is shown the installed layout: kernels/ as harlora.kernels.
+	@# mypy follows no import hook, so it is shown the installed layout: kernels/ as harlora.kernels, bench/ too.
 	@rm -rf build/typecheck && mkdir -p build/typecheck/harlora
-	@ln -s $(CURDIR)/harlora/* $(CURDIR)/kernels build/typecheck/harlora/
+	@ln -s $(CURDIR)/harlora/* $(CURDIR)/kernels $(CURDIR)/bench build/typecheck/harlora/
 	cd build/typecheck && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml harlora
 
 # Beside the installed extension, not over it. The runtimes must be loaded before Python, and libstdc++ with them, or
@@ -54,8 +56,14 @@ study: $(VENV)/.har
 report: $(VENV)/.har
 	$(BIN)/harlora report --readme README.md
 
-bench-cpu: $(VENV)/.dev
-	$(BIN)/python bench/cpu.py $(ARGS)
+bench: $(VENV)/.dev
+	$(BIN)/harlora bench $(ARGS)
+
+gpu:
+	$(PYTHON) bench/gpu.py $(ARGS)
+
+benchmarks: $(VENV)/.dev
+	$(BIN)/python -m harlora.bench.report bench/results docs/benchmarks.md
 
 # torch comes first and pinned: an extension is built against it, and an unpinned one would bring another build.
 $(VENV)/.torch:

@@ -21,7 +21,7 @@ def measure(name: str, rows: int, threads: int) -> dict[str, Any]:
     growth of the bytes held through torch's allocator, which does not see the scratch of compiled kernels.
     Raises: RuntimeError with the last line that a failing process said.
     """
-    command = [sys.executable, str(Path(__file__)), name, str(rows), str(threads)]
+    command = [sys.executable, "-m", "harlora.bench.memory", name, str(rows), str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
@@ -36,17 +36,17 @@ def _peak_bytes() -> int:
 
 
 def _child(name: str, rows: int, threads: int) -> dict[str, Any]:
-    import peers
     import torch
     from torch import nn
 
+    from harlora.bench import peers
     from harlora.train.memory import step_peak_bytes
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
 
     def layer_of(features: int) -> tuple[nn.Module, list[nn.Parameter]]:
-        model = peers.adapt(name, nn.Sequential(nn.Linear(features, features)), ["0"]).train()
+        model: Any = peers.adapt(name, nn.Sequential(nn.Linear(features, features)), ["0"]).train()
         return model[0], [p for pair in peers.adapters(model) for p in pair]
 
     def step(layer: nn.Module, x: torch.Tensor, parameters: list[nn.Parameter], grad: torch.Tensor) -> object:
@@ -60,7 +60,7 @@ def _child(name: str, rows: int, threads: int) -> dict[str, Any]:
     x, grad = torch.randn(rows, FEATURES, requires_grad=True), torch.randn(rows, FEATURES)
     # y and dX, gradients of the adapters, t
     needed = 2 * x.nbytes + sum(p.nbytes for p in parameters) + 4 * rows * peers.RANK
-    result = {"needed_bytes": needed}
+    result: dict[str, Any] = {"needed_bytes": needed}
     try:
         # What malloc keeps of freed memory is resident already; used again, it would not raise the peak.
         ctypes.CDLL(None).malloc_trim(0)

@@ -4,9 +4,11 @@ import sys
 
 
 def main() -> None:
-    """Run the command line, or end with status 2 if the extra ``har`` is not installed."""
+    """Run the command line, or end with status 2 if what it needs of the extra ``har`` is not installed."""
     try:
         from harlora.cli import main as run
+
+        run()
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "harlora":
             raise
@@ -15,7 +17,6 @@ def main() -> None:
             "pip install --no-build-isolation '.[har]' in the source folder\n"
         )
         sys.exit(2)
-    run()
 
 
 if __name__ == "__main__":

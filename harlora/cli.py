@@ -1,10 +1,13 @@
 """The command line: one dataclass a command, its fields the options, its ``run`` the call."""
 
 import os
+import shlex
 import sys
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -232,13 +235,88 @@ class Report:
         console.print(f"{build_report(self.results, self.out, self.readme)}", highlight=False)
 
 
+@dataclass(frozen=True)
+class Bench:
+    """Time harlora against bitsandbytes + PEFT and others on this machine: layers, whole encoders, training steps.
+
+    Every competitor is checked against float64 before it is timed; one that is absent, fails or is wrong is reported.
+    Leaves result.json, a page for the browser (index.html) and its pictures; Ctrl-C keeps what was measured.
+    """
+
+    quick: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Few sizes, below 3 minutes on two cores."""
+    full: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Also sizes of language models, up to 8192 rows, other ranks and dtypes: hours on a CPU."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:0."""
+    cases: tuple[Literal["ceilings", "layer", "encoder", "step", "memory"], ...] = (
+        "ceilings", "layer", "encoder", "step", "memory",
+    )  # fmt: skip
+    """Which kinds of cases."""
+    shapes: tuple[str, ...] = ()
+    """Layers, in_features x out_features, like 192x768; by default those of the preset."""
+    rows: tuple[int, ...] = ()
+    """Rows of a layer's input; by default those of the preset."""
+    competitors: tuple[str, ...] = ()
+    """Names as in the result, like "bitsandbytes + PEFT"; by default all."""
+    minutes: float | None = None
+    """Begin no case after so many minutes; what is left out is reported. By default 2.7 with --quick."""
+    seconds: float | None = None
+    """Time for a case, all competitors together; a slow case takes longer."""
+    threads: int = 0
+    """Threads, and CPU cores that the process is confined to; 0 is all cores."""
+    out: Path | None = None
+    """Folder for the result; by default runs/bench/TIME."""
+    compare: tuple[Path, Path] | None = None
+    """Measure nothing: say what changed from one result to another beyond the noise."""
+
+    def run(self) -> None:
+        from harlora.bench import report
+        from harlora.bench.run import RESULT, Options, measure
+
+        if self.compare is not None:
+            old, new = map(report.load, self.compare)
+            for table in report.comparison(old, new):
+                _print_table(table.title, table.heads, table.body)
+            return
+        if self.quick and self.full:
+            raise InputError("--quick and --full exclude each other; give one of them or none")
+        preset: Literal["quick", "standard", "full"] = "quick" if self.quick else "full" if self.full else "standard"
+        command = " ".join(["harlora", *map(shlex.quote, sys.argv[1:])])
+        options = Options(
+            preset, self.device, self.cases, self.shapes, self.rows, self.competitors, self.minutes, self.seconds,
+            self.threads, command,
+        )  # fmt: skip
+        folder = self.out or Path("runs/bench") / time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        result = measure(options, folder / RESULT, Console(stderr=True))
+        for text in (report.setting(result), *report.summary(result)):
+            console.print(text, highlight=False, markup=False)
+        for table in report.overview(result):
+            _print_table(table.title, table.heads, table.body)
+        page = report.write_page(result, folder)
+        console.print(f"page: {page}\nresult: {folder / RESULT}", highlight=False, markup=False, soft_wrap=True)
+        if result["stopped"]:
+            sys.exit(130)
+
+
 Command = (
     Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
     | Annotated[Finetune, tyro.conf.subcommand("finetune")]
     | Annotated[Lodo, tyro.conf.subcommand("lodo")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
 )
+
+
+def _print_table(title: str, heads: Sequence[str], body: Sequence[Sequence[str]]) -> None:
+    table = Table(box=box.SIMPLE_HEAD)
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="right" if number else "left", overflow="fold")
+    for line in body:
+        table.add_row(*line)
+    console.print(title, style="bold", highlight=False, markup=False)
+    console.print(table if body else "  none\n")
 
 
 def _print_tables(records: list[dict[str, object]]) -> None:
@@ -263,7 +341,7 @@ def main(arguments: list[str] | None = None) -> None:
     command = tyro.cli(
         Command,
         prog="harlora",
-        description="4-bit QLoRA for human activity recognition: data, pretraining, adaptation, reports.",
+        description="4-bit QLoRA for human activity recognition: data, pretraining, adaptation, reports, benchmarks.",
         args=arguments,
     )
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {"kernels": "harlora.kernels", "harlora": "harlora"}
+PACKAGES = {"kernels": "harlora.kernels", "harlora": "harlora", "bench": "harlora.bench"}
 MODULES = {
     ".".join([PACKAGES[top], *path.relative_to(ROOT / top).with_suffix("").parts]).removesuffix(".__init__"): path
     for top in PACKAGES
@@ -29,7 +29,13 @@ ALLOWED = {
     },
     "harlora.report": {"harlora.train", "harlora.data", "harlora.errors", "harlora.files"},
     "harlora.progress": {"harlora.train"},
-    "harlora.cli": {"harlora.train", "harlora.report", "harlora.data", "harlora.errors", "harlora.progress"},
+    "harlora.bench": {
+        "harlora", "harlora.kernels", "harlora.nn", "harlora.models", "harlora.train", "harlora.errors",
+        "harlora.files",
+    },
+    "harlora.cli": {
+        "harlora.bench", "harlora.train", "harlora.report", "harlora.data", "harlora.errors", "harlora.progress",
+    },
     "harlora.__main__": {"harlora.cli"},
     "harlora": {"harlora.kernels", "harlora.nn", "harlora.models"},
 }  # fmt: skip

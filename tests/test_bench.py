@@ -1,4 +1,4 @@
-"""The CPU bench runs, writes what it promises, and its picture can be drawn. Its numbers are not judged here."""
+"""The bench runs, writes what it promises, and says who failed. Its numbers are not judged here."""
 
 import json
 import os
@@ -6,75 +6,373 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from html.parser import HTMLParser
+from types import SimpleNamespace
 
-BENCH = Path(__file__).parent.parent / "bench"
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from harlora import cli
+from harlora.bench import cases, energy, peers, report, run
+from harlora.errors import InputError
+
+CPU = torch.device("cpu")
+OURS, PEER, DENSE, COMPILED = "harlora", "bitsandbytes + PEFT", "dense + PEFT", "dense + PEFT, compiled"
+SOME = (OURS, "harlora int8", PEER, "dequantise + matmul", DENSE, "dense")
 
 
-def run(script, *arguments, cwd):
+def bench(*arguments, cwd):
     done = subprocess.run(
-        [sys.executable, str(BENCH / script), *map(str, arguments)],
+        [sys.executable, "-m", "harlora", "bench", *map(str, arguments)],
         capture_output=True, text=True, check=False, cwd=cwd, env={**os.environ, "COLUMNS": "160"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
 
-# From the repository's root, where a folder named `kernels` lies that bitsandbytes must not find.
-def test_cpu_bench_writes_what_it_promises(tmp_path):
-    out = tmp_path / "result.json"
-    done = run(
-        "cpu.py", "--quick", "--cases", "layer", "encoder", "step", "ceilings", "--shapes", "192x192", "100x192",
-        "--rows", 1, "--windows", 1, "--seconds", 0.05, "--threads", 1, "--out", out, cwd=BENCH.parent,
+class Sources(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attributes):
+        self.found += [value for name, value in attributes if name in {"src", "href"}]
+
+
+# From the sources' root, where a folder named `kernels` lies that bitsandbytes must not find.
+def test_a_run_writes_what_it_promises(tmp_path, request):
+    done = bench(
+        "--quick", "--cases", "ceilings", "layer", "encoder", "step", "--shapes", "192x192", "100x192", "--rows", 1,
+        "--seconds", 0.05, "--threads", 1, "--competitors", *SOME, "--out", tmp_path / "run",
+        cwd=request.config.rootpath,
     )  # fmt: skip
-    result = json.loads(out.read_text())
+    result = report.load(tmp_path / "run")
+    assert result["complete"]
+    assert not result["stopped"]
 
     facts = result["provenance"]
-    assert {"command", "commit", "dirty", "device", "cpu_flags", "threads", "time", "taken_by_others"} <= set(facts)
-    assert {"python", "torch", "harlora", "bitsandbytes", "peft"} <= set(facts["versions"])
-    assert facts["threads"] == result["ceilings"]["threads"] == 1
-    assert re.search(r"/\w+/", facts["command"].replace("bench/", "")) is None
-    assert str(tmp_path) not in out.read_text()
-    assert set(result["kernels"]) == {"H", "P"}
-    for key in ("mm_float32_gflops", "copy_gb_s"):
-        assert result["ceilings"][key] > 0
-    assert (result["ceilings"]["fma_float32_gflops"] or 0) > 0 or "skipped" in result["ceilings"]["fma_note"]
+    assert {"command", "commit", "dirty", "device", "cpu_flags", "cpu_mhz", "threads", "time", "seconds"} <= set(facts)
+    assert {"python", "torch", "harlora"} <= set(facts["versions"])
+    assert facts["threads"] == 1
+    text = (tmp_path / "run" / "result.json").read_text()
+    assert str(tmp_path) not in text
+    assert str(request.config.rootpath) not in text
+    assert result["competitors"][PEER]["versions"].keys() == {"bitsandbytes", "peft"}
+    rates = result["ceilings"]
+    assert min(rates[key] for key in ("mm_float32_gflops", "mm_bfloat16_gflops", "copy_gb_s", "launch_us")) > 0
+    assert (rates["fma_float32_gflops"] or 0) > 0 or "skipped" in rates["fma_note"]
+    assert result["method"]["energy"].startswith(("RAPL", "not reported"))
 
-    rows = {(row["case"], row.get("in_features"), row["competitor"]): row for row in result["rows"]}
-    competitors = {
-        "layer": ("H", "H16", "H8", "P", "D"),
-        "encoder": ("H", "H16", "H8", "P", "D", "F"),
-        "step": ("H", "P", "D"),
-    }
-    assert {key[::2] for key in rows} == {(case, name) for case, names in competitors.items() for name in names}
-    timed = [row for row in rows.values() if row["status"] == "ok"]
-    for row in timed:
-        assert 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"]
-        assert row["rounds"] >= 5
-        assert row["relative_error"] < (5e-2 if row["competitor"] in {"P", "H16", "H8"} else 1e-4)
+    rows = {(r["case"], r.get("in_features"), r["direction"], r["competitor"]): r for r in result["rows"]}
+    found = {}
+    for case, _, direction, name in rows:
+        found.setdefault((case, direction), set()).add(name)
+    trained = set(SOME) - {"dense", "harlora int8"}
+    assert found == {
+        ("encoder", "forward"): set(SOME), ("step", "both"): trained, ("layer", "forward"): set(SOME) - {"dense"},
+        ("layer", "backward"): trained, ("layer", "both"): trained,
+    }  # fmt: skip
+    for row in rows.values():
+        if row["status"] == "ok":
+            assert 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"]
+            assert row["rounds"] >= 9
+            assert row["relative_error"] < (5e-2 if row["competitor"] in {PEER, "harlora int8"} else 1e-4)
+            assert row["peak_bytes"] > 0
     # bitsandbytes has no right answer for every shape, and not every processor has products in fewer bits; what
     # happened is said, and the others are measured all the same.
-    failed = {key for key, row in rows.items() if row["status"] != "ok"}
-    assert failed <= {("layer", 100, "P")} | {key for key in rows if key[2] in {"H16", "H8"}}
+    failed = {key[1::2] for key, row in rows.items() if row["status"] != "ok"}
+    assert failed <= {(100, PEER)} | {(size, "harlora int8") for size in (None, 100, 192)}
 
-    ratios = [entry for entry in result["ratios"] if entry["ratio"] is not None]
-    ours = [entry for entry in ratios if entry["of"] == "H"]
-    assert len(ours) == sum(row["competitor"] not in {"H", "H16", "H8"} for row in timed)
-    for entry in ours:
-        assert entry["reached"] == (entry["ratio"] >= entry["target"])
-    assert f"of {len(ours)} targets reached" in done.stdout
-    assert "encoder model B, 1 windows" in done.stdout
+    page = (tmp_path / "run" / "index.html").read_text()
+    sources = Sources()
+    sources.feed(page)
+    assert len(sources.found) == 4
+    assert all(source.startswith("data:image/png;base64,") for source in sources.found)
+    assert {path.name for path in (tmp_path / "run").glob("*.png")} == {
+        "models.png", "layers.png", "training.png", "roofline.png",
+    }  # fmt: skip
+    for text in ("Whole models", "Where harlora loses", "Peak memory", facts["device"], PEER):
+        assert (text in page) == (text != "Peak memory")  # memory was not asked for
+    assert "192→192, M=1, " in done.stdout
 
-    picture = tmp_path / "picture.png"
-    run("roofline.py", out, picture, cwd=tmp_path)
-    assert picture.read_bytes().startswith(b"\x89PNG")
+
+def test_compiled_layers_take_part_where_they_are_asked_for(tmp_path):
+    names = (OURS, DENSE, COMPILED)
+    bench(
+        "--cases", "layer", "--shapes", "64x32", "--rows", 3, "--seconds", 0.01, "--competitors", *names,
+        "--out", tmp_path, cwd=tmp_path,
+    )  # fmt: skip
+    rows = report.load(tmp_path)["rows"]
+    assert {(row["direction"], row["competitor"]) for row in rows} == {(d, n) for d in cases.DIRECTIONS for n in names}
+    assert {row["status"] for row in rows} == {"ok"}
 
 
-def test_cpu_bench_measures_memory_and_sees_a_dense_weight(tmp_path):
+def test_memory_is_measured_and_a_dense_weight_seen(tmp_path):
+    def measure(name):
+        code = f"from harlora.bench import memory; import json; print(json.dumps(memory.measure({name!r}, 1, 1)))"
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+
     with ThreadPoolExecutor() as pool:
-        done = pool.map(lambda name: run("memory.py", name, 1, 1, cwd=tmp_path), "HP")
-        ours, dense = (json.loads(each.stdout.splitlines()[-1]) for each in done)
+        ours, dense = (json.loads(done.stdout) for done in pool.map(measure, (OURS, PEER)))
     for key in ("extra_torch_bytes", "extra_native_bytes"):  # the latter is None where /proc does not let us measure
         assert ours[key] is None or ours[key] < 2**21
         assert dense[key] is None or dense[key] > 60 * 2**20  # the weight in float32: 64 MiB
     assert ours["native_note"]
+
+
+FACTS = {"case": "layer", "in_features": 8, "out_features": 8, "rows": 4, "direction": "forward", "dtype": "float32",
+         "rank": 16, "weight_copies": 1, "flop": 1000, "packed_bytes": 36}  # fmt: skip
+
+
+def contender(error, calls=None):
+    return lambda: cases.Contender(lambda: calls.append(1) if calls is not None else torch.ones(9).sum(), error)
+
+
+def test_who_is_wrong_raises_or_is_absent_is_named_and_not_timed(monkeypatch):
+    def raises():
+        raise RuntimeError("no kernel in /opt/secret/place.so")
+
+    monkeypatch.setattr(peers, "absent", lambda name: "not installed: x" if name == "torchao NF4" else "")
+    called = []
+    case = cases.Case(
+        FACTS,
+        {OURS: contender(1e-7), DENSE: contender(2e-4, called), PEER: raises, "torchao NF4": contender(0.0, called),
+         "dequantise + matmul": contender(float("nan"), called)},
+        grad=False,
+    )  # fmt: skip
+    rows = {row["competitor"]: row for row in run.run_case(case, CPU, 0.001, 3)}
+    assert rows[OURS]["status"] == "ok"
+    assert rows[DENSE]["status"] == "wrong: relative error 0.0002, above 0.0001"
+    assert rows["dequantise + matmul"]["status"].startswith("wrong")
+    assert rows["dequantise + matmul"]["relative_error"] is None
+    assert rows[PEER]["status"] == "raised RuntimeError: no kernel in place.so"
+    assert rows["torchao NF4"]["status"] == "not installed: x"
+    assert [name for name, row in rows.items() if "median_us" in row] == [OURS]
+    assert len(called) <= 2  # what measures peak memory
+
+
+def test_a_missing_package_is_said(monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None if name == "peft" else object())
+    assert peers.absent(PEER) == "not installed: peft"
+    assert peers.absent(OURS) == ""
+
+
+def small_run(monkeypatch, tmp_path, **options):
+    layers = (cases.Layers(64, 32, (1, 2, 3)),)
+    monkeypatch.setattr(run, "plan", lambda preset, device: cases.Plan(layers, (), (), (OURS, DENSE)))
+    chosen = run.Options("quick", cases=("layer",), seconds=0.001, **options)
+    return run.measure(chosen, tmp_path / "result.json", Console(quiet=True))
+
+
+def test_what_was_measured_before_ctrl_c_is_kept(monkeypatch, tmp_path):
+    real, count = run.run_case, []
+
+    def interrupted(*arguments):
+        count.append(1)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(run, "run_case", interrupted)
+    result = small_run(monkeypatch, tmp_path)
+    assert result == report.load(tmp_path)
+    assert (result["stopped"], result["complete"]) == (True, False)
+    assert [row["rows"] for row in result["rows"]] == [1, 1, 2, 2]
+    assert any("did not finish" in line for line in report.summary(result))
+    assert report.write_page(result, tmp_path).exists()
+
+
+def test_what_time_did_not_allow_is_reported(monkeypatch, tmp_path):
+    result = small_run(monkeypatch, tmp_path, minutes=1e-9)
+    assert {row["status"] for row in result["rows"]} == {"left out: 1e-09 minutes were over"}
+    assert not result["complete"]
+    assert report.tables(result)[-1].title == report.FAILED
+
+
+@pytest.mark.parametrize("name", [n for n in peers.COMPETITORS if peers.COMPETITORS[n].precision == "float32"])
+def test_every_competitor_computes_the_layer_and_its_gradients(name):
+    if reason := peers.absent(name):
+        pytest.skip(reason)
+    if name == COMPILED:
+        pytest.skip("measured above")
+    base = nn.Sequential(nn.Linear(192, 128))
+    x = torch.randn(5, 192)
+    model = peers.adapt(name, base, ["0"] if name != "dense" else [], rank=4)
+    if name == "dense":
+        assert torch.equal(model(x), base(x))
+        return
+    made = cases._Adapted([model.train()[0]], [cases._flat(model)], peers.exact(model, base, ["0"])[0])
+    for direction in ("backward", "both"):
+        assert cases._trained_layer(direction, lambda: made, x).relative_error < 1e-5
+    for parameter in cases._flat(model):
+        assert parameter.requires_grad
+        assert parameter.abs().sum() > 0
+
+
+def test_an_error_in_one_row_of_a_gradient_is_seen():
+    base = nn.Sequential(nn.Linear(192, 128))
+    model = peers.adapt(DENSE, base, ["0"])
+    exact = peers.exact(model, base, ["0"])[0]
+    exact.lora_B.data[7] += 1e-2
+    made = cases._Adapted([model[0]], [cases._flat(model)], exact)
+    assert cases._trained_layer("both", lambda: made, torch.randn(5, 192)).relative_error > peers.ERROR_LIMIT
+
+
+def result_of(*rows, ceilings=None):
+    return {
+        "bench": "harlora", "format": run.FORMAT, "complete": True, "stopped": False, "ceilings": ceilings,
+        "provenance": {"taken_by_others": 0.0}, "competitors": {}, "method": {},
+        "rows": [
+            {**FACTS, "rows": m, "competitor": name, "status": "ok", "relative_error": 1e-7, "median_us": t,
+             "p20_us": t * (1 - s), "p80_us": t * (1 + s)}
+            for m, name, t, s in rows
+        ],
+    }  # fmt: skip
+
+
+def test_ratios_losses_and_noise():
+    result = result_of((1, OURS, 10.0, 0.01), (1, PEER, 20.0, 0.01), (1, DENSE, 5.0, 0.01),
+                       (2, OURS, 10.0, 0.06), (2, PEER, 9.9, 0.01))  # fmt: skip
+    assert [each.text for each in report.ratios(result)] == ["2.00", "0.50", "0.99~"]
+    (lost,) = report.losses(result)
+    assert (lost.over["competitor"], lost.value) == (DENSE, 0.5)
+    said = report.summary(result)
+    assert said[0].startswith("Over bitsandbytes + PEFT: faster in 1, slower in 0, equal within 3 % in 1 of 2 cases")
+    assert said[1].startswith("Over dense + PEFT: faster in 0, slower in 1")
+    assert "1 of 3 ratios are marked ~" in said[2]
+
+
+def test_the_limit_counts_memory_only_where_the_weight_comes_from_memory():
+    rates = {"fma_float32_gflops": 100.0, "mm_float32_gflops": 50.0, "mm_bfloat16_gflops": 200.0, "copy_gb_s": 1.0,
+             "launch_us": 1.0}  # fmt: skip
+    row = {**FACTS, "flop": 10**6, "packed_bytes": 10**6}
+    assert report.limit_us(row, rates) == pytest.approx(10.0)
+    assert report.limit_us({**row, "dtype": "bfloat16"}, rates) == pytest.approx(5.0)
+    assert report.limit_us({**row, "weight_copies": 4}, rates) == pytest.approx(1e3, rel=1e-3)
+    del rates["fma_float32_gflops"]  # a GPU
+    assert report.limit_us({**row, "flop": 1}, rates) == pytest.approx(1.0)
+
+
+def test_a_comparison_tells_a_change_from_a_slower_machine():
+    old = result_of(*((m, name, 10.0, 0.02) for m in (1, 2) for name in (OURS, PEER, DENSE)))
+    # Everything takes 1.5 times as long; harlora at M = 2 twice that.
+    new = result_of(
+        *((m, name, 30.0 if (m, name) == (2, OURS) else 15.0, 0.02) for m in (1, 2) for name in (OURS, PEER, DENSE))
+    )
+    beyond = [(each.where, each.competitor, each.value) for each in report.changes(old, new) if each.beyond_noise]
+    assert ("8→8, M=2, forward, float32", OURS, pytest.approx(2.0)) in beyond
+    assert not [each for each in beyond if "M=1," in each[0]]
+    changed, agree = report.comparison(old, new)
+    assert changed.body[0][:4] == ["8→8, M=2, forward, float32", OURS, "2.00", "slower"]
+    assert agree.body == [["agree within 10 %", "2 of 4 (50%)"]]
+
+
+def test_the_command_compares_results(tmp_path, capsys):
+    for name, time_us in (("old", 10.0), ("new", 20.0)):
+        result = result_of((1, OURS, time_us, 0.01), (1, PEER, 10.0, 0.01))
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    cli.main(["bench", "--compare", str(tmp_path / "old.json"), str(tmp_path / "new.json")])
+    assert re.search(r"8→8, M=1.*harlora.*2\.00.*slower", re.sub(r"\s+", " ", capsys.readouterr().out))
+
+
+def test_a_document_is_written_from_the_newest_results_alone(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    result = small_run(monkeypatch, tmp_path)
+    folder = tmp_path / "results" / "cpu"
+    folder.mkdir(parents=True)
+    for name, stamp in (("old", "2020"), ("new", "2021")):
+        (folder / f"{name}.json").write_text(
+            json.dumps(result | {"provenance": result["provenance"] | {"time": stamp}})
+        )
+    (folder / "other.json").write_text('{"bench": "cpu", "rows": []}')
+    document = tmp_path / "benchmarks.md"
+    document.write_text("before\n<!-- measured -->\nstale\n<!-- /measured -->\nafter\n")
+    report.write_document(tmp_path / "results", document)
+    text = document.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("<!-- /measured -->\nafter\n")
+    assert "stale" not in text
+    assert "new.json" in text
+    assert "old.json" not in text
+    assert "| 64→32 |" in text
+    assert (tmp_path / "images" / "cpu-layers.png").exists()
+    document.write_text("no markers")
+    with pytest.raises(InputError, match="markers|no <!-- measured"):
+        report.write_document(tmp_path / "results", document)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--device", "tpu"), "--device must be cpu, cuda or cuda:0, got 'tpu'"),
+        (("--shapes", "192"), "--shapes must be like 192x768 (in_features x out_features), got '192'"),
+        (("--rows", "0"), "--rows must be at least 1, got 0"),
+        (("--threads", "999"), "--threads must be 1 to"),
+        (("--competitors", "me"), "--competitors must be of harlora, "),
+        (("--minutes", "0"), "--minutes must be above 0, got 0"),
+        (("--quick", "--full"), "--quick and --full exclude each other"),
+        (("--compare", "no.json", "no.json"), "no.json: no such file; give the result.json of `harlora bench`"),
+    ],
+)
+def test_mistakes_are_named(arguments, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["bench", *arguments])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_result_of_another_format_is_refused(tmp_path):
+    (tmp_path / "result.json").write_text('{"bench": "cpu"}')
+    with pytest.raises(InputError, match=r"result\.json: not a result of this version"):
+        report.load(tmp_path)
+
+
+def test_rapl_is_read_through_its_wrap(tmp_path):
+    zone = tmp_path / "intel-rapl:0"
+    for folder in (zone, tmp_path / "intel-rapl:0:0"):  # the second is a part of the first
+        folder.mkdir()
+        (folder / "energy_uj").write_text("900000\n")
+        (folder / "max_energy_range_uj").write_text("1000000\n")
+    read, source = energy.counter(CPU, tmp_path)
+    assert source.startswith("RAPL, 1 package,")
+    (zone / "energy_uj").write_text("950000\n")
+    assert read() == pytest.approx(0.05)
+    (zone / "energy_uj").write_text("50000\n")
+    assert read() == pytest.approx(0.15)
+    (zone / "energy_uj").write_text("secret")
+    assert energy.counter(CPU, tmp_path)[0] is None
+    assert energy.counter(CPU, tmp_path / "none")[0] is None
+
+
+def test_nvml_is_asked_for_the_card_that_computes(monkeypatch):
+    class NVMLError(Exception):
+        pass
+
+    def handle(uuid):
+        if uuid != "GPU-abc":
+            raise NVMLError("Not Found")
+        return 7
+
+    library = SimpleNamespace(
+        NVMLError=NVMLError, nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=handle,
+        nvmlDeviceGetTotalEnergyConsumption=lambda card: 2500 * card,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    properties = SimpleNamespace(uuid="abc")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    read, source = energy.counter(torch.device("cuda"))
+    assert (read(), source) == (17.5, "NVML, the whole GPU")
+    properties.uuid = "other"
+    assert energy.counter(torch.device("cuda")) == (None, "not reported: NVML says Not Found")
+
+
+def test_energy_of_a_call_is_in_its_row(monkeypatch):
+    monkeypatch.setattr(run, "ENERGY_S", 0.01)
+    read = iter(range(100))
+    case = cases.Case(FACTS, {OURS: contender(0.0)}, grad=False)
+    (row,) = run.run_case(case, CPU, 0.001, 3, lambda: float(next(read)))
+    assert 0 < row["joules"] <= 1

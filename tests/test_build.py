@@ -21,8 +21,8 @@ COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 @pytest.fixture
 def source(tmp_path):
     """A copy of the files that a build reads."""
-    for name in ("kernels", "harlora", "csrc"):
-        ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in ("kernels", "harlora", "bench", "csrc"):
+        ignored = shutil.ignore_patterns("*.so", "__pycache__", "results")
         shutil.copytree(ROOT / name, tmp_path / "source" / name, ignore=ignored)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"):
         shutil.copy(ROOT / name, tmp_path / "source" / name)
@@ -86,7 +86,7 @@ def test_the_source_distribution_can_be_built_from(source, tmp_path):
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         names = {name.split("/", 1)[-1] for name in opened.getnames()}
-    for part in ("csrc", "kernels", "harlora"):
+    for part in ("csrc", "kernels", "harlora", "bench"):
         kept = [path.relative_to(source).as_posix() for path in (source / part).rglob("*") if path.is_file()]
         assert not set(kept) - names
 

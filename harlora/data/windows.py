@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
-from scipy.signal import resample_poly
 
 from harlora.data.labels import ACTIVITY_LABELS, LABEL_INDEX, VOCABULARY
 from harlora.data.recording import Recording
@@ -80,6 +79,8 @@ def resample(signal: np.ndarray, rate_hz: float, target_hz: float = RATE_HZ) -> 
     ratio = Fraction(target_hz / rate_hz).limit_denominator(1000)
     if ratio == 1:
         return signal
+    from scipy.signal import resample_poly  # see train/metrics.py
+
     mean = signal.mean(axis=0, dtype=np.float64)
     moving = resample_poly(signal - mean, ratio.numerator, ratio.denominator, axis=0, padtype="line")
     return (moving + mean).astype(np.float32)

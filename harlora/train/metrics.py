@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
+
+# sklearn is imported where it is used: the command line without the study does not need it, and starts faster.
 
 
 def scores(truth: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
@@ -13,6 +14,8 @@ def scores(truth: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> d
     truth, predicted: ``(n,)``, indices into ``labels``. Every label counts, predicted or not; one that is never
     predicted has precision 0. Rows of the confusion matrix are true labels.
     """
+    from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
+
     classes = np.arange(len(labels))
     precision, recall, f1, support = precision_recall_fscore_support(
         truth, predicted, labels=classes, average=None, zero_division=0.0
@@ -31,6 +34,8 @@ def scores(truth: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> d
 
 def macro_f1(truth: np.ndarray, predicted: np.ndarray) -> float:
     """The mean F1 over the classes that occur in ``truth``; for choosing an epoch on a validation part."""
+    from sklearn.metrics import precision_recall_fscore_support
+
     present = np.unique(truth)
     _, _, f1, _ = precision_recall_fscore_support(truth, predicted, labels=present, average="macro", zero_division=0.0)
     return float(f1)

@@ -1,0 +1,100 @@
+"""`make gpu`: the extension built, the GPU tests, then the GPU bench, on a machine with an NVIDIA GPU.
+
+Needs torch 2.10 or later with CUDA, ninja, setuptools, pytest and rich; no internet, no installation. bitsandbytes,
+PEFT and others take part where they can be imported. Runs from the sources:
+
+    python bench/gpu.py [--minutes 8] [--out FOLDER] [--quick]
+
+Leaves FOLDER/result.json with the outcome of the tests in it, and a page where matplotlib is there. The exit status is
+that of the first part that failed; the bench runs all the same, since a machine with a GPU may be lent for minutes.
+"""
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILT = ROOT / "build" / "gpu" / "lib"
+
+
+def main() -> int:
+    """Builds, tests, measures; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="make gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=8.0, help="for the bench; default 8")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the result; default runs/bench/gpu-TIME")
+    parser.add_argument("--quick", action="store_true", help="few sizes")
+    parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # cpu: to try this script without a GPU
+    options = parser.parse_args()
+    for package in ("torch", "ninja", "setuptools", "pytest", "rich", "safetensors", "numpy"):
+        if importlib.util.find_spec(package) is None:
+            return _fail(f"the package {package} is missing in {Path(sys.executable).name}; install it, or set PYTHON")
+    import torch
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        return _fail("torch sees no NVIDIA GPU here; `harlora bench --device cpu` measures the CPU")
+    began = time.monotonic()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BUILT), os.environ.get("PYTHONPATH", "")])}
+    build = [
+        sys.executable,
+        "setup.py",
+        "--quiet",
+        "build",
+        "--build-lib",
+        str(BUILT),
+        "--build-temp",
+        "build/gpu/temp",
+    ]
+    statuses = {"build": subprocess.run(build, cwd=ROOT, check=False).returncode}
+    print(f"[{time.monotonic() - began:5.0f} s] built", flush=True)
+    if statuses["build"]:
+        return statuses["build"]  # nothing to test or measure: the warning of setup.py says why
+    # Their files alone: others import what the machine may lack.
+    marked = [str(file) for file in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in file.read_text()]
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *marked]
+    statuses["tests"] = subprocess.run(tests, cwd=ROOT, env=environment, check=False).returncode
+    print(f"[{time.monotonic() - began:5.0f} s] tests done", flush=True)
+    sys.path.insert(0, str(BUILT))
+    status = _bench(options, statuses)
+    return statuses["tests"] or status
+
+
+def _bench(options: argparse.Namespace, statuses: dict[str, int]) -> int:
+    from rich.console import Console
+
+    from harlora.bench import report
+    from harlora.bench.run import RESULT, Options, measure
+    from harlora.errors import InputError
+    from harlora.files import write_json
+
+    folder = options.out or ROOT / "runs" / "bench" / time.strftime("gpu-%Y%m%dT%H%M%SZ", time.gmtime())
+    chosen = Options(
+        "quick" if options.quick else "standard", options.device, minutes=options.minutes, command="make gpu"
+    )
+    try:
+        result = measure(chosen, folder / RESULT, Console(stderr=True))
+    except InputError as error:
+        return _fail(str(error))
+    result["statuses"] = statuses
+    write_json(folder / RESULT, result)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for text in (report.setting(result), *report.summary(result)):
+        console.print(text, highlight=False, markup=False)
+    if importlib.util.find_spec("matplotlib") is not None:
+        console.print(f"page: {report.write_page(result, folder)}", soft_wrap=True, highlight=False)
+    console.print(f"result: {folder / RESULT}", soft_wrap=True, highlight=False)
+    return 130 if result["stopped"] else 0
+
+
+def _fail(message: str) -> int:
+    sys.stderr.write(f"make gpu: {message}\n")
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

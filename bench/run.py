@@ -1,0 +1,401 @@
+"""Runs the cases: competitors checked, then timed in turns; one JSON, written anew after every case."""
+
+import gc
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from harlora.bench import ceilings, energy, memory, peers
+from harlora.bench.cases import DTYPES, Case, Layers, Plan, plan
+from harlora.errors import InputError
+from harlora.files import write_json
+from harlora.train.memory import step_peak_bytes
+from harlora.train.runs import provenance
+
+RESULT = "result.json"
+FORMAT = 2
+FLAGS = re.compile(r"avx2|fma|avx512f|avx512_bf16|avx512_vnni|avx512_fp16|avx_vnni|amx_\w+|asimd|sve2?|bf16|i8mm")
+
+# A sample is at least this long: beyond the clock's resolution and the loop's cost, on a GPU beyond synchronising.
+SAMPLE_S = {"cpu": 200e-6, "cuda": 2e-3}
+SECONDS = {"quick": 0.8, "standard": 1.5, "full": 1.5}  # for a case
+ROUNDS = {"quick": 9, "standard": 15, "full": 9}
+MOST_SECONDS = {"quick": 10.0, "standard": 60.0, "full": 60.0}
+MINUTES = {"quick": 2.7, "standard": math.inf, "full": math.inf}
+ENERGY_S = 0.3
+BUSY = 0.03  # share of the cores' time from which on others disturb
+METHOD = {
+    "samples": "competitors take turns, in alternating order; each sample is the mean of `inner` calls, as many for all"
+    " competitors of a case as take the fastest 200 us (a GPU: 2 ms, wall clock until all is done, launches included);"
+    " one untimed call before each",
+    "rounds": "until both the least number of rounds and the seconds of a case are reached; garbage collection is off",
+    "weights": "a layer of 2^24 weights or more is held weight_copies times by every competitor and the copies take"
+    " turns, so that packed weights come from memory, not from the last cache; smaller ones and whole models are held"
+    " once, as they are in use",
+    "directions": "forward: inference, eval mode without gradients; backward: dX, dA, dB of a kept graph; both: train"
+    " mode, forward then backward",
+    "relative_error": "‖y - y64‖ / ‖y64‖, y64 in float64 with the competitor's own dequantised weights; in training"
+    " the largest of those of y, dX, dA, dB; for a step: of all trainable parameters' gradients together",
+    "peak_bytes": "the most that one call holds at once through torch's allocator beyond what was there before. Scratch"
+    " of compiled CPU kernels is not seen by it; the case `memory` sees everything: bytes beyond inputs, outputs,"
+    " gradients and saved t, in a fresh process",
+    "joules": f"of one call, from {ENERGY_S} s of calls, the machine's rest included",
+    "taken_by_others": "share of the used cores' time that other processes or the hypervisor took during the run",
+}
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure, where, and for how long.
+
+    minutes: after which no new case is begun; the rest is reported as left out.
+    seconds: for a case, all competitors together; a slow case takes longer, for its rounds.
+    threads: threads, and CPU cores that the process is confined to; 0 is all cores.
+    """
+
+    preset: Literal["quick", "standard", "full"] = "standard"
+    device: str = "cpu"
+    cases: tuple[str, ...] = ("ceilings", "layer", "encoder", "step", "memory")
+    shapes: tuple[str, ...] = ()
+    rows: tuple[int, ...] = ()
+    competitors: tuple[str, ...] = ()
+    minutes: float | None = None
+    seconds: float | None = None
+    threads: int = 0
+    command: str = "harlora bench"
+
+    def checked_device(self) -> torch.device:
+        """The device, after checking all options.
+
+        Raises: InputError that names the option.
+        """
+        if self.device not in {"cpu", "cuda"} and not re.fullmatch(r"cuda:\d+", self.device):
+            raise InputError(f"--device must be cpu, cuda or cuda:0, got {self.device!r}")
+        device = torch.device(self.device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise InputError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise InputError(f"--device must be one of {torch.cuda.device_count()} GPUs, got {self.device}")
+        for shape in self.shapes:
+            if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape):
+                raise InputError(f"--shapes must be like 192x768 (in_features x out_features), got {shape!r}")
+        if min(self.rows, default=1) < 1:
+            raise InputError(f"--rows must be at least 1, got {min(self.rows)}")
+        for name in self.competitors:
+            if name not in peers.COMPETITORS:
+                raise InputError(f"--competitors must be of {', '.join(peers.COMPETITORS)}; got {name!r}")
+        cores = len(_cores())
+        if not 0 <= self.threads <= cores:
+            raise InputError(f"--threads must be 1 to {cores}, the cores this process may use, got {self.threads}")
+        for name, value in (("minutes", self.minutes), ("seconds", self.seconds)):
+            if value is not None and not value > 0:
+                raise InputError(f"--{name} must be above 0, got {value}")
+        return device
+
+    def plan(self, device: torch.device) -> Plan:
+        """The preset's cases, with the sizes and competitors that were asked for."""
+        chosen = plan(self.preset, device)
+        layers = chosen.layers if "layer" in self.cases else ()
+        if self.shapes or self.rows:
+            kinds = dict.fromkeys((layer.direction, layer.dtype, layer.rank) for layer in layers)
+            shapes = dict.fromkeys((layer.in_features, layer.out_features) for layer in layers)
+            if self.shapes:
+                shapes = dict.fromkeys((int(a), int(b)) for a, b in (shape.split("x") for shape in self.shapes))
+            rows = self.rows or tuple(sorted({count for layer in layers for count in layer.rows}))
+            layers = tuple(
+                Layers(in_features, out_features, rows, direction, dtype, rank)
+                for in_features, out_features in shapes
+                for direction, dtype, rank in kinds
+            )
+        models = chosen.models if {"encoder", "step"} & set(self.cases) else ()
+        return Plan(
+            layers, models, chosen.windows if "encoder" in self.cases else (), self.competitors or chosen.competitors,
+            self.rows or chosen.compiled_rows if self.preset != "quick" else chosen.compiled_rows,
+            steps="step" in self.cases,
+        )  # fmt: skip
+
+
+def measure(options: Options, file: Path, console: Console) -> Row:
+    """Runs everything and returns the result, which is also in ``file``: after every case, and after Ctrl-C.
+
+    The result's ``complete`` is False after Ctrl-C (``stopped``), or when time was over.
+    """
+    device = options.checked_device()
+    cores = _cores()
+    threads = options.threads or len(cores)
+    if hasattr(os, "sched_setaffinity"):
+        # Before the first operator: threads take over the affinity of the one that starts them.
+        os.sched_setaffinity(0, cores[:threads])
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    seconds, rounds = options.seconds or SECONDS[options.preset], ROUNDS[options.preset]
+    minutes = options.minutes or MINUTES[options.preset]
+    joules, source = energy.counter(device)
+    chosen = options.plan(device)
+    began, (busy, own) = time.perf_counter(), _spent_s(cores[:threads])
+    result: Row = {
+        "bench": "harlora", "format": FORMAT, "complete": False, "stopped": False,
+        "provenance": surroundings(options, device), "competitors": peers.participants(device),
+        "method": {**METHOD, "seconds": seconds, "least_rounds": rounds, "energy": source},
+        "ceilings": None, "rows": [],
+    }  # fmt: skip
+    if math.isfinite(minutes):
+        result["method"]["minutes"] = minutes
+
+    def save() -> None:
+        busy_now, own_now = _spent_s(cores[:threads])
+        elapsed = time.perf_counter() - began
+        foreign = ((busy_now - busy) - (own_now - own)) / elapsed / threads
+        result["provenance"] |= {"taken_by_others": round(max(0.0, foreign), 4), "seconds": round(elapsed, 1)}
+        write_json(file, result)
+
+    memory_rows = [(name, count) for count in (1, 64) for name in (peers.OURS, peers.PEER)]
+    if "memory" not in options.cases or device.type != "cpu":  # on a GPU peak_bytes sees everything
+        memory_rows = []
+    elif options.preset == "quick":
+        memory_rows = memory_rows[2:]
+    # Drawn between cases only: a thread that redraws takes time from what is measured.
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(
+        *columns, console=console, auto_refresh=False, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("", total=1 + chosen.count() + len(memory_rows))
+
+        def begin(what: str) -> None:
+            bar.update(task, description=what, refresh=True)
+            if not console.is_terminal:
+                console.print(f"[{time.perf_counter() - began:5.0f} s] {what}", markup=False, highlight=False)
+
+        def done(rows: list[Row]) -> None:
+            result["rows"] += rows
+            bar.advance(task)
+            save()
+
+        def over() -> bool:
+            return time.perf_counter() - began > 60 * minutes
+
+        try:
+            if "ceilings" in options.cases:
+                begin("ceilings")
+                result["ceilings"] = ceilings.measure(device, threads, min(1.0, seconds))
+            rates = result["ceilings"] or {"mm_float32_gflops": 100.0, "cache_bytes": 2**25}
+            done([])
+            for name, count in memory_rows:
+                begin(f"memory, {name}, M={count}")
+                done([_memory(name, count, threads)])
+            for case in chosen.cases(device, rates["cache_bytes"]):
+                begin(where(case.facts))
+                reason = f"left out: {minutes:g} minutes were over" if over() else ""
+                # Forward and float64 reference included, by the rate of torch's own product.
+                expected = case.facts.get("flop", 0) / rates["mm_float32_gflops"] / 1e9 * rounds * len(case.contenders)
+                if expected > MOST_SECONDS[options.preset]:
+                    reason = f"left out: would take about {expected / 60:.0f} minutes here"
+                if reason:
+                    done([{**case.facts, "competitor": name, "status": reason} for name in case.contenders])
+                else:
+                    done(run_case(case, device, seconds, rounds, None if options.preset == "quick" else joules))
+            result["complete"] = not any(row["status"].endswith("were over") for row in result["rows"])
+        except KeyboardInterrupt:
+            result["stopped"] = True
+            console.print("stopped; what was measured so far is kept", highlight=False)
+    save()
+    return result
+
+
+def samples_s(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, seconds: float, rounds: int
+) -> tuple[dict[str, list[float]], int]:
+    """Seconds a call of every sample, by competitor, and the calls in a sample."""
+
+    def lasts(call: Callable[[], object], count: int) -> float:
+        began = time.perf_counter()
+        for _ in range(count):
+            call()
+        ceilings.synchronize(device)
+        return (time.perf_counter() - began) / count
+
+    for call in calls.values():
+        call()
+    ceilings.synchronize(device)
+    fastest = min(min(lasts(call, 1) for _ in range(5)) for call in calls.values())
+    inner = max(1, math.ceil(SAMPLE_S[device.type] / fastest))
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    order, done = list(calls), 0
+    gc.collect()
+    gc.disable()
+    try:
+        while done < rounds or time.perf_counter() < end:
+            for name in order:
+                # Brings back what the competitor before took from the caches.
+                calls[name]()
+                ceilings.synchronize(device)
+                found[name].append(lasts(calls[name], inner))
+            order.reverse()
+            done += 1
+    finally:
+        gc.enable()
+    return found, inner
+
+
+def run_case(
+    case: Case, device: torch.device, seconds: float, rounds: int, joules: Callable[[], float] | None = None
+) -> list[Row]:
+    """A row for every competitor; one that is absent, raises or is wrong is not timed, and its ``status`` says so."""
+    rows: dict[str, Row] = {}
+    calls = {}
+    with nullcontext() if case.grad else torch.no_grad():
+        for name, make in case.contenders.items():
+            rows[name] = row = {**case.facts, "competitor": name, "status": peers.absent(name) or "ok"}
+            if row["status"] != "ok":
+                continue
+            try:
+                call, error = make()
+                peak = step_peak_bytes(call, device)
+            except Exception as problem:
+                row["status"] = f"raised {type(problem).__name__}: {without_folders(str(problem))[:300]}"
+                continue
+            limit = peers.error_limit(name, DTYPES[case.facts["dtype"]])
+            row["relative_error"] = error if math.isfinite(error) else None  # JSON has no NaN
+            if not error <= limit:
+                row["status"] = f"wrong: relative error {error:.1g}, above {limit:g}"
+                continue
+            row["peak_bytes"] = peak
+            calls[name] = call
+        if not calls:
+            return list(rows.values())
+        found, inner = samples_s(calls, device, seconds, rounds)
+        for name, times in found.items():
+            p20, _, _, p80 = statistics.quantiles(times, n=5, method="inclusive")
+            rows[name] |= {
+                "median_us": 1e6 * statistics.median(times), "p20_us": 1e6 * p20, "p80_us": 1e6 * p80,
+                "rounds": len(times), "inner": inner,
+            }  # fmt: skip
+            if joules is not None:
+                rows[name]["joules"] = _joules(calls[name], joules, device)
+    return list(rows.values())
+
+
+def where(facts: Mapping[str, Any]) -> str:
+    """A case in words."""
+    if facts["case"] == "memory":
+        return f"memory {facts['in_features']}→{facts['out_features']}, M={facts['rows']}"
+    if "model" in facts:
+        return f"{facts['case']}, model {facts['model']}, {facts['windows']} window{'s' * (facts['windows'] > 1)}"
+    words = [f"{facts['in_features']}→{facts['out_features']}", f"M={facts['rows']}", facts["direction"]]
+    if facts["rank"] != peers.RANK:
+        words.append(f"rank {facts['rank']}")
+    return ", ".join([*words, facts["dtype"]])
+
+
+def without_folders(text: str) -> str:
+    """``text`` with absolute paths cut to their last part: a result does not say whose machine it is from."""
+    return re.sub(r"(?<![\w.])/(?:[^\s/]+/)+", "", text)
+
+
+def surroundings(options: Options, device: torch.device) -> Row:
+    """Where and with what this is measured."""
+    facts = provenance(device)
+    facts["command"] = without_folders(options.command)
+    facts["preset"] = options.preset
+    facts["cpu_mhz"], facts["cpu_flags"] = _cpu()
+    facts["kernel"] = platform.release()
+    facts["threads"] = torch.get_num_threads()
+    facts["cores_used"] = len(_cores())
+    facts["seed"] = 0
+    if Path("/proc/self/maps").exists():
+        # Two OpenMP runtimes in one process keep two pools of threads, which can be in each other's way.
+        mapped = Path("/proc/self/maps").read_text()
+        facts["openmp"] = sorted(set(re.findall(r"/(lib(?:gomp|iomp5|omp)[^/\s]*)$", mapped, re.MULTILINE)))
+    if device.type == "cuda":
+        facts["versions"]["cuda"] = torch.version.cuda
+        facts["gpu"] = _gpu(device)
+    return facts
+
+
+def _memory(name: str, count: int, threads: int) -> Row:
+    row: Row = {
+        "case": "memory", "in_features": memory.FEATURES, "out_features": memory.FEATURES, "rows": count,
+        "competitor": name, "status": peers.absent(name) or "ok",
+    }  # fmt: skip
+    if row["status"] == "ok":
+        try:
+            row |= memory.measure(name, count, threads)
+        except (RuntimeError, ValueError) as error:
+            row["status"] = f"raised {without_folders(str(error))}"
+    return row
+
+
+def _joules(call: Callable[[], object], joules: Callable[[], float], device: torch.device) -> float:
+    began, before, count = time.perf_counter(), joules(), 0
+    while time.perf_counter() - began < ENERGY_S:
+        call()
+        ceilings.synchronize(device)
+        count += 1
+    return (joules() - before) / count
+
+
+def _cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def _spent_s(cores: Sequence[int]) -> tuple[float, float]:
+    """Seconds that some cores were busy or taken by the hypervisor, and seconds that this process used, since boot."""
+    busy = 0.0
+    names = {f"cpu{core}" for core in cores}
+    for name, *ticks in _stat():
+        if name in names:
+            user, nice, system, _, _, *others = map(int, ticks[:8])  # idle and waiting for disks left out
+            busy += (user + nice + system + sum(others)) / os.sysconf("SC_CLK_TCK")
+    return busy, sum(os.times()[:4])  # children's included
+
+
+def _stat() -> Iterator[list[str]]:
+    file = Path("/proc/stat")
+    if file.exists():
+        yield from (line.split() for line in file.read_text().splitlines())
+
+
+def _cpu() -> tuple[float | None, list[str]]:
+    """The cores' mean clock now, and the instruction sets that matter here."""
+    file = Path("/proc/cpuinfo")
+    text = file.read_text() if file.exists() else ""
+    clocks = [float(value) for value in re.findall(r"^cpu MHz\s*: ([\d.]+)$", text, re.MULTILINE)]
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    known = [flag for flag in (flags[1].split() if flags else []) if FLAGS.fullmatch(flag)]
+    return (round(statistics.mean(clocks), 1) if clocks else None), known
+
+
+def _gpu(device: torch.device) -> Row:
+    """What nvidia-smi says of the card: driver, clocks, power."""
+    asked = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    properties = torch.cuda.get_device_properties(device)
+    facts: Row = {
+        "capability": f"{properties.major}.{properties.minor}", "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+    }  # fmt: skip
+    command = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader", "-i", uuid]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return facts | {"nvidia_smi": f"not available ({type(error).__name__})"}
+    return facts | dict(zip(asked, (value.strip() for value in said.split(",")), strict=False))
