@@ -1,13 +1,16 @@
 """The command line: one dataclass a command, its fields the options, its ``run`` the call."""
 
+import json
 import os
+import re
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -28,6 +31,7 @@ from harlora.train.lodo import Study, lodo
 from harlora.train.pretrain import PretrainConfig, load_pretrained, pretrain
 
 RESULTS = Path("bench/results/lodo")
+SHOWN = 20  # problems that the doctor prints: one wrong kernel has many
 
 # A terminal says how wide it is; a log file does not, and a table broken into slivers helps nobody.
 console = Console(width=None if sys.stdout.isatty() else 160)
@@ -299,6 +303,76 @@ class Bench:
             sys.exit(130)
 
 
+@dataclass(frozen=True)
+class Doctor:
+    """Check that harlora works here: what serves and why, whether every kernel is right, how fast this machine is.
+
+    Ends with status 1 where something is wrong, and says what to do.
+    """
+
+    device: str = "cpu"
+    """cpu, cuda or cuda:0."""
+    tune: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Measure which kernels are fastest on this device, and use them from now on."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one JSON and nothing else."""
+    no_speed: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Leave out ceilings and the comparison with other libraries, which take one to two minutes."""
+
+    def run(self) -> None:
+        from harlora import doctor
+        from harlora.bench import peers, report
+        from harlora.bench.run import RESULT, Options, measure, where
+
+        rivals = (peers.OURS, peers.PEER, "dense + PEFT")
+        options = Options(
+            "quick", self.device, ("ceilings", "layer", "encoder", "step"), competitors=rivals, minutes=1.7,
+            command="harlora doctor",
+        )  # fmt: skip
+        device = options.checked_device()
+        status = Console(stderr=True)
+        found: dict[str, Any] = {}
+        with Bars(status) as bars:
+            try:
+                found["state"], problems = doctor.state(device)
+            except (RuntimeError, ValueError) as error:  # a name in HARLORA_CPU or HARLORA_BACKEND that is none
+                raise InputError(re.sub(r"^\w+, \S+:\d+, ", "", str(error).splitlines()[0])) from error
+            test = doctor.self_test(device, bars.run("self-test", 1, 1))
+            found["self_test"] = {"comparisons": test.comparisons, "covered": test.covered}
+            problems += test.problems
+            if self.tune:
+                try:
+                    found["tuned"] = doctor.tune(device, problems, bars.run("tuning", 1, 1))
+                except (ValueError, OSError) as error:
+                    raise InputError(f"--tune: {error}") from error
+        shown: list[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = [*doctor.tables(found)]
+        if not self.no_speed:
+            with tempfile.TemporaryDirectory() as folder:
+                result = measure(options, Path(folder) / RESULT, status)
+            found["speed"] = {name: result[name] for name in ("provenance", "ceilings", "competitors", "rows")}
+            for row in result["rows"]:
+                if row["competitor"] == peers.OURS and row["status"].startswith(("wrong", "raised")):
+                    problems.append(doctor.Problem(f"{where(row)}: {row['status']}", doctor.WRONG))
+            shown += report.overview(result)
+        found["problems"] = [each._asdict() for each in problems]
+        if self.json:
+            print(json.dumps(found, indent=1, allow_nan=False))
+        else:
+            for title, heads, body in shown:
+                _print_table(title, heads, body)
+            if not self.no_speed:
+                for text in (report.setting(result), *report.summary(result)):
+                    console.print(text, highlight=False, markup=False)
+            for each in problems[:SHOWN]:
+                console.print(f"PROBLEM: {each.problem}", style="bold red", highlight=False, markup=False)
+                console.print(f"  {each.remedy}", highlight=False, markup=False)
+            count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+            count += f", of which the first {SHOWN} are shown; --json has all" if len(problems) > SHOWN else ""
+            console.print(count if problems else "Nothing is wrong.", highlight=False)
+        if problems:
+            sys.exit(1)
+
+
 Command = (
     Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
@@ -306,13 +380,16 @@ Command = (
     | Annotated[Lodo, tyro.conf.subcommand("lodo")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
 
 
 def _print_table(title: str, heads: Sequence[str], body: Sequence[Sequence[str]]) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     for number, head in enumerate(heads):
-        table.add_column(head, justify="right" if number else "left", overflow="fold")
+        # Numbers, with what may stand in their place, to the right.
+        numbers = all(re.match(r"[\d–]|fails$|$", line[number]) for line in body)
+        table.add_column(head, justify="right" if numbers and number else "left", overflow="fold")
     for line in body:
         table.add_row(*line)
     console.print(title, style="bold", highlight=False, markup=False)
@@ -341,7 +418,7 @@ def main(arguments: list[str] | None = None) -> None:
     command = tyro.cli(
         Command,
         prog="harlora",
-        description="4-bit QLoRA for human activity recognition: data, pretraining, adaptation, reports, benchmarks.",
+        description="4-bit QLoRA for human activity recognition: data, training, reports, benchmarks, self-test.",
         args=arguments,
     )
     try:

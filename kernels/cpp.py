@@ -1,5 +1,7 @@
 """The compiled backend: the operators' arguments as the extension takes them, and its probes."""
 
+import contextlib
+import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -7,10 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from harlora.kernels import reference
+from harlora.kernels import reference, tuning
 from harlora.kernels.format import code_table, nested_code_table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ENVIRONMENT = "HARLORA_CPU"
+KERNELS = ("avx512bf16", "avx512", "avx2", "portable")
 
 
 @cache
@@ -30,6 +34,10 @@ def load_extension() -> str:
         torch.ops.load_library(path)
     except OSError as error:  # built for another machine or an older torch
         return f"{path} does not load: {error}"
+    tuned = tuning.table("cpu", path).get("kernels")
+    if tuned in KERNELS and not os.environ.get(ENVIRONMENT):
+        with contextlib.suppress(RuntimeError):  # another processor of the same name
+            select_kernels(tuned)
     return ""
 
 

@@ -4,6 +4,8 @@ A backend is a function with the arguments of the operator. `select` returns the
 serves the device and dtype, in the order of the table; ``HARLORA_BACKEND``, read when an operator first runs, names one
 instead. The first time a backend other than the reference is chosen on a device it must agree with the reference on a
 small probe; one that does not is left out from then on, with one warning that names it.
+
+The order is the table's here, or what ``harlora doctor --tune`` measured on this device (tuning.py).
 """
 
 import os
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harlora.kernels import cpp, reference
+from harlora.kernels import cpp, reference, tuning
 from harlora.kernels.format import QUANT_TYPES
 
 ENVIRONMENT = "HARLORA_BACKEND"
@@ -82,22 +84,20 @@ def _problems(operator: str, device: torch.device) -> list[tuple[Any, ...]]:
     return problems
 
 
+def _same(operator: str, backend: Backend, arguments: tuple[Any, ...]) -> bool:
+    expected, found = getattr(reference, operator)(*arguments), backend.function(*arguments)
+    pairs = zip(expected, found, strict=True) if isinstance(expected, tuple) else [(expected, found)]
+    if operator in {"quantize_4bit", "dequantize_4bit"}:
+        return all(torch.equal(one, other) for one, other in pairs)
+    return all(torch.allclose(one, other, rtol=1e-3, atol=1e-3) for one, other in pairs)
+
+
 @cache
-def _agrees(operator: str, backend: Backend, device: torch.device) -> bool:
+def agrees(operator: str, backend: Backend, device: torch.device) -> bool:
+    """Whether ``backend`` gives the reference's results on a small probe; computed once, with a warning if not."""
     if backend.name == "reference":
         return True
-    exact = operator in {"quantize_4bit", "dequantize_4bit"}
-    for arguments in _problems(operator, device):
-        expected, found = getattr(reference, operator)(*arguments), backend.function(*arguments)
-        pairs = zip(expected, found, strict=True) if isinstance(expected, tuple) else [(expected, found)]
-        for one, other in pairs:
-            same = torch.equal(one, other) if exact else torch.allclose(one, other, rtol=1e-3, atol=1e-3)
-            if not same:
-                break
-        else:
-            continue
-        break
-    else:
+    if all(_same(operator, backend, arguments) for arguments in _problems(operator, device)):
         return True
     warnings.warn(
         f"harlora: backend {backend.name!r} of {operator} disagrees with the reference on {device} and is not used; "
@@ -106,6 +106,30 @@ def _agrees(operator: str, backend: Backend, device: torch.device) -> bool:
         stacklevel=2,
     )
     return False
+
+
+def refusal(operator: str, backend: Backend, device: torch.device, dtype: torch.dtype) -> str:
+    """Why ``backend`` may not serve, whatever it computes; empty if it may."""
+    forced = os.environ.get(ENVIRONMENT, "")
+    if backend.device_type not in (None, device.type):
+        return f"it is for {backend.device_type}"
+    if backend.dtypes and dtype not in backend.dtypes:
+        return f"it has no {str(dtype).removeprefix('torch.')}"
+    if forced and forced != backend.name and backend.name != "reference":
+        return f"{ENVIRONMENT}={forced}"
+    if not forced and not backend.verified:
+        return f"it has not yet run correctly on such a device; {ENVIRONMENT}={backend.name} asks for it"
+    return ""
+
+
+def ordered(operator: str, device: torch.device, dtype: torch.dtype) -> list[Backend]:
+    """The backends of ``operator`` in the order in which they are asked: the user's own, if measured on this device."""
+    known = list(backends(operator))
+    if os.environ.get(ENVIRONMENT):
+        return known
+    order = tuning.table(device.type, cpp.extension_path()).get("order", {})
+    names = order.get(f"{operator} {str(dtype).removeprefix('torch.')}", [])
+    return sorted(known, key=lambda backend: names.index(backend.name) if backend.name in names else len(names))
 
 
 @cache
@@ -121,14 +145,10 @@ def select(operator: str, device: torch.device, dtype: torch.dtype) -> Callable[
             raise ValueError(f"{ENVIRONMENT} must be 'reference' or 'cpp', got {forced!r}; unset it for the default")
         if forced == "cpp" and cpp.load_extension():
             raise RuntimeError(f"{ENVIRONMENT}=cpp, but the extension does not serve: {cpp.load_extension()}")
-    for backend in backends(operator):
-        if backend.device_type not in (None, device.type) or (backend.dtypes and dtype not in backend.dtypes):
+    for backend in ordered(operator, device, dtype):
+        if refusal(operator, backend, device, dtype):
             continue
-        if forced and forced != backend.name and backend.name != "reference":
-            continue
-        if not forced and not backend.verified:
-            continue
-        if _agrees(operator, backend, device):
+        if agrees(operator, backend, device):
             return backend.function
         if forced == backend.name:
             raise RuntimeError(f"{ENVIRONMENT}={forced}: {operator} disagrees with the reference on {device}")

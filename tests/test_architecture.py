@@ -33,8 +33,10 @@ ALLOWED = {
         "harlora", "harlora.kernels", "harlora.nn", "harlora.models", "harlora.train", "harlora.errors",
         "harlora.files",
     },
+    "harlora.doctor": {"harlora", "harlora.kernels", "harlora.models", "harlora.files"},
     "harlora.cli": {
-        "harlora.bench", "harlora.train", "harlora.report", "harlora.data", "harlora.errors", "harlora.progress",
+        "harlora", "harlora.bench", "harlora.doctor", "harlora.train", "harlora.report", "harlora.data",
+        "harlora.errors", "harlora.progress",
     },
     "harlora.__main__": {"harlora.cli"},
     "harlora": {"harlora.kernels", "harlora.nn", "harlora.models"},

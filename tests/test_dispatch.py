@@ -18,10 +18,10 @@ needs_extension = pytest.mark.skipif(bool(cpp.load_extension()), reason=cpp.load
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
     monkeypatch.delenv("HARLORA_BACKEND", raising=False)
-    dispatch._agrees.cache_clear()
+    dispatch.agrees.cache_clear()
     eager.reset()
     yield
-    dispatch._agrees.cache_clear()
+    dispatch.agrees.cache_clear()
     eager.reset()
 
 

@@ -1,0 +1,315 @@
+"""The doctor finds what is wrong, names it, and says what to do; tables that it measures are obeyed."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+from harlora import cli, doctor
+from harlora.kernels import cpp, dispatch, eager, reference, tuning
+
+CPU = torch.device("cpu")
+needs_extension = pytest.mark.skipif(bool(cpp.load_extension()), reason=cpp.load_extension())
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch):
+    monkeypatch.delenv("HARLORA_BACKEND", raising=False)
+    monkeypatch.delenv("HARLORA_CPU", raising=False)
+    forget()
+    yield
+    forget()
+
+
+BACKENDS = dispatch.backends
+
+
+def forget():
+    BACKENDS.cache_clear()
+    dispatch.agrees.cache_clear()
+    tuning.table.cache_clear()
+    eager.reset()
+
+
+@pytest.fixture
+def table_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HARLORA_TUNING", str(tmp_path / "tuning.json"))
+    return tmp_path / "tuning.json"
+
+
+def write(file, **changes):
+    table = {"build": tuning.build(cpp.extension_path()), "order": {}} | changes
+    file.write_text(json.dumps({"format": 1, "devices": {tuning.device_name("cpu"): table}}))
+
+
+def test_nothing_is_wrong_here():
+    test = doctor.self_test(CPU)
+    assert test.problems == []
+    assert test.comparisons > 300
+    covered = set(test.covered)
+    for operator in dispatch.OPERATORS:
+        assert f"{operator}, reference" in covered
+        assert f"{operator}, what harlora chooses" in covered
+    if not cpp.load_extension():
+        for operator in (*dispatch.OPERATORS, "qlora_qkv", "qlora_mlp", "attention", "encoder"):
+            assert f"{operator}, cpp portable" in covered
+
+
+@needs_extension
+def test_the_kernels_that_serve_are_the_same_afterwards():
+    cpp.select_kernels("portable")
+    doctor.self_test(CPU)
+    doctor.state(CPU)
+    assert cpp.selected_kernels() == "portable"
+    cpp.select_kernels()
+
+
+def off(function, changed, when=lambda *arguments: True):
+    """``function`` with one of its results changed for some arguments."""
+
+    def wrong(*arguments):
+        results = function(*arguments)
+        if not when(*arguments):
+            return results
+        if isinstance(results, tuple):
+            return tuple(changed(each) if i == 0 else each for i, each in enumerate(results))
+        return changed(results)
+
+    return wrong
+
+
+def one_value(tensor):
+    tensor = tensor.clone()
+    if tensor.numel():
+        tensor.view(-1)[-1] += 1
+    return tensor
+
+
+@needs_extension
+@pytest.mark.parametrize("operator", dispatch.OPERATORS)
+def test_one_wrong_value_is_named_with_operator_backend_and_shape(operator, monkeypatch):
+    monkeypatch.setattr(cpp, operator, off(getattr(cpp, operator), one_value))
+    problems = [each.problem for each in doctor.self_test(CPU).problems]
+    assert problems
+    assert all(problem.startswith(f"{operator}, backend cpp ") for problem in problems)
+    assert any("cpp portable on cpu" in problem and "5 rows, 63→129, rank 3" in problem for problem in problems)
+
+
+@needs_extension
+def test_what_is_wrong_in_one_dtype_and_shape_alone_is_found(monkeypatch):
+    def when(x, *_):
+        return x.dtype == torch.bfloat16 and x.shape[-1] == 1088 and len(x) == 15
+
+    monkeypatch.setattr(cpp, "qlora_linear", off(cpp.qlora_linear, lambda y: y * 1.1, when))
+    problems = doctor.self_test(CPU).problems
+    assert problems
+    for each in problems:
+        assert "bfloat16, 15 rows, 1088→70, rank 4, nf4, blocksize 64: y is off by" in each.problem
+        assert "HARLORA_BACKEND=reference" in each.remedy
+
+
+@needs_extension
+@pytest.mark.parametrize("changed", [lambda y: y * float("nan"), lambda y: y[:0]])
+def test_nan_and_a_wrong_shape_are_found(changed, monkeypatch):
+    monkeypatch.setattr(cpp, "qlora_linear", off(cpp.qlora_linear, changed))
+    assert doctor.self_test(CPU).problems
+
+
+@needs_extension
+@pytest.mark.parametrize("name", ["qlora_qkv", "qlora_mlp", "attention"])
+def test_wrong_groups_are_named(name, monkeypatch):
+    right = getattr(eager, name)
+    monkeypatch.setattr(doctor.eager, name, lambda *a: off(right, lambda y: y + 1e-2)(*a))
+    problems = [each.problem for each in doctor.self_test(CPU).problems]
+    assert problems
+    assert all(problem.startswith(f"{name}, backend cpp ") for problem in problems)
+    assert any("2 windows, 16 tokens, width 192" in problem for problem in problems)
+
+
+@needs_extension
+def test_a_backend_that_raises_is_a_problem_not_a_crash(monkeypatch):
+    def raises(*_):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(cpp, "dequantize_4bit", raises)
+    assert any("raises RuntimeError: broken" in each.problem for each in doctor.self_test(CPU).problems)
+
+
+def test_a_missing_extension_is_a_problem_with_a_remedy(monkeypatch):
+    monkeypatch.setattr(cpp, "load_extension", lambda: "it was not built")
+    monkeypatch.setattr(dispatch, "backends", lambda o: (dispatch.Backend("reference", getattr(reference, o)),))
+    state, problems = doctor.state(CPU)
+    assert state["extension"] == "it was not built"
+    assert problems[0].problem == "the compiled extension does not serve: it was not built"
+    assert "pip install" in problems[0].remedy
+    assert {line["serves"] for line in state["backends"]} == {"reference"}
+    assert all("cpp: it was not built" in line["others"] for line in state["backends"])
+
+
+def test_a_backend_that_disagrees_is_a_problem(monkeypatch):
+    wrong = dispatch.Backend("cpp", off(reference.dequantize_4bit, one_value), "cpu")
+
+    def backends(operator):
+        first = (wrong,) if operator == "dequantize_4bit" else ()
+        return (*first, dispatch.Backend("reference", getattr(reference, operator)))
+
+    monkeypatch.setattr(dispatch, "backends", backends)
+    state, problems = doctor.state(CPU)
+    assert [each.problem for each in problems if "disagrees" in each.problem] == [
+        "backend cpp of dequantize_4bit disagrees with the reference on cpu"
+    ]
+    line = next(line for line in state["backends"] if line["operator"] == "dequantize_4bit")
+    assert (line["serves"], line["others"]) == ("reference", "cpp: disagrees with the reference")
+
+
+def run(capsys, *arguments, status=0):
+    if status:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["doctor", "--no-speed", *arguments])
+        assert stopped.value.code == status
+    else:
+        cli.main(["doctor", "--no-speed", *arguments])
+    return capsys.readouterr().out
+
+
+@needs_extension
+def test_the_command_says_what_serves_and_that_all_is_well(capsys):
+    said = run(capsys)
+    for text in ("This installation", "Backends", "why others do not", "Self-test", "Nothing is wrong."):
+        assert text in said
+
+
+@needs_extension
+def test_the_command_fails_where_something_is_wrong(capsys, monkeypatch):
+    monkeypatch.setattr(cpp, "quantize_4bit", off(cpp.quantize_4bit, one_value))
+    said = run(capsys, status=1)
+    assert "PROBLEM: quantize_4bit, backend cpp" in said
+    assert "problems, of which the first 20 are shown; --json has all" in said
+    found = json.loads(run(capsys, "--json", status=1))
+    assert len(found["problems"]) > 20
+    assert set(found["problems"][0]) == {"problem", "remedy"}
+
+
+def test_the_speed_summary_is_part_of_it(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "harlora", "doctor", "--json"], capture_output=True, text=True, check=False,
+        cwd=tmp_path, env={**os.environ, "HARLORA_TUNING": "0"},
+    )  # fmt: skip
+    found = json.loads(done.stdout)
+    assert done.returncode == (1 if found["problems"] else 0)
+    assert found["speed"]["ceilings"]["copy_gb_s"] > 0
+    assert {row["competitor"] for row in found["speed"]["rows"]} == {"harlora", "bitsandbytes + PEFT", "dense + PEFT"}
+
+
+@needs_extension
+def test_tuning_measures_and_is_obeyed(table_file, monkeypatch):
+    calls = []
+    monkeypatch.setattr(doctor, "_compare", lambda who, device: calls.append(who) or dict.fromkeys(who, 1.0))
+    table = doctor.tune(CPU, [])
+    assert table["order"]["qlora_linear float32"] == ["cpp", "reference"]
+    assert table["kernels"] == cpp.select_kernels()
+    assert json.loads(table_file.read_text())["devices"][tuning.device_name("cpu")] == table
+    # Each is slower than the one after it; what is found wrong takes no part.
+    monkeypatch.setattr(doctor, "_compare", lambda who, device: {n: 1 / (i + 1) for i, n in enumerate(who)})
+    assert doctor.tune(CPU, [])["kernels"] == "portable"
+    forget()
+    assert dispatch.select("dequantize_4bit", CPU, torch.float32) is reference.dequantize_4bit
+    assert "measured 20" in doctor.state(CPU)[0]["tuning"]
+    monkeypatch.setenv("HARLORA_BACKEND", "cpp")
+    forget()
+    assert dispatch.select("dequantize_4bit", CPU, torch.float32) is cpp.dequantize_4bit
+    monkeypatch.delenv("HARLORA_BACKEND")
+    known = [name for name, why in doctor._variants().items() if not why]
+    wrong = doctor.Problem(f"qlora_linear, backend cpp {known[0]} on cpu, …", "")
+    table = doctor.tune(CPU, [wrong])
+    assert table["kernels"] == "portable"
+    assert known[0] not in table["measured"]["CPU kernels"]
+    assert table["order"] == {}
+
+
+@needs_extension
+def test_a_timing_is_compared_in_turns():
+    turns = []
+
+    def call(name, seconds):
+        turns.append(name)
+        end = doctor.time.perf_counter() + seconds
+        while doctor.time.perf_counter() < end:
+            pass
+
+    found = doctor._compare({"a": [partial(call, "a", 1e-3)], "b": [partial(call, "b", 4e-3)]}, CPU, rounds=3)
+    assert found["a"] == 1
+    assert found["b"] > 2
+    assert turns[:4] == ["a", "b", "a", "b"]
+    assert doctor._faster_first(["a", "b"], {"a": 1.0, "b": 0.98}) == ["a", "b"]
+    assert doctor._faster_first(["a", "b", "c"], {"a": 1.0, "b": 0.5, "c": 0.9}) == ["b", "c", "a"]
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("changes", "environment", "kernels"),
+    [
+        ({"kernels": "portable"}, {}, "portable"),
+        ({"kernels": "portable"}, {"HARLORA_CPU": "avx2"}, "avx2"),
+        ({"kernels": "portable", "build": "another"}, {}, None),
+        ({"kernels": "sse9"}, {}, None),
+    ],
+)
+def test_a_table_chooses_the_kernels_of_a_new_process(table_file, changes, environment, kernels, use_kernels):
+    if environment:
+        use_kernels("avx2")
+    write(table_file, **changes)
+    code = "from harlora.kernels import cpp; print(cpp.load_extension() or cpp.selected_kernels())"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+    assert done.stdout.strip() == (kernels or cpp.select_kernels())
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["no json", '{"format": 9}', '{"format": 1, "devices": {"x": 3}}', '{"format": 1, "devices": {"x": {"order": 3}}}'],
+)
+def test_a_damaged_table_is_ignored_with_one_warning(table_file, content):
+    table_file.write_text(content)
+    with pytest.warns(RuntimeWarning, match=r"tuning\.json .* is not used; delete it, or measure anew"):
+        dispatch.select("qlora_linear", CPU, torch.float32)
+    for operator in dispatch.OPERATORS:
+        dispatch.select(operator, CPU, torch.float32)  # a second warning would be an error
+    problems = doctor.state(CPU)[1]
+    assert any("tuning table" in each.problem and "delete it" in each.remedy for each in problems)
+
+
+def test_a_table_of_another_device_or_build_does_not_count(table_file):
+    write(table_file, order={"dequantize_4bit float32": ["reference"]}, build="another")
+    assert tuning.table("cpu", cpp.extension_path()) == {}
+    assert "another build" in doctor.state(CPU)[0]["tuning"]
+    table_file.write_text('{"format": 1, "devices": {"cpu: other": {"order": {}}}}')
+    assert "not measured here" in doctor.state(CPU)[0]["tuning"]
+
+
+@pytest.mark.parametrize("variable", ["HARLORA_CPU", "HARLORA_BACKEND"])
+def test_a_wrong_variable_is_named_without_a_traceback(variable, tmp_path):
+    if variable == "HARLORA_CPU" and cpp.load_extension():
+        pytest.skip("the extension is not built here")
+    done = subprocess.run(
+        [sys.executable, "-m", "harlora", "doctor", "--no-speed"], capture_output=True, text=True, check=False,
+        cwd=tmp_path, env={**os.environ, variable: "sse9"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f"{variable} must be " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_tables_can_be_switched_off(monkeypatch, capsys):
+    monkeypatch.setenv("HARLORA_TUNING", "0")
+    assert "switched off" in doctor.state(CPU)[0]["tuning"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["doctor", "--no-speed", "--tune"])
+    assert stopped.value.code == 2
+    assert "--tune: HARLORA_TUNING=0 switches tables off; unset it to tune" in capsys.readouterr().err
