@@ -365,7 +365,8 @@ class Doctor:
                     console.print(text, highlight=False, markup=False)
             for each in problems[:SHOWN]:
                 console.print(f"PROBLEM: {each.problem}", style="bold red", highlight=False, markup=False)
-                console.print(f"  {each.remedy}", highlight=False, markup=False)
+            for remedy in dict.fromkeys(each.remedy for each in problems):
+                console.print(f"Remedy: {remedy}", highlight=False, markup=False)
             count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
             count += f", of which the first {SHOWN} are shown; --json has all" if len(problems) > SHOWN else ""
             console.print(count if problems else "Nothing is wrong.", highlight=False)
