@@ -51,6 +51,7 @@ class Case(NamedTuple):
     facts: Mapping[str, Any]  # which case, of what size: the columns of its rows
     contenders: Mapping[str, Callable[[], Contender]]  # by competitor; making one may raise
     grad: bool  # False: timed under no_grad
+    held_bytes: int = 0  # about what its models take beyond those of the case before
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ class Plan:
             name: cache(partial(_adapted, name, base, ["0"], copies, size.rank, size.direction != "forward"))
             for name in names
         }
+        # Three competitors hold it dense, all of them once in float32 to be checked with.
+        held = 4 * weights * (3 * copies + len(names))
         for rows in size.rows:
             x = torch.randn(rows, size.in_features, dtype=dtype, device=device)
             flop = 2 * rows * (weights + size.rank * (size.in_features + size.out_features))
@@ -126,7 +129,8 @@ class Plan:
                 for name in names
                 if not name.endswith("compiled") or rows in self.compiled_rows
             }
-            yield Case(facts, contenders, grad=size.direction != "forward")
+            yield Case(facts, contenders, grad=size.direction != "forward", held_bytes=held)
+            held = 0
 
     def _encoders(self, model: str, device: torch.device, dtype: str) -> Iterator[Case]:
         base = MAE(MODELS[model]).encoder.eval().to(device, DTYPES[dtype])

@@ -19,7 +19,7 @@ from harlora.errors import InputError
 from harlora.files import read_json, write_text
 
 PAGE = "index.html"
-NOISY = 0.10  # spread, (p80 - p20) / median, from which on a ratio is marked
+NOISY = 0.10  # spread of a ratio, (p80 - p20) / median, from which on a ratio is marked
 FASTER = 1.03  # less than this is no win and no loss
 MARK = "~"
 LOST, FAILED = "Where harlora loses", "Not measured"
@@ -30,7 +30,7 @@ KEYS = ("case", "in_features", "out_features", "rows", "direction", "dtype", "ra
 
 
 class Ratio(NamedTuple):
-    """How many times as long ``over`` takes as ``of``; noisy if the samples of either spread by more than 10 %."""
+    """How many times as long ``over`` takes as ``of``; noisy if that spreads by more than 10 % from round to round."""
 
     facts: Row
     of: Row
@@ -82,9 +82,12 @@ def ratio(rows: Mapping[str, Row], over: str, of: str = OURS) -> Ratio | None:
     if over not in rows or of not in rows or "median_us" not in rows[over] or "median_us" not in rows[of]:
         return None
     mine, theirs = rows[of], rows[over]
-    noisy = max(_spread(mine), _spread(theirs)) > NOISY
     facts = {name: mine[name] for name in KEYS if name in mine}
-    return Ratio(facts, mine, theirs, theirs["median_us"] / mine["median_us"], noisy)
+    if of == OURS:
+        spread = (theirs["p80_ratio"] - theirs["p20_ratio"]) / theirs["median_ratio"]
+        return Ratio(facts, mine, theirs, theirs["median_ratio"], spread > NOISY)
+    value = theirs["median_us"] / mine["median_us"]
+    return Ratio(facts, mine, theirs, value, max(_spread(mine), _spread(theirs)) > NOISY)
 
 
 def ratios(result: Row) -> list[Ratio]:
@@ -219,7 +222,7 @@ def summary(result: Row) -> list[str]:
     noisy = sum(each.noisy for each in everything)
     if noisy:
         lines.append(
-            f"{noisy} of {len(everything)} ratios are marked {MARK}: samples of one side spread by more than "
+            f"{noisy} of {len(everything)} ratios are marked {MARK}: from round to round they spread by more than "
             f"{NOISY:.0%} between the 20th and 80th percentile."
         )
     taken = result["provenance"].get("taken_by_others", 0.0)

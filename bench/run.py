@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from harlora.bench import ceilings, energy, memory, peers
-from harlora.bench.cases import DTYPES, Case, Layers, Plan, plan
+from harlora.bench.cases import DTYPES, Case, Contender, Layers, Plan, plan
 from harlora.errors import InputError
 from harlora.files import write_json
 from harlora.train.memory import step_peak_bytes
@@ -31,17 +31,23 @@ FLAGS = re.compile(r"avx2|fma|avx512f|avx512_bf16|avx512_vnni|avx512_fp16|avx_vn
 
 # A sample is at least this long: beyond the clock's resolution and the loop's cost, on a GPU beyond synchronising.
 SAMPLE_S = {"cpu": 200e-6, "cuda": 2e-3}
-SECONDS = {"quick": 0.8, "standard": 1.5, "full": 1.5}  # for a case
-ROUNDS = {"quick": 9, "standard": 15, "full": 9}
+SECONDS = {"quick": 2.4, "standard": 2.4, "full": 1.5}  # for a case
+ROUNDS = {"quick": 20, "standard": 20, "full": 9}
 MOST_SECONDS = {"quick": 10.0, "standard": 60.0, "full": 60.0}
 MINUTES = {"quick": 2.7, "standard": math.inf, "full": math.inf}
+SWEEPS = {"quick": 4, "standard": 4, "full": 1}
+KEPT = 0.25  # share of the memory that models may hold from one sweep to the next
 ENERGY_S = 0.3
 BUSY = 0.03  # share of the cores' time from which on others disturb
 METHOD = {
     "samples": "competitors take turns, in alternating order; each sample is the mean of `inner` calls, as many for all"
     " competitors of a case as take the fastest 200 us (a GPU: 2 ms, wall clock until all is done, launches included);"
     " one untimed call before each",
-    "rounds": "until both the least number of rounds and the seconds of a case are reached; garbage collection is off",
+    "rounds": "until both the least number of rounds and the seconds of a case are reached, shared out over the sweeps;"
+    " garbage collection is off",
+    "sweeps": "cases are gone through more than once, so that a state the machine is in for some seconds does not meet"
+    " one case alone; models that memory does not allow to keep are measured in the first sweep only",
+    "ratio": "median, 20th and 80th percentile over the rounds of a competitor's sample / harlora's of the same round",
     "weights": "a layer of 2^24 weights or more is held weight_copies times by every competitor and the copies take"
     " turns, so that packed weights come from memory, not from the last cache; smaller ones and whole models are held"
     " once, as they are in use",
@@ -144,7 +150,9 @@ def measure(options: Options, file: Path, console: Console) -> Row:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     seconds, rounds = options.seconds or SECONDS[options.preset], ROUNDS[options.preset]
-    minutes = options.minutes or MINUTES[options.preset]
+    sweeps, minutes = SWEEPS[options.preset], options.minutes or MINUTES[options.preset]
+    kept: list[Measured] = []
+    held = 0
     joules, source = energy.counter(device)
     chosen = options.plan(device)
     began, (busy, own) = time.perf_counter(), _spent_s(cores[:threads])
@@ -177,7 +185,7 @@ def measure(options: Options, file: Path, console: Console) -> Row:
     with Progress(
         *columns, console=console, auto_refresh=False, transient=True, disable=not console.is_terminal
     ) as bar:
-        task = bar.add_task("", total=1 + chosen.count() + len(memory_rows))
+        task = bar.add_task("", total=1 + sweeps * chosen.count() + len(memory_rows))
 
         def begin(what: str) -> None:
             bar.update(task, description=what, refresh=True)
@@ -210,8 +218,22 @@ def measure(options: Options, file: Path, console: Console) -> Row:
                     reason = f"left out: would take about {expected / 60:.0f} minutes here"
                 if reason:
                     done([{**case.facts, "competitor": name, "status": reason} for name in case.contenders])
-                else:
-                    done(run_case(case, device, seconds, rounds, None if options.preset == "quick" else joules))
+                    continue
+                measured = Measured(case, device)
+                measured.sample(seconds / sweeps, -(-rounds // sweeps))
+                if joules is not None and options.preset != "quick":
+                    measured.energy(joules)
+                done(measured.rows)
+                held += case.held_bytes
+                if held < KEPT * _memory_bytes(device):
+                    kept.append(measured)
+                del measured  # with it, what is not kept goes before the next is made
+            for sweep in range(2, sweeps + 1):
+                for measured in kept:
+                    if not over():
+                        begin(f"{where(measured.rows[0])}, sweep {sweep} of {sweeps}")
+                        measured.sample(seconds / sweeps, -(-rounds // sweeps))
+                    done([])
             result["complete"] = not any(row["status"].endswith("were over") for row in result["rows"])
         except KeyboardInterrupt:
             result["stopped"] = True
@@ -220,24 +242,93 @@ def measure(options: Options, file: Path, console: Console) -> Row:
     return result
 
 
-def samples_s(
-    calls: Mapping[str, Callable[[], object]], device: torch.device, seconds: float, rounds: int
-) -> tuple[dict[str, list[float]], int]:
-    """Seconds a call of every sample, by competitor, and the calls in a sample."""
+class Measured:
+    """A case whose competitors are made and checked; every `sample` adds to what its rows say.
 
-    def lasts(call: Callable[[], object], count: int) -> float:
-        began = time.perf_counter()
-        for _ in range(count):
-            call()
-        ceilings.synchronize(device)
-        return (time.perf_counter() - began) / count
+    rows: one for every competitor; one that is absent, raises or is wrong is not timed, and its ``status`` says so.
+    """
 
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.rows: list[Row] = []
+        self._device = device
+        self._gradients = nullcontext if case.grad else torch.no_grad
+        self._calls: dict[str, Callable[[], object]] = {}
+        self._times: dict[str, list[float]] = {}
+        self._inner = 0
+        with self._gradients():
+            for name, make in case.contenders.items():
+                self.rows.append(row := {**case.facts, "competitor": name, "status": peers.absent(name) or "ok"})
+                if row["status"] == "ok":
+                    self._check(row, make)
+
+    def _check(self, row: Row, make: Callable[[], Contender]) -> None:
+        try:
+            call, error = make()
+            peak = step_peak_bytes(call, self._device)
+        except Exception as problem:
+            row["status"] = f"raised {type(problem).__name__}: {without_folders(str(problem))[:300]}"
+            return
+        limit = peers.error_limit(row["competitor"], DTYPES[row["dtype"]])
+        row["relative_error"] = error if math.isfinite(error) else None  # JSON has no NaN
+        if not error <= limit:
+            row["status"] = f"wrong: relative error {error:.1g}, above {limit:g}"
+            return
+        row["peak_bytes"] = peak
+        self._calls[row["competitor"]] = call
+        self._times[row["competitor"]] = []
+
+    def sample(self, seconds: float, rounds: int) -> None:
+        """Times the competitors in turns for ``seconds`` and at least ``rounds`` rounds."""
+        if not self._calls:
+            return
+        with self._gradients():
+            self._inner = self._inner or _inner(self._calls, self._device)
+            _take_turns(self._calls, self._times, self._inner, self._device, seconds, rounds)
+        ours = self._times.get(peers.OURS)
+        for row in self.rows:
+            times = self._times.get(row["competitor"])
+            if times:
+                row |= {f"{name}_us": 1e6 * value for name, value in _quantiles(times).items()}
+                row |= {"rounds": len(times), "inner": self._inner}
+                if ours:
+                    quotients = [one / other for one, other in zip(times, ours, strict=True)]
+                    row |= {f"{name}_ratio": value for name, value in _quantiles(quotients).items()}
+
+    def energy(self, joules: Callable[[], float]) -> None:
+        """Adds the joules of a call to the rows."""
+        with self._gradients():
+            for row in self.rows:
+                if row["competitor"] in self._calls:
+                    row["joules"] = _joules(self._calls[row["competitor"]], joules, self._device)
+
+
+def _quantiles(values: Sequence[float]) -> dict[str, float]:
+    p20, _, _, p80 = statistics.quantiles(values, n=5, method="inclusive")
+    return {"median": statistics.median(values), "p20": p20, "p80": p80}
+
+
+def _lasts(call: Callable[[], object], count: int, device: torch.device) -> float:
+    """Seconds of a call, the mean of ``count``."""
+    began = time.perf_counter()
+    for _ in range(count):
+        call()
+    ceilings.synchronize(device)
+    return (time.perf_counter() - began) / count
+
+
+def _inner(calls: Mapping[str, Callable[[], object]], device: torch.device) -> int:
+    """How many calls make a sample long enough."""
     for call in calls.values():
         call()
     ceilings.synchronize(device)
-    fastest = min(min(lasts(call, 1) for _ in range(5)) for call in calls.values())
-    inner = max(1, math.ceil(SAMPLE_S[device.type] / fastest))
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    fastest = min(min(_lasts(call, 1, device) for _ in range(5)) for call in calls.values())
+    return max(1, math.ceil(SAMPLE_S[device.type] / fastest))
+
+
+def _take_turns(
+    calls: Mapping[str, Callable[[], object]], found: dict[str, list[float]], inner: int, device: torch.device,
+    seconds: float, rounds: int,
+) -> None:  # fmt: skip
     end = time.perf_counter() + seconds
     order, done = list(calls), 0
     gc.collect()
@@ -248,50 +339,11 @@ def samples_s(
                 # Brings back what the competitor before took from the caches.
                 calls[name]()
                 ceilings.synchronize(device)
-                found[name].append(lasts(calls[name], inner))
+                found[name].append(_lasts(calls[name], inner, device))
             order.reverse()
             done += 1
     finally:
         gc.enable()
-    return found, inner
-
-
-def run_case(
-    case: Case, device: torch.device, seconds: float, rounds: int, joules: Callable[[], float] | None = None
-) -> list[Row]:
-    """A row for every competitor; one that is absent, raises or is wrong is not timed, and its ``status`` says so."""
-    rows: dict[str, Row] = {}
-    calls = {}
-    with nullcontext() if case.grad else torch.no_grad():
-        for name, make in case.contenders.items():
-            rows[name] = row = {**case.facts, "competitor": name, "status": peers.absent(name) or "ok"}
-            if row["status"] != "ok":
-                continue
-            try:
-                call, error = make()
-                peak = step_peak_bytes(call, device)
-            except Exception as problem:
-                row["status"] = f"raised {type(problem).__name__}: {without_folders(str(problem))[:300]}"
-                continue
-            limit = peers.error_limit(name, DTYPES[case.facts["dtype"]])
-            row["relative_error"] = error if math.isfinite(error) else None  # JSON has no NaN
-            if not error <= limit:
-                row["status"] = f"wrong: relative error {error:.1g}, above {limit:g}"
-                continue
-            row["peak_bytes"] = peak
-            calls[name] = call
-        if not calls:
-            return list(rows.values())
-        found, inner = samples_s(calls, device, seconds, rounds)
-        for name, times in found.items():
-            p20, _, _, p80 = statistics.quantiles(times, n=5, method="inclusive")
-            rows[name] |= {
-                "median_us": 1e6 * statistics.median(times), "p20_us": 1e6 * p20, "p80_us": 1e6 * p80,
-                "rounds": len(times), "inner": inner,
-            }  # fmt: skip
-            if joules is not None:
-                rows[name]["joules"] = _joules(calls[name], joules, device)
-    return list(rows.values())
 
 
 def where(facts: Mapping[str, Any]) -> str:
@@ -351,6 +403,12 @@ def _joules(call: Callable[[], object], joules: Callable[[], float], device: tor
         ceilings.synchronize(device)
         count += 1
     return (joules() - before) / count
+
+
+def _memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _cores() -> list[int]:

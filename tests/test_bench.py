@@ -77,7 +77,8 @@ def test_a_run_writes_what_it_promises(tmp_path, request):
     for row in rows.values():
         if row["status"] == "ok":
             assert 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"]
-            assert row["rounds"] >= 9
+            assert row["rounds"] >= 20
+            assert 0 < row["p20_ratio"] <= row["median_ratio"] <= row["p80_ratio"]
             assert row["relative_error"] < (5e-2 if row["competitor"] in {PEER, "harlora int8"} else 1e-4)
             assert row["peak_bytes"] > 0
     # bitsandbytes has no right answer for every shape, and not every processor has products in fewer bits; what
@@ -142,7 +143,9 @@ def test_who_is_wrong_raises_or_is_absent_is_named_and_not_timed(monkeypatch):
          "dequantise + matmul": contender(float("nan"), called)},
         grad=False,
     )  # fmt: skip
-    rows = {row["competitor"]: row for row in run.run_case(case, CPU, 0.001, 3)}
+    measured = run.Measured(case, CPU)
+    measured.sample(0.001, 3)
+    rows = {row["competitor"]: row for row in measured.rows}
     assert rows[OURS]["status"] == "ok"
     assert rows[DENSE]["status"] == "wrong: relative error 0.0002, above 0.0001"
     assert rows["dequantise + matmul"]["status"].startswith("wrong")
@@ -167,7 +170,7 @@ def small_run(monkeypatch, tmp_path, **options):
 
 
 def test_what_was_measured_before_ctrl_c_is_kept(monkeypatch, tmp_path):
-    real, count = run.run_case, []
+    real, count = run.Measured, []
 
     def interrupted(*arguments):
         count.append(1)
@@ -175,7 +178,7 @@ def test_what_was_measured_before_ctrl_c_is_kept(monkeypatch, tmp_path):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(run, "run_case", interrupted)
+    monkeypatch.setattr(run, "Measured", interrupted)
     result = small_run(monkeypatch, tmp_path)
     assert result == report.load(tmp_path)
     assert (result["stopped"], result["complete"]) == (True, False)
@@ -221,12 +224,14 @@ def test_an_error_in_one_row_of_a_gradient_is_seen():
 
 
 def result_of(*rows, ceilings=None):
+    ours = {m: t for m, name, t, _ in rows if name == OURS}
     return {
         "bench": "harlora", "format": run.FORMAT, "complete": True, "stopped": False, "ceilings": ceilings,
         "provenance": {"taken_by_others": 0.0}, "competitors": {}, "method": {},
         "rows": [
             {**FACTS, "rows": m, "competitor": name, "status": "ok", "relative_error": 1e-7, "median_us": t,
-             "p20_us": t * (1 - s), "p80_us": t * (1 + s)}
+             "p20_us": t * (1 - s), "p80_us": t * (1 + s), "median_ratio": t / ours[m],
+             "p20_ratio": t / ours[m] * (1 - s), "p80_ratio": t / ours[m] * (1 + s)}
             for m, name, t, s in rows
         ],
     }  # fmt: skip
@@ -234,7 +239,7 @@ def result_of(*rows, ceilings=None):
 
 def test_ratios_losses_and_noise():
     result = result_of((1, OURS, 10.0, 0.01), (1, PEER, 20.0, 0.01), (1, DENSE, 5.0, 0.01),
-                       (2, OURS, 10.0, 0.06), (2, PEER, 9.9, 0.01))  # fmt: skip
+                       (2, OURS, 10.0, 0.01), (2, PEER, 9.9, 0.06))  # fmt: skip
     assert [each.text for each in report.ratios(result)] == ["2.00", "0.50", "0.99~"]
     (lost,) = report.losses(result)
     assert (lost.over["competitor"], lost.value) == (DENSE, 0.5)
@@ -374,5 +379,20 @@ def test_energy_of_a_call_is_in_its_row(monkeypatch):
     monkeypatch.setattr(run, "ENERGY_S", 0.01)
     read = iter(range(100))
     case = cases.Case(FACTS, {OURS: contender(0.0)}, grad=False)
-    (row,) = run.run_case(case, CPU, 0.001, 3, lambda: float(next(read)))
-    assert 0 < row["joules"] <= 1
+    measured = run.Measured(case, CPU)
+    measured.energy(lambda: float(next(read)))
+    assert 0 < measured.rows[0]["joules"] <= 1
+
+
+def test_samples_of_all_sweeps_count_and_ratios_are_of_one_round(monkeypatch):
+    case = cases.Case(FACTS, {OURS: contender(0.0), DENSE: contender(0.0)}, grad=False)
+    measured = run.Measured(case, CPU)
+    # The machine is twice as slow in the second sweep; the ratio is 3 in both.
+    lasts = iter([1.0] * 10 + [1.0, 3.0, 3.0, 1.0] + [2.0, 6.0, 6.0, 2.0])
+    monkeypatch.setattr(run, "_lasts", lambda call, count, device: next(lasts))
+    measured.sample(0.0, 2)
+    measured.sample(0.0, 2)
+    ours, dense = measured.rows
+    assert (ours["rounds"], ours["median_us"], dense["median_us"]) == (4, 1.5e6, 4.5e6)
+    assert (dense["p20_ratio"], dense["median_ratio"], dense["p80_ratio"]) == (3, 3, 3)
+    assert report.ratio({OURS: ours, DENSE: dense}, DENSE).text == "3.00"
