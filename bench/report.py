@@ -78,16 +78,13 @@ def cases(result: Row, *kinds: str) -> dict[tuple[Any, ...], dict[str, Row]]:
 
 
 def ratio(rows: Mapping[str, Row], over: str, of: str = OURS) -> Ratio | None:
-    """The ratio of two competitors of a case; None where either was not timed."""
+    """The ratio of a competitor to one of harlora's; None where either was not timed."""
     if over not in rows or of not in rows or "median_us" not in rows[over] or "median_us" not in rows[of]:
         return None
     mine, theirs = rows[of], rows[over]
     facts = {name: mine[name] for name in KEYS if name in mine}
-    if of == OURS:
-        spread = (theirs["p80_ratio"] - theirs["p20_ratio"]) / theirs["median_ratio"]
-        return Ratio(facts, mine, theirs, theirs["median_ratio"], spread > NOISY)
-    value = theirs["median_us"] / mine["median_us"]
-    return Ratio(facts, mine, theirs, value, max(_spread(mine), _spread(theirs)) > NOISY)
+    found = mine["over"][over]
+    return Ratio(facts, mine, theirs, found["median"], (found["p80"] - found["p20"]) / found["median"] > NOISY)
 
 
 def ratios(result: Row) -> list[Ratio]:
@@ -450,11 +447,6 @@ def comparison(old: Row, new: Row) -> list[Table]:
     share = f"{agree} of {len(pairs)}" + (f" ({agree / len(pairs):.0%})" if pairs else "")
     made.append(Table("Ratios that both results have", ["", "count"], [["agree within 10 %", share]]))
     return made
-
-
-def _spread(row: Row) -> float:
-    spread: float = (row["p80_us"] - row["p20_us"]) / row["median_us"]
-    return spread
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ METHOD = {
     " garbage collection is off",
     "sweeps": "cases are gone through more than once, so that a state the machine is in for some seconds does not meet"
     " one case alone; models that memory does not allow to keep are measured in the first sweep only",
-    "ratio": "median, 20th and 80th percentile over the rounds of a competitor's sample / harlora's of the same round",
+    "ratio": "`over` in harlora's rows: median, 20th and 80th percentile of the other's sample / its own"
+    " in the same round, over all rounds",
     "weights": "a layer of 2^24 weights or more is held weight_copies times by every competitor and the copies take"
     " turns, so that packed weights come from memory, not from the last cache; smaller ones and whole models are held"
     " once, as they are in use",
@@ -284,15 +285,15 @@ class Measured:
         with self._gradients():
             self._inner = self._inner or _inner(self._calls, self._device)
             _take_turns(self._calls, self._times, self._inner, self._device, seconds, rounds)
-        ours = self._times.get(peers.OURS)
         for row in self.rows:
             times = self._times.get(row["competitor"])
             if times:
                 row |= {f"{name}_us": 1e6 * value for name, value in _quantiles(times).items()}
-                row |= {"rounds": len(times), "inner": self._inner}
-                if ours:
-                    quotients = [one / other for one, other in zip(times, ours, strict=True)]
-                    row |= {f"{name}_ratio": value for name, value in _quantiles(quotients).items()}
+                row |= {"rounds": len(times), "inner": self._inner, "over": {}}
+                for name, others in self._times.items():
+                    if row["competitor"].startswith(peers.OURS) and name != row["competitor"]:
+                        quotients = [other / one for one, other in zip(times, others, strict=True)]
+                        row["over"][name] = _quantiles(quotients)
 
     def energy(self, joules: Callable[[], float]) -> None:
         """Adds the joules of a call to the rows."""

@@ -78,7 +78,7 @@ def test_a_run_writes_what_it_promises(tmp_path, request):
         if row["status"] == "ok":
             assert 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"]
             assert row["rounds"] >= 20
-            assert 0 < row["p20_ratio"] <= row["median_ratio"] <= row["p80_ratio"]
+            assert bool(row["over"]) == row["competitor"].startswith(OURS)
             assert row["relative_error"] < (5e-2 if row["competitor"] in {PEER, "harlora int8"} else 1e-4)
             assert row["peak_bytes"] > 0
     # bitsandbytes has no right answer for every shape, and not every processor has products in fewer bits; what
@@ -223,17 +223,21 @@ def test_an_error_in_one_row_of_a_gradient_is_seen():
     assert cases._trained_layer("both", lambda: made, torch.randn(5, 192)).relative_error > peers.ERROR_LIMIT
 
 
-def result_of(*rows, ceilings=None):
-    ours = {m: t for m, name, t, _ in rows if name == OURS}
+def result_of(*rows):
+    """A result with a median and a relative spread for each number of rows and competitor."""
+    made = [
+        {**FACTS, "rows": m, "competitor": name, "status": "ok", "relative_error": 1e-7, "median_us": t,
+         "p20_us": t * (1 - s), "p80_us": t * (1 + s),
+         "over": {
+             other: {"median": u / t, "p20": u / t * (1 - v), "p80": u / t * (1 + v)}
+             for n, other, u, v in rows
+             if (n, name) == (m, OURS) and other != name
+         }}
+        for m, name, t, s in rows
+    ]  # fmt: skip
     return {
-        "bench": "harlora", "format": run.FORMAT, "complete": True, "stopped": False, "ceilings": ceilings,
-        "provenance": {"taken_by_others": 0.0}, "competitors": {}, "method": {},
-        "rows": [
-            {**FACTS, "rows": m, "competitor": name, "status": "ok", "relative_error": 1e-7, "median_us": t,
-             "p20_us": t * (1 - s), "p80_us": t * (1 + s), "median_ratio": t / ours[m],
-             "p20_ratio": t / ours[m] * (1 - s), "p80_ratio": t / ours[m] * (1 + s)}
-            for m, name, t, s in rows
-        ],
+        "bench": "harlora", "format": run.FORMAT, "complete": True, "stopped": False, "ceilings": None,
+        "provenance": {"taken_by_others": 0.0}, "competitors": {}, "method": {}, "rows": made,
     }  # fmt: skip
 
 
@@ -394,5 +398,5 @@ def test_samples_of_all_sweeps_count_and_ratios_are_of_one_round(monkeypatch):
     measured.sample(0.0, 2)
     ours, dense = measured.rows
     assert (ours["rounds"], ours["median_us"], dense["median_us"]) == (4, 1.5e6, 4.5e6)
-    assert (dense["p20_ratio"], dense["median_ratio"], dense["p80_ratio"]) == (3, 3, 3)
+    assert ours["over"] == {DENSE: {"median": 3, "p20": 3, "p80": 3}}
     assert report.ratio({OURS: ours, DENSE: dense}, DENSE).text == "3.00"
