@@ -61,7 +61,8 @@ COMPETITORS = {
         "#0072b2", "s", ("bitsandbytes", "peft"), reduced=True,
     ),
     "dequantise + matmul": Competitor(
-        "harlora.dequantize_4bit, F.linear and the LoRA branch in plain torch: what fusing saves", "#56b4e9", "P"
+        "harlora.dequantize_4bit, F.linear and LoRA in plain torch, which keeps the dense weight for backward",
+        "#56b4e9", "P",
     ),
     "torchao NF4": Competitor(
         "torchao NF4Tensor and linear_nf4 (blocks of 64, scales in blocks of up to 256), LoRA in plain torch",
