@@ -9,7 +9,7 @@
 # make benchmarks  docs/benchmarks.md from the committed results
 #
 # PYTHON   the interpreter for the environment          TORCH   which torch is installed into it
-# ARGS     further options of lodo, bench and gpu        HARLORA_DATA   the folder with the datasets
+# ARGS     further options of lodo, bench and gpu       HARLORA_DATA   the folder with the datasets
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0

@@ -1,6 +1,8 @@
 """What a result says: ratios, tables, pictures, a page for a browser, and what changed between two results.
 
-python -m harlora.bench.report FOLDER DOCUMENT   the committed results, into a document, between its markers
+    python -m harlora.bench.report FOLDER DOCUMENT
+
+puts the committed results into a document, between its markers.
 """
 
 import base64
@@ -102,7 +104,7 @@ def losses(result: Row) -> list[Ratio]:
     return [each for each in ratios(result) if each.of["competitor"] == OURS and each.value < 1 / FASTER]
 
 
-def limit_us(row: Row, ceilings: Row) -> float | None:
+def limit_us(row: Row, ceilings: Row) -> float:
     """The least time that this machine's ceilings allow for a layer in its dtype.
 
     Of arithmetic and, where the weight comes from memory (several copies in turn), of its packed bytes, x and y.
@@ -272,8 +274,7 @@ def _cell(rows: Mapping[str, Row], over: str, of: str = OURS) -> str:
 def _share(row: Row | None, ceilings: Row) -> str:
     if row is None or "median_us" not in row:
         return ""
-    limit = limit_us(row, ceilings)
-    return "" if limit is None else f"{limit / row['median_us']:.0%}"
+    return f"{limit_us(row, ceilings) / row['median_us']:.0%}"
 
 
 def _time(row: Row) -> str:
@@ -385,7 +386,7 @@ def write_document(results: Path, document: Path) -> None:
 
 
 class Change(NamedTuple):
-    """A competitor's time in a case, new over old, both by the time of the baseline in the same run where it has one.
+    """A competitor's time in a case, new over old, each divided by what other libraries took there in the same run.
 
     beyond_noise: the 20th to 80th percentiles do not overlap, and the change is above 3 %.
     """

@@ -64,26 +64,32 @@ METHOD = {
 }
 
 Row = dict[str, Any]
+Preset = Literal["quick", "standard", "full"]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure, where, and for how long.
+    """What to measure, where, and for how long. The command line shows the texts below the fields."""
 
-    minutes: after which no new case is begun; the rest is reported as left out.
-    seconds: for a case, all competitors together; a slow case takes longer, for its rounds.
-    threads: threads, and CPU cores that the process is confined to; 0 is all cores.
-    """
-
-    preset: Literal["quick", "standard", "full"] = "standard"
+    preset: Preset = "standard"
     device: str = "cpu"
-    cases: tuple[str, ...] = ("ceilings", "layer", "encoder", "step", "memory")
+    """cpu, cuda or cuda:0."""
+    cases: tuple[Literal["ceilings", "layer", "encoder", "step", "memory"], ...] = (
+        "ceilings", "layer", "encoder", "step", "memory",
+    )  # fmt: skip
+    """Which kinds of cases."""
     shapes: tuple[str, ...] = ()
+    """Layers, in_features x out_features, like 192x768; by default those of the preset."""
     rows: tuple[int, ...] = ()
+    """Rows of a layer's input; by default those of the preset."""
     competitors: tuple[str, ...] = ()
+    """Names as in the result, like "bitsandbytes + PEFT"; by default all."""
     minutes: float | None = None
+    """Begin no case after so many minutes; what is left out is reported. By default 2.7 with --quick."""
     seconds: float | None = None
+    """Time for a case, all competitors together; a slow case takes longer."""
     threads: int = 0
+    """Threads, and CPU cores that the process is confined to; 0 is all cores."""
     command: str = "harlora bench"
 
     def checked_device(self) -> torch.device:

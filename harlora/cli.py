@@ -8,9 +8,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -18,6 +18,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from harlora.bench import peers, report
+from harlora.bench.run import RESULT, Options, Preset, measure, where
 from harlora.data.catalog import DATASETS, ROOT_VARIABLE, available, data_root, dataset, load_windows
 from harlora.data.inspect import draw, hours
 from harlora.data.labels import VOCABULARY
@@ -77,8 +79,8 @@ class DataList:
         for column in ("dataset", "found", "subjects", "hours", "windows", "of each class", "dropped", "licence"):
             table.add_column(column, overflow="fold")
         for entry in DATASETS.values():
-            where = entry.find(root)
-            if where is None and not entry.is_synthetic:
+            path = entry.find(root)
+            if path is None and not entry.is_synthetic:
                 found = f"no; put the archive into {root / entry.folder}: {entry.download}"
                 table.add_row(entry.name, found, "", "", "", "", "", entry.licence)
                 continue
@@ -90,7 +92,7 @@ class DataList:
             dropped += f"; {windows.too_short} stretches too short" if windows.too_short else ""
             table.add_row(
                 entry.name + ("" if entry.name in used else " (not used)"),
-                "SYNTHETIC, made on the fly" if where is None else str(where),
+                "SYNTHETIC, made on the fly" if path is None else str(path),
                 str(len(windows.subject_names)),
                 f"{hours(windows):.1f}",
                 str(len(windows)),
@@ -153,8 +155,8 @@ class Pretrain:
         names = [dataset(name).name for name in self.sources] or [entry.name for entry in available(root)]
         windows = [load_windows(name, root) for name in names]
         with Bars(console) as bars:
-            report = bars.run(f"pretraining on {', '.join(names)}", 1, 1)
-            file = pretrain(self.config, windows, self.out, device=device, report=report)
+            progress = bars.run(f"pretraining on {', '.join(names)}", 1, 1)
+            file = pretrain(self.config, windows, self.out, device=device, report=progress)
         pretrained = load_pretrained(file)
         console.print(f"masked MSE {pretrained.loss:.4f} after {pretrained.seconds:.0f} s: {file}", highlight=False)
 
@@ -180,10 +182,10 @@ class Finetune:
         needed = pretrained.sources if self.config.method == "zero_shot" else ()
         sources = [load_windows(name, root) for name in needed]
         with Bars(console) as bars:
-            report = bars.run(f"{self.target}, {self.config.method}", 1, 1)
+            progress = bars.run(f"{self.target}, {self.config.method}", 1, 1)
             metrics = finetune(
                 self.config, load_windows(self.target, root), pretrained, self.out,
-                sources=sources, device=device, report=report,
+                sources=sources, device=device, report=progress,
             )  # fmt: skip
         _print_tables([metrics])
         folder = self.out / f"{self.config.method}-{self.target}-{self.config.protocol}-{metrics['identity']}"
@@ -220,8 +222,8 @@ class Lodo:
         with Bars(console) as bars:
             records = lodo(self.study, root, self.out, results, device=device, progress=bars)
         _print_tables(records)
-        report = build_report(results, results / "report" / "results.md")
-        console.print(f"one JSON a run: {results}\ntables and pictures: {report}", highlight=False)
+        page = build_report(results, results / "report" / "results.md")
+        console.print(f"one JSON a run: {results}\ntables and pictures: {page}", highlight=False)
 
 
 @dataclass(frozen=True)
@@ -240,44 +242,25 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(Options):
     """Time harlora against bitsandbytes + PEFT and others on this machine: layers, whole encoders, training steps.
 
     Every competitor is checked against float64 before it is timed; one that is absent, fails or is wrong is reported.
     Leaves result.json, a page for the browser (index.html) and its pictures; Ctrl-C keeps what was measured.
     """
 
+    preset: tyro.conf.Suppress[Preset] = "standard"
+    command: tyro.conf.Suppress[str] = "harlora bench"
     quick: tyro.conf.FlagCreatePairsOff[bool] = False
     """Few sizes, below 3 minutes on two cores."""
     full: tyro.conf.FlagCreatePairsOff[bool] = False
     """Also sizes of language models, up to 8192 rows, other ranks and dtypes: hours on a CPU."""
-    device: str = "cpu"
-    """cpu, cuda or cuda:0."""
-    cases: tuple[Literal["ceilings", "layer", "encoder", "step", "memory"], ...] = (
-        "ceilings", "layer", "encoder", "step", "memory",
-    )  # fmt: skip
-    """Which kinds of cases."""
-    shapes: tuple[str, ...] = ()
-    """Layers, in_features x out_features, like 192x768; by default those of the preset."""
-    rows: tuple[int, ...] = ()
-    """Rows of a layer's input; by default those of the preset."""
-    competitors: tuple[str, ...] = ()
-    """Names as in the result, like "bitsandbytes + PEFT"; by default all."""
-    minutes: float | None = None
-    """Begin no case after so many minutes; what is left out is reported. By default 2.7 with --quick."""
-    seconds: float | None = None
-    """Time for a case, all competitors together; a slow case takes longer."""
-    threads: int = 0
-    """Threads, and CPU cores that the process is confined to; 0 is all cores."""
     out: Path | None = None
     """Folder for the result; by default runs/bench/TIME."""
     compare: tuple[Path, Path] | None = None
     """Measure nothing: say what changed from one result to another beyond the noise."""
 
     def run(self) -> None:
-        from harlora.bench import report
-        from harlora.bench.run import RESULT, Options, measure
-
         if self.compare is not None:
             old, new = map(report.load, self.compare)
             for table in report.comparison(old, new):
@@ -285,12 +268,11 @@ class Bench:
             return
         if self.quick and self.full:
             raise InputError("--quick and --full exclude each other; give one of them or none")
-        preset: Literal["quick", "standard", "full"] = "quick" if self.quick else "full" if self.full else "standard"
-        command = " ".join(["harlora", *map(shlex.quote, sys.argv[1:])])
-        options = Options(
-            preset, self.device, self.cases, self.shapes, self.rows, self.competitors, self.minutes, self.seconds,
-            self.threads, command,
-        )  # fmt: skip
+        options = replace(
+            self,
+            preset="quick" if self.quick else "full" if self.full else "standard",
+            command=" ".join(["harlora", *map(shlex.quote, sys.argv[1:])]),
+        )
         folder = self.out or Path("runs/bench") / time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         result = measure(options, folder / RESULT, Console(stderr=True))
         for text in (report.setting(result), *report.summary(result)):
@@ -321,8 +303,6 @@ class Doctor:
 
     def run(self) -> None:
         from harlora import doctor
-        from harlora.bench import peers, report
-        from harlora.bench.run import RESULT, Options, measure, where
 
         rivals = (peers.OURS, peers.PEER, "dense + PEFT")
         options = Options(

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from needs import needs_extension
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -19,13 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import harlora
 from harlora import QLoRALinear
-from harlora.kernels import cpp, eager
+from harlora.kernels import eager
 from harlora.train.memory import step_peak_bytes
 
 OPERATOR = torch.ops.harlora.qlora_linear.default
 COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 WAYS = ["direct", "public"]  # past torch's dispatcher, and through it
-needs_extension = pytest.mark.skipif(bool(cpp.load_extension()), reason=cpp.load_extension())
 needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
 
 

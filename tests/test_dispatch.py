@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
+from needs import needs_extension
 
 from harlora.kernels import cpp, dispatch, eager, reference
 from harlora.kernels.dispatch import Backend, select
 
 CPU = torch.device("cpu")
 FLOAT = torch.float32
-needs_extension = pytest.mark.skipif(bool(cpp.load_extension()), reason=cpp.load_extension())
 
 
 @pytest.fixture(autouse=True)

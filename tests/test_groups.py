@@ -4,17 +4,18 @@ import copy
 
 import pytest
 import torch
+from needs import needs_extension
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import harlora
 from harlora import QLoRALinear
-from harlora.kernels import cpp, eager
+from harlora.kernels import eager
 from harlora.models import MAE, Classifier, MAEConfig, whole
 from harlora.models.mae import Attention, Block
 
-pytestmark = pytest.mark.skipif(bool(cpp.load_extension()), reason=cpp.load_extension())
+pytestmark = needs_extension
 LAYERS = ["q", "k", "v", "o", "fc1", "fc2"]
 OPTIONS = {
     "plain": {},

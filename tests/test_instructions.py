@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from needs import needs_extension
 
 from harlora.bench import instructions
 
@@ -73,18 +74,16 @@ def test_the_call_that_grew_is_named():
     assert all(line.startswith("b ") and "+20.00%" in line for line in failed)
 
 
+@needs_extension
 def test_another_toolchain_is_not_compared(tmp_path, capsys):
-    if instructions.cpp.load_extension():
-        pytest.skip("the extension is not built here")
     file = tmp_path / "baseline.json"
     file.write_text(json.dumps({"toolchain": {**instructions.toolchain(), "torch": "1.0"}, "calls": {}}))
     assert instructions.main(["--baseline", str(file)]) == 3
     assert "torch 1.0 -> " in capsys.readouterr().err
 
 
+@needs_extension
 def test_what_is_missing_is_named(tmp_path, capsys, monkeypatch):
-    if instructions.cpp.load_extension():
-        pytest.skip("the extension is not built here")
     assert instructions.main(["--baseline", str(tmp_path / "none.json")]) == 2
     assert "make one with --update" in capsys.readouterr().err
     monkeypatch.setattr(instructions.shutil, "which", lambda name: None)
@@ -93,9 +92,8 @@ def test_what_is_missing_is_named(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "none.json").exists()
 
 
+@needs_extension
 def test_every_call_runs_and_has_its_baseline():
-    if instructions.cpp.load_extension():
-        pytest.skip("the extension is not built here")
     names = []
     for name, call in instructions.calls():
         assert call() is not None

@@ -4,12 +4,13 @@ import itertools
 
 import pytest
 import torch
+from needs import needs_extension
 
 import harlora
-from harlora.kernels import cpp, reference
+from harlora.kernels import reference
 from harlora.models import MAE, MAEConfig
 
-pytestmark = pytest.mark.skipif(bool(cpp.load_extension()), reason=cpp.load_extension())
+pytestmark = needs_extension
 LAYERS = ["q", "k", "v", "o", "fc1", "fc2"]
 
 

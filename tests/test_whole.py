@@ -5,15 +5,15 @@ import weakref
 
 import pytest
 import torch
+from needs import needs_extension
 from torch import nn
 
 import harlora
-from harlora.kernels import cpp, eager
+from harlora.kernels import eager
 from harlora.models import MAE, Classifier, MAEConfig, whole
 from harlora.models.mae import Attention, Block, patchify
 
 LAYERS = ["q", "k", "v", "o", "fc1", "fc2"]
-needs_extension = pytest.mark.skipif(bool(cpp.load_extension()), reason=cpp.load_extension())
 pytestmark = needs_extension
 SMALL = MAEConfig(width=24, depth=2, heads=2, ffn=48, decoder_width=16, decoder_depth=1, decoder_heads=2)
 CONFIGS = {
