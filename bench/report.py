@@ -6,6 +6,7 @@ puts the committed results into a document, between its markers.
 """
 
 import base64
+import itertools
 import json
 import re
 import statistics
@@ -24,6 +25,7 @@ PAGE = "index.html"
 NOISY = 0.10  # spread of a ratio, (p80 - p20) / median, from which on a ratio is marked
 FASTER = 1.03  # less than this is no win and no loss
 MARK = "~"
+LAYERS = ("One layer", "Share")  # titles of the tables of single layers
 LOST, FAILED = "Where harlora loses", "Not measured"
 MARKED = re.compile(r"(<!-- measured -->\n).*?(<!-- /measured -->)", re.DOTALL)
 OTHERS = [name for name in COMPETITORS if not name.startswith(OURS)]
@@ -32,7 +34,10 @@ KEYS = ("case", "in_features", "out_features", "rows", "direction", "dtype", "ra
 
 
 class Ratio(NamedTuple):
-    """How many times as long ``over`` takes as ``of``; noisy if that spreads by more than 10 % from round to round."""
+    """How many times as long ``over`` takes as ``of``.
+
+    noisy: it spreads by more than 10 % from round to round, or too few rounds met the machine in its usual state.
+    """
 
     facts: Row
     of: Row
@@ -86,7 +91,8 @@ def ratio(rows: Mapping[str, Row], over: str, of: str = OURS) -> Ratio | None:
     mine, theirs = rows[of], rows[over]
     facts = {name: mine[name] for name in KEYS if name in mine}
     found = mine["over"][over]
-    return Ratio(facts, mine, theirs, found["median"], (found["p80"] - found["p20"]) / found["median"] > NOISY)
+    spread = (found["p80"] - found["p20"]) / found["median"]
+    return Ratio(facts, mine, theirs, found["median"], spread > NOISY or found.get("unsteady", False))
 
 
 def ratios(result: Row) -> list[Ratio]:
@@ -153,7 +159,7 @@ def tables(result: Row) -> list[Table]:
                     [_shape(shape), *(_share(by_rows.get(count, {}).get(name), result["ceilings"]) for count in counts)]
                     for shape, by_rows in shapes.items()
                 ]
-                title = f"{name}, {direction}, {dtype}, rank {rank}: share of the speed that the ceilings allow"
+                title = f"Share of the speed that the ceilings allow, {direction}, {dtype}, rank {rank}: {name}"
                 made.append(Table(title, ["in→out", *(f"M = {count}" for count in counts)], body))
     lost = [
         [where(each.facts), each.over["competitor"], each.text, f"{each.of['relative_error']:.0e}",
@@ -222,7 +228,13 @@ def summary(result: Row) -> list[str]:
     if noisy:
         lines.append(
             f"{noisy} of {len(everything)} ratios are marked {MARK}: from round to round they spread by more than "
-            f"{NOISY:.0%} between the 20th and 80th percentile."
+            f"{NOISY:.0%} between the 20th and 80th percentile, or too few rounds met the machine in its usual state."
+        )
+    state = result.get("machine", {})
+    if state.get("usual", 1.0) < 1:
+        lines.append(
+            f"In {1 - state['usual']:.1%} of {state['looks']} looks the cores were slower, or farther from each other,"
+            f" than usual on this machine; samples taken then do not count.{_left_out(result)}"
         )
     taken = result["provenance"].get("taken_by_others", 0.0)
     if taken > BUSY:
@@ -230,6 +242,19 @@ def summary(result: Row) -> list[str]:
     if not result["complete"]:
         lines.append("The run did not finish; what is missing was not measured.")
     return lines
+
+
+def _left_out(result: Row) -> str:
+    """How much longer calls took in the states that do not count, harlora's and the baseline's over the same cases."""
+    both = [
+        [rows[name]["left_out_us"] / rows[name]["median_us"] for name in (OURS, PEER)]
+        for rows in cases(result, "encoder", "step", "layer").values()
+        if all(rows.get(name, {}).get("left_out_us") for name in (OURS, PEER))
+    ]
+    if not both:
+        return ""
+    mine, theirs = (statistics.geometric_mean(values) for values in zip(*both, strict=True))
+    return f" They took {mine:.2f} times as long with {OURS}, {theirs:.2f} with {PEER} (the mean of {len(both)} cases)."
 
 
 def setting(result: Row) -> str:
@@ -258,6 +283,8 @@ def setting(result: Row) -> str:
             f"{rates['mm_bfloat16_gflops']:.0f} in bfloat16, {rates['copy_gb_s']:.0f} GB/s copied, an operator on one "
             f"value {rates['launch_us']:.1f} µs."
         )
+    if handover := result.get("machine", {}).get("handover_ns"):
+        text += f" A cache line passes from core to core in {handover:.0f} ns."
     return text
 
 
@@ -268,7 +295,9 @@ def _cell(rows: Mapping[str, Row], over: str, of: str = OURS) -> str:
     if over not in rows or of not in rows:
         return ""
     bad = rows[over] if "median_us" not in rows[over] else rows[of]
-    return "" if bad["status"].startswith("not installed") else "–" if bad["status"] == "ok" else "fails"
+    if bad["status"].startswith(("not installed", "left out")):
+        return ""
+    return "–" if bad["status"] == "ok" else "fails"
 
 
 def _share(row: Row | None, ceilings: Row) -> str:
@@ -351,7 +380,7 @@ def markdown(table: Table) -> str:
 
 
 def write_document(results: Path, document: Path) -> None:
-    """The newest result of each folder under ``results``, into ``document`` between its markers, with pictures.
+    """The newest result of each folder and device, into ``document`` between its markers, with pictures.
 
     Raises: InputError if there is none, or the document has no markers.
     """
@@ -360,24 +389,29 @@ def write_document(results: Path, document: Path) -> None:
     text = document.read_text(encoding="utf-8") if document.exists() else ""
     if not MARKED.search(text):
         raise InputError(f"{document} has no <!-- measured --> … <!-- /measured -->")
-    newest: dict[Path, tuple[str, Path, Row]] = {}
+    newest: dict[tuple[str, str], tuple[str, Path, Row]] = {}
     for file in sorted(results.glob("*/*.json")):
         found = json.loads(file.read_text(encoding="utf-8"))
         if (found.get("bench"), found.get("format")) != ("harlora", FORMAT):
             continue
-        if file.parent not in newest or found["provenance"]["time"] > newest[file.parent][0]:
-            newest[file.parent] = (found["provenance"]["time"], file, found)
+        of, made = (file.parent.name, found["provenance"]["device"]), found["provenance"]["time"]
+        if of not in newest or made > newest[of][0]:
+            newest[of] = made, file, found
     if not newest:
         raise InputError(f"{results}: no result of `harlora bench` in its folders")
     parts = []
-    for folder, (_, file, result) in newest.items():
-        kind = {"cpu": "CPU", "gpu": "GPU"}.get(folder.name, folder.name)
-        parts.append(f"## {kind}: {result['provenance']['device']}\n\n{setting(result)}")
-        parts.append(f"Every row: [`{file.name}`](../{(folder / file.name).as_posix()}).")
+    for (folder, device), (_, file, result) in sorted(newest.items(), key=lambda item: item[1][0], reverse=True):
+        kind = {"cpu": "CPU", "gpu": "GPU"}.get(folder, folder)
+        parts.append(f"## {kind}: {device}\n\n{setting(result)}")
+        parts.append(f"Every row: [`{file.name}`](../{file.as_posix()}).")
         parts.append("\n".join(f"- {line}" for line in summary(result)))
-        for title, picture in draw(result, document.parent / "images", prefix=f"{folder.name}-"):
+        for title, picture in draw(result, document.parent / "images", prefix=f"{file.stem}-"):
             parts.append(f"![{title}](images/{picture.name})")
-        parts += [markdown(table) for table in tables(result)]
+        for alike, some in itertools.groupby(tables(result), lambda table: table.title.startswith(LAYERS)):
+            texts = [markdown(table) for table in some]
+            if alike:
+                texts = [f"<details><summary>{len(texts)} tables of single layers</summary>", *texts, "</details>"]
+            parts += texts
     made = "\n\n".join(parts) + "\n"
     write_text(document, MARKED.sub(lambda match: f"{match[1]}{made}{match[2]}", text))
 
@@ -447,7 +481,13 @@ def comparison(old: Row, new: Row) -> list[Table]:
     agree = sum(1 / 1.1 <= value <= 1.1 for value in pairs)
     share = f"{agree} of {len(pairs)}" + (f" ({agree / len(pairs):.0%})" if pairs else "")
     made.append(Table("Ratios that both results have", ["", "count"], [["agree within 10 %", share]]))
-    return made
+    states = [
+        [name, *(f"{state[key]:.0f}" for state in (old["machine"], new["machine"]))]
+        for name, key in (("GFLOP/s of the slowest core", "gflops"), ("handover from core to core, ns", "handover_ns"))
+        if key in old.get("machine", {}) and key in new.get("machine", {})
+    ]
+    made.append(Table("Usual state of the machine", ["", "old", "new"], states))
+    return [table for table in made if table.body]
 
 
 if __name__ == "__main__":

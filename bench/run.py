@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from harlora.bench import ceilings, energy, memory, peers
+from harlora.bench import ceilings, energy, machine, memory, peers
 from harlora.bench.cases import DTYPES, Case, Contender, Layers, Plan, plan
 from harlora.errors import InputError
 from harlora.files import write_json
@@ -31,24 +31,33 @@ FLAGS = re.compile(r"avx2|fma|avx512f|avx512_bf16|avx512_vnni|avx512_fp16|avx_vn
 
 # A sample is at least this long: beyond the clock's resolution and the loop's cost, on a GPU beyond synchronising.
 SAMPLE_S = {"cpu": 200e-6, "cuda": 2e-3}
+# Before a sample: another's 64 MiB weight, freed, was seen to slow the next competitor's calls for about so long.
+WARM_S = 1e-3
 SECONDS = {"quick": 2.4, "standard": 2.4, "full": 1.5}  # for a case
-ROUNDS = {"quick": 20, "standard": 20, "full": 9}
+ROUNDS = {"quick": 12, "standard": 20, "full": 9}
 MOST_SECONDS = {"quick": 10.0, "standard": 60.0, "full": 60.0}
 MINUTES = {"quick": 2.7, "standard": math.inf, "full": math.inf}
 SWEEPS = {"quick": 4, "standard": 4, "full": 1}
+FEW = 8  # rounds in the usual state that a ratio needs; with fewer, all rounds count and it is marked
+UNSURE = 0.025  # standard error of a ratio's median from which on a case is measured in further sweeps
 KEPT = 0.25  # share of the memory that models may hold from one sweep to the next
 ENERGY_S = 0.3
 BUSY = 0.03  # share of the cores' time from which on others disturb
 METHOD = {
     "samples": "competitors take turns, in alternating order; each sample is the mean of `inner` calls, as many for all"
     " competitors of a case as take the fastest 200 us (a GPU: 2 ms, wall clock until all is done, launches included);"
-    " one untimed call before each",
+    f" untimed calls for {1e3 * WARM_S:g} ms before each",
     "rounds": "until both the least number of rounds and the seconds of a case are reached, shared out over the sweeps;"
     " garbage collection is off",
     "sweeps": "cases are gone through more than once, so that a state the machine is in for some seconds does not meet"
-    " one case alone; models that memory does not allow to keep are measured in the first sweep only",
+    " one case alone; models that memory does not allow to keep are measured in the first sweep only. Up to as many"
+    f" further sweeps go through the cases with a ratio whose median's standard error is above {UNSURE:.1%}",
+    "state": "`machine`: the cores are looked at between samples. The usual state is that of the 95th percentile of"
+    " multiply-adds and the 5th of handovers from core to core; samples between looks of which one saw less than"
+    f" {machine.SLOWEST:g} of the former or more than {machine.FARTHEST:g} times the latter do not count,"
+    f" unless fewer than {FEW} rounds would be left. `left_out_us` is their median, where there are as many",
     "ratio": "`over` in harlora's rows: median, 20th and 80th percentile of the other's sample / its own"
-    " in the same round, over all rounds",
+    " in the same round, over the rounds in which both count",
     "weights": "a layer of 2^24 weights or more is held weight_copies times by every competitor and the copies take"
     " turns, so that packed weights come from memory, not from the last cache; smaller ones and whole models are held"
     " once, as they are in use",
@@ -149,31 +158,33 @@ def measure(options: Options, file: Path, console: Console) -> Row:
     The result's ``complete`` is False after Ctrl-C (``stopped``), or when time was over.
     """
     device = options.checked_device()
-    cores = _cores()
-    threads = options.threads or len(cores)
+    threads = options.threads or len(_cores())
+    cores = _cores()[:threads]
     if hasattr(os, "sched_setaffinity"):
         # Before the first operator: threads take over the affinity of the one that starts them.
-        os.sched_setaffinity(0, cores[:threads])
+        os.sched_setaffinity(0, cores)
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     seconds, rounds = options.seconds or SECONDS[options.preset], ROUNDS[options.preset]
     sweeps, minutes = SWEEPS[options.preset], options.minutes or MINUTES[options.preset]
+    everything: list[Measured] = []
     kept: list[Measured] = []
     held = 0
+    watch = machine.Watch(cores if device.type == "cpu" else ())
     joules, source = energy.counter(device)
     chosen = options.plan(device)
-    began, (busy, own) = time.perf_counter(), _spent_s(cores[:threads])
+    began, (busy, own) = time.perf_counter(), _spent_s(cores)
     result: Row = {
         "bench": "harlora", "format": FORMAT, "complete": False, "stopped": False,
         "provenance": surroundings(options, device), "competitors": peers.participants(device),
         "method": {**METHOD, "seconds": seconds, "least_rounds": rounds, "energy": source},
-        "ceilings": None, "rows": [],
+        "machine": {"watched": watch.note}, "ceilings": None, "rows": [],
     }  # fmt: skip
     if math.isfinite(minutes):
         result["method"]["minutes"] = minutes
 
     def save() -> None:
-        busy_now, own_now = _spent_s(cores[:threads])
+        busy_now, own_now = _spent_s(cores)
         elapsed = time.perf_counter() - began
         foreign = ((busy_now - busy) - (own_now - own)) / elapsed / threads
         result["provenance"] |= {"taken_by_others": round(max(0.0, foreign), 4), "seconds": round(elapsed, 1)}
@@ -210,7 +221,7 @@ def measure(options: Options, file: Path, console: Console) -> Row:
         try:
             if "ceilings" in options.cases:
                 begin("ceilings")
-                result["ceilings"] = ceilings.measure(device, threads, min(1.0, seconds))
+                result["ceilings"] = ceilings.measure(device, cores, min(1.0, seconds))
             rates = result["ceilings"] or {"mm_float32_gflops": 100.0, "cache_bytes": 2**25}
             done([])
             for name, count in memory_rows:
@@ -226,7 +237,7 @@ def measure(options: Options, file: Path, console: Console) -> Row:
                 if reason:
                     done([{**case.facts, "competitor": name, "status": reason} for name in case.contenders])
                     continue
-                measured = Measured(case, device)
+                everything.append(measured := Measured(case, device, watch))
                 measured.sample(seconds / sweeps, -(-rounds // sweeps))
                 if joules is not None and options.preset != "quick":
                     measured.energy(joules)
@@ -234,19 +245,30 @@ def measure(options: Options, file: Path, console: Console) -> Row:
                 held += case.held_bytes
                 if held < KEPT * _memory_bytes(device):
                     kept.append(measured)
-                del measured  # with it, what is not kept goes before the next is made
-            for sweep in range(2, sweeps + 1):
-                for measured in kept:
+                else:
+                    measured.release()
+            for sweep in range(2, 2 * sweeps + 1):
+                again = kept if sweep <= sweeps else [measured for measured in kept if measured.unsure()]
+                for measured in again:
                     if not over():
-                        begin(f"{where(measured.rows[0])}, sweep {sweep} of {sweeps}")
-                        measured.sample(seconds / sweeps, -(-rounds // sweeps))
-                    done([])
+                        begin(f"{where(measured.rows[0])}, sweep {sweep}")
+                        measured.sample(seconds / sweeps, -(-rounds // sweeps) if sweep <= sweeps else 1)
+                    if sweep <= sweeps:
+                        done([])
             result["complete"] = not any(row["status"].endswith("were over") for row in result["rows"])
         except KeyboardInterrupt:
             result["stopped"] = True
             console.print("stopped; what was measured so far is kept", highlight=False)
+    for measured in everything:  # what is usual is known in the end
+        measured.describe()
+    result["machine"] = watch.facts()
     save()
     return result
+
+
+class Sample(NamedTuple):
+    seconds: float  # of a call
+    looks: int  # at the machine, before it was taken
 
 
 class Measured:
@@ -255,12 +277,13 @@ class Measured:
     rows: one for every competitor; one that is absent, raises or is wrong is not timed, and its ``status`` says so.
     """
 
-    def __init__(self, case: Case, device: torch.device) -> None:
+    def __init__(self, case: Case, device: torch.device, watch: machine.Watch) -> None:
         self.rows: list[Row] = []
         self._device = device
+        self._watch = watch
         self._gradients = nullcontext if case.grad else torch.no_grad
         self._calls: dict[str, Callable[[], object]] = {}
-        self._times: dict[str, list[float]] = {}
+        self._samples: dict[str, list[Sample]] = {}
         self._inner = 0
         with self._gradients():
             for name, make in case.contenders.items():
@@ -282,7 +305,7 @@ class Measured:
             return
         row["peak_bytes"] = peak
         self._calls[row["competitor"]] = call
-        self._times[row["competitor"]] = []
+        self._samples[row["competitor"]] = []
 
     def sample(self, seconds: float, rounds: int) -> None:
         """Times the competitors in turns for ``seconds`` and at least ``rounds`` rounds."""
@@ -290,16 +313,51 @@ class Measured:
             return
         with self._gradients():
             self._inner = self._inner or _inner(self._calls, self._device)
-            _take_turns(self._calls, self._times, self._inner, self._device, seconds, rounds)
+            _take_turns(self._calls, self._samples, self._inner, self._device, self._watch, seconds, rounds)
+        self.describe()
+
+    def describe(self) -> None:
+        """Says in the rows what the samples come to, by what is now known of the machine's usual state."""
         for row in self.rows:
-            times = self._times.get(row["competitor"])
-            if times:
-                row |= {f"{name}_us": 1e6 * value for name, value in _quantiles(times).items()}
-                row |= {"rounds": len(times), "inner": self._inner, "over": {}}
-                for name, others in self._times.items():
-                    if row["competitor"].startswith(peers.OURS) and name != row["competitor"]:
-                        quotients = [other / one for one, other in zip(times, others, strict=True)]
-                        row["over"][name] = _quantiles(quotients)
+            own = self._samples.get(row["competitor"])
+            if not own:
+                continue
+            times, unsteady = self._counting([sample.seconds for sample in own], own)
+            row |= {f"{name}_us": 1e6 * value for name, value in _quantiles(times).items()}
+            row |= {"rounds": len(times), "rounds_left_out": len(own) - len(times), "inner": self._inner, "over": {}}
+            row["unsteady"] = unsteady
+            others = [sample.seconds for sample in own if not self._watch.steady(sample.looks)]
+            row["left_out_us"] = 1e6 * statistics.median(others) if len(others) >= FEW and not unsteady else None
+            for name, rival in self._samples.items():
+                if row["competitor"].startswith(peers.OURS) and name != row["competitor"]:
+                    # Ctrl-C may have come in the middle of a round.
+                    quotients = [other.seconds / one.seconds for one, other in zip(own, rival, strict=False)]
+                    found, unsteady = self._counting(quotients, own, rival)
+                    row["over"][name] = {**_quantiles(found), "rounds": len(found), "unsteady": unsteady}
+
+    def _counting(self, values: Sequence[float], *of: Sequence[Sample]) -> tuple[list[float], bool]:
+        """The values whose samples were taken in the usual state; all of them, and True, if those are too few."""
+        steady = [
+            value
+            for value, *samples in zip(values, *of, strict=False)
+            if all(self._watch.steady(sample.looks) for sample in samples)
+        ]
+        few = len(steady) < min(FEW, len(values))
+        return (list(values), True) if few else (steady, False)
+
+    def unsure(self) -> bool:
+        """Whether a ratio of harlora's is not yet known as exactly as two runs need to agree."""
+        for row in self.rows:
+            for found in row.get("over", {}).values():
+                # Of a median: 1.25 standard deviations / √n, each the 20th to 80th percentile / 1.68.
+                error = 0.74 * (found["p80"] - found["p20"]) / found["median"] / math.sqrt(found["rounds"])
+                if found["unsteady"] or error > UNSURE:
+                    return True
+        return False
+
+    def release(self) -> None:
+        """Lets the models go; nothing can be sampled any more."""
+        self._calls = {}
 
     def energy(self, joules: Callable[[], float]) -> None:
         """Adds the joules of a call to the rows."""
@@ -333,24 +391,30 @@ def _inner(calls: Mapping[str, Callable[[], object]], device: torch.device) -> i
 
 
 def _take_turns(
-    calls: Mapping[str, Callable[[], object]], found: dict[str, list[float]], inner: int, device: torch.device,
-    seconds: float, rounds: int,
+    calls: Mapping[str, Callable[[], object]], found: dict[str, list[Sample]], inner: int, device: torch.device,
+    watch: machine.Watch, seconds: float, rounds: int,
 ) -> None:  # fmt: skip
     end = time.perf_counter() + seconds
     order, done = list(calls), 0
     gc.collect()
     gc.disable()
+    watch.look(now=True)
     try:
         while done < rounds or time.perf_counter() < end:
             for name in order:
-                # Brings back what the competitor before took from the caches.
-                calls[name]()
-                ceilings.synchronize(device)
-                found[name].append(_lasts(calls[name], inner, device))
+                looks = watch.look()
+                warm = time.perf_counter() + WARM_S
+                while True:
+                    calls[name]()
+                    ceilings.synchronize(device)
+                    if time.perf_counter() > warm:
+                        break
+                found[name].append(Sample(_lasts(calls[name], inner, device), looks))
             order.reverse()
             done += 1
     finally:
         gc.enable()
+        watch.look(now=True)
 
 
 def where(facts: Mapping[str, Any]) -> str:
@@ -375,7 +439,10 @@ def surroundings(options: Options, device: torch.device) -> Row:
     facts = provenance(device)
     facts["command"] = without_folders(options.command)
     facts["preset"] = options.preset
-    facts["cpu_mhz"], facts["cpu_flags"] = _cpu()
+    cpu = _cpu()
+    facts["cpu_mhz"], facts["cpu_flags"] = cpu.mhz, cpu.flags
+    if device.type == "cpu":
+        facts["device"] += cpu.model
     facts["kernel"] = platform.release()
     facts["threads"] = torch.get_num_threads()
     facts["cores_used"] = len(_cores())
@@ -439,14 +506,21 @@ def _stat() -> Iterator[list[str]]:
         yield from (line.split() for line in file.read_text().splitlines())
 
 
-def _cpu() -> tuple[float | None, list[str]]:
-    """The cores' mean clock now, and the instruction sets that matter here."""
+class _Cpu(NamedTuple):
+    mhz: float | None  # the cores' mean clock now
+    flags: list[str]  # the instruction sets that matter here
+    model: str  # behind the name, which several generations share: ", family 25, model 17"
+
+
+def _cpu() -> _Cpu:
     file = Path("/proc/cpuinfo")
     text = file.read_text() if file.exists() else ""
     clocks = [float(value) for value in re.findall(r"^cpu MHz\s*: ([\d.]+)$", text, re.MULTILINE)]
     flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     known = [flag for flag in (flags[1].split() if flags else []) if FLAGS.fullmatch(flag)]
-    return (round(statistics.mean(clocks), 1) if clocks else None), known
+    numbers = [re.search(rf"^{name}\s*: (\d+)$", text, re.MULTILINE) for name in ("cpu family", "model")]
+    model = ", family {}, model {}".format(*(found[1] for found in numbers if found)) if all(numbers) else ""
+    return _Cpu(round(statistics.mean(clocks), 1) if clocks else None, known, model)
 
 
 def _gpu(device: torch.device) -> Row:

@@ -329,7 +329,9 @@ class Doctor:
         if not self.no_speed:
             with tempfile.TemporaryDirectory() as folder:
                 result = measure(options, Path(folder) / RESULT, status)
-            found["speed"] = {name: result[name] for name in ("provenance", "ceilings", "competitors", "rows")}
+            found["speed"] = {
+                name: result[name] for name in ("provenance", "machine", "ceilings", "competitors", "rows")
+            }
             for row in result["rows"]:
                 if row["competitor"] == peers.OURS and row["status"].startswith(("wrong", "raised")):
                     problems.append(doctor.Problem(f"{where(row)}: {row['status']}", doctor.WRONG))
