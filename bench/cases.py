@@ -184,7 +184,9 @@ def plan(preset: str, device: torch.device) -> Plan:
             *layers([(4096, 4096)], (1, 64), "forward"),
             *layers([(4096, 4096)], (64,), "both"),
         ]
-        return Plan(tuple(chosen), ("A",), (1, 64), everyone, compiled_rows=(64,) if cuda else ())
+        # 20 to 270 times slower, it would take most of the time.
+        rivals = tuple(name for name in everyone if name != "torchao NF4")
+        return Plan(tuple(chosen), ("A",), (1, 64), rivals, compiled_rows=(64,) if cuda else ())
     if preset == "standard" and cuda:
         shapes = [(192, 192), (192, 768), *SMALL, (4096, 4096), (4096, 14336), (8192, 8192)]
         chosen = layers(shapes, (1, 8, 32, 128, 512, 2048, 8192), "forward", "both")

@@ -92,7 +92,7 @@ class Options:
     rows: tuple[int, ...] = ()
     """Rows of a layer's input; by default those of the preset."""
     competitors: tuple[str, ...] = ()
-    """Names as in the result, like "bitsandbytes + PEFT"; by default all."""
+    """Names as in the result, like "bitsandbytes + PEFT"; by default all, with --quick all but torchao."""
     minutes: float | None = None
     """Begin no case after so many minutes; what is left out is reported. By default 2.7 with --quick."""
     seconds: float | None = None

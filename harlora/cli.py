@@ -252,7 +252,7 @@ class Bench(Options):
     preset: tyro.conf.Suppress[Preset] = "standard"
     command: tyro.conf.Suppress[str] = "harlora bench"
     quick: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Few sizes, below 3 minutes on two cores."""
+    """Few sizes, without torchao, below 3 minutes on two cores."""
     full: tyro.conf.FlagCreatePairsOff[bool] = False
     """Also sizes of language models, up to 8192 rows, other ranks and dtypes: hours on a CPU."""
     out: Path | None = None
