@@ -312,7 +312,9 @@ class Measured:
         if not self._calls:
             return
         with self._gradients():
-            self._inner = self._inner or _inner(self._calls, self._device)
+            if not self._inner:
+                gc.collect()  # what making the competitors left behind; in every sweep it would take longer than those
+                self._inner = _inner(self._calls, self._device)
             _take_turns(self._calls, self._samples, self._inner, self._device, self._watch, seconds, rounds)
         self.describe()
 
@@ -348,7 +350,9 @@ class Measured:
     def unsure(self) -> bool:
         """Whether a ratio of harlora's is not yet known as exactly as two runs need to agree."""
         for row in self.rows:
-            for found in row.get("over", {}).values():
+            for name, found in row.get("over", {}).items():
+                if name.startswith(peers.OURS) or (row["competitor"] != peers.OURS and name != peers.PEER):
+                    continue  # no ratio of the report
                 # Of a median: 1.25 standard deviations / √n, each the 20th to 80th percentile / 1.68.
                 error = 0.74 * (found["p80"] - found["p20"]) / found["median"] / math.sqrt(found["rounds"])
                 if found["unsteady"] or error > UNSURE:
@@ -394,11 +398,10 @@ def _take_turns(
     calls: Mapping[str, Callable[[], object]], found: dict[str, list[Sample]], inner: int, device: torch.device,
     watch: machine.Watch, seconds: float, rounds: int,
 ) -> None:  # fmt: skip
-    end = time.perf_counter() + seconds
     order, done = list(calls), 0
-    gc.collect()
     gc.disable()
     watch.look(now=True)
+    end = time.perf_counter() + seconds
     try:
         while done < rounds or time.perf_counter() < end:
             for name in order:
