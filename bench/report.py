@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harlora.bench.peers import COMPETITORS, OURS, PEER
-from harlora.bench.run import BUSY, FORMAT, RESULT, Row, where
+from harlora.bench.run import BUSY, FORMAT, RESULT, WIDE, Row, uncertain, where
 from harlora.errors import InputError
 from harlora.files import read_json, write_text
 
 PAGE = "index.html"
-NOISY = 0.10  # spread of a ratio, (p80 - p20) / median, from which on a ratio is marked
 FASTER = 1.03  # less than this is no win and no loss
 MARK = "~"
 LAYERS = ("One layer", "Share")  # titles of the tables of single layers
@@ -36,7 +35,7 @@ KEYS = ("case", "in_features", "out_features", "rows", "direction", "dtype", "ra
 class Ratio(NamedTuple):
     """How many times as long ``over`` takes as ``of``.
 
-    noisy: it spreads by more than 10 % from round to round, or too few rounds met the machine in its usual state.
+    noisy: another run may say something else, `run.uncertain`.
     """
 
     facts: Row
@@ -91,8 +90,7 @@ def ratio(rows: Mapping[str, Row], over: str, of: str = OURS) -> Ratio | None:
     mine, theirs = rows[of], rows[over]
     facts = {name: mine[name] for name in KEYS if name in mine}
     found = mine["over"][over]
-    spread = (found["p80"] - found["p20"]) / found["median"]
-    return Ratio(facts, mine, theirs, found["median"], spread > NOISY or found.get("unsteady", False))
+    return Ratio(facts, mine, theirs, found["median"], uncertain(found))
 
 
 def ratios(result: Row) -> list[Ratio]:
@@ -227,8 +225,11 @@ def summary(result: Row) -> list[str]:
     noisy = sum(each.noisy for each in everything)
     if noisy:
         lines.append(
-            f"{noisy} of {len(everything)} ratios are marked {MARK}: from round to round they spread by more than "
-            f"{NOISY:.0%} between the 20th and 80th percentile, or too few rounds met the machine in its usual state."
+            f"{noisy} of {len(everything)} ratios are marked {MARK}: the 95 % interval is wider than {WIDE:.0%}, or too"
+            " few rounds met the machine in its usual state."
+            if "machine" in result
+            else f"{noisy} of {len(everything)} ratios are marked {MARK}: from round to round they spread by more than"
+            f" {WIDE:.0%} between the 20th and 80th percentile."
         )
     state = result.get("machine", {})
     if state.get("usual", 1.0) < 1:

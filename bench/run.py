@@ -39,7 +39,7 @@ MOST_SECONDS = {"quick": 10.0, "standard": 60.0, "full": 60.0}
 MINUTES = {"quick": 2.7, "standard": math.inf, "full": math.inf}
 SWEEPS = {"quick": 4, "standard": 4, "full": 1}
 FEW = 8  # rounds in the usual state that a ratio needs; with fewer, all rounds count and it is marked
-UNSURE = 0.025  # standard error of a ratio's median from which on a case is measured in further sweeps
+WIDE = 0.10  # width of a ratio's 95 % interval / the ratio, from which on its case is measured in further sweeps
 KEPT = 0.25  # share of the memory that models may hold from one sweep to the next
 ENERGY_S = 0.3
 BUSY = 0.03  # share of the cores' time from which on others disturb
@@ -51,7 +51,7 @@ METHOD = {
     " garbage collection is off",
     "sweeps": "cases are gone through more than once, so that a state the machine is in for some seconds does not meet"
     " one case alone; models that memory does not allow to keep are measured in the first sweep only. Up to as many"
-    f" further sweeps go through the cases with a ratio whose median's standard error is above {UNSURE:.1%}",
+    f" further sweeps go through the cases with a ratio whose 95 % interval is wider than {WIDE:.0%} of it",
     "state": "`machine`: the cores are looked at between samples. The usual state is that of the 95th percentile of"
     " multiply-adds and the 5th of handovers from core to core; samples between looks of which one saw less than"
     f" {machine.SLOWEST:g} of the former or more than {machine.FARTHEST:g} times the latter do not count,"
@@ -353,9 +353,7 @@ class Measured:
             for name, found in row.get("over", {}).items():
                 if name.startswith(peers.OURS) or (row["competitor"] != peers.OURS and name != peers.PEER):
                     continue  # no ratio of the report
-                # Of a median: 1.25 standard deviations / √n, each the 20th to 80th percentile / 1.68.
-                error = 0.74 * (found["p80"] - found["p20"]) / found["median"] / math.sqrt(found["rounds"])
-                if found["unsteady"] or error > UNSURE:
+                if uncertain(found):
                     return True
         return False
 
@@ -369,6 +367,18 @@ class Measured:
             for row in self.rows:
                 if row["competitor"] in self._calls:
                     row["joules"] = _joules(self._calls[row["competitor"]], joules, self._device)
+
+
+def uncertain(found: Mapping[str, Any]) -> bool:
+    """Whether the 95 % interval of a ratio, its rounds taken as independent, is wider than 10 % of it.
+
+    found: what a row's ``over`` says of it. Too few rounds in the machine's usual state count as uncertain.
+    """
+    spread = (found["p80"] - found["p20"]) / found["median"]
+    if "rounds" not in found:  # from before the machine was watched: rounds of one state are alike, not independent
+        return bool(spread > WIDE)
+    # Four standard errors of a median: each 1.25 standard deviations / √n, and 1.68 of those are the spread.
+    return bool(found["unsteady"] or 4 * 1.25 / 1.68 * spread / math.sqrt(found["rounds"]) > WIDE)
 
 
 def _quantiles(values: Sequence[float]) -> dict[str, float]:

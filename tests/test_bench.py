@@ -255,6 +255,27 @@ def test_ratios_losses_and_noise():
     assert "1 of 3 ratios are marked ~" in said[2]
 
 
+def test_a_ratio_is_marked_where_another_run_may_differ():
+    # Medians of 36 rounds each lie within ±5 % of the ratio in 95 of 100 runs where the bound says so, and not beyond.
+    generator = torch.Generator().manual_seed(0)
+    for sigma, wide in ((0.10, False), (0.14, True)):
+        rounds = torch.empty(20_000, 36).normal_(1.0, sigma, generator=generator)
+        share = ((rounds.quantile(0.5, dim=1) - 1).abs() < 0.05).float().mean()
+        assert (share < 0.95) == wide
+        p20, p80 = (1 + sigma * z for z in (-0.8416, 0.8416))
+        found = {"median": 1.0, "p20": p20, "p80": p80, "rounds": 36, "unsteady": False}
+        assert run.uncertain(found) == wide
+    found = {"median": 2.0, "p20": 1.9, "p80": 2.1, "rounds": 36, "unsteady": False}
+    assert not run.uncertain(found)
+    assert run.uncertain(found | {"rounds": 8})
+    assert run.uncertain(found | {"p80": 2.4})
+    assert run.uncertain(found | {"unsteady": True})
+    result = result_of((1, OURS, 10.0, 0.01), (1, PEER, 20.0, 0.2)) | {"machine": {}}
+    assert report.ratios(result)[0].text == "2.00~"  # from before rounds were counted: by their spread
+    result["rows"][0]["over"][PEER] |= {"rounds": 10**4, "unsteady": False}
+    assert report.ratios(result)[0].text == "2.00"
+
+
 def test_the_limit_counts_memory_only_where_the_weight_comes_from_memory():
     rates = {"fma_float32_gflops": 100.0, "mm_float32_gflops": 50.0, "mm_bfloat16_gflops": 200.0, "copy_gb_s": 1.0,
              "launch_us": 1.0}  # fmt: skip
