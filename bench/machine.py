@@ -1,8 +1,7 @@
 """Whether the cores are at full speed and near each other: looked at between samples, for a guest cannot know it.
 
-A hypervisor moves the cores of a virtual machine: two may come to share one physical core, or the caches of two groups
-of cores. Nothing in the guest shows that, and it does not slow everyone alike: on a virtual 2-core AMD EPYC a change of
-the caches alone changed ratios between libraries by up to half.
+A hypervisor moves the cores of a virtual machine: two may come to share one physical core, or to have a cache each.
+Nothing in the guest shows that, and it does not slow every library alike.
 """
 
 import ctypes
@@ -107,7 +106,12 @@ class Watch:
         """Looks if the last time is long enough ago, or ``now``; the number of looks so far."""
         if self._cores and (now or time.perf_counter() >= self._next):
             began = time.perf_counter()
-            rates, handover = _look(self._cores, STEPS, HANDOVERS)
+            try:
+                rates, handover = _look(self._cores, STEPS, HANDOVERS)
+            except UnavailableError as reason:  # a core was taken from this process meanwhile
+                self._cores = ()
+                self.note += f", until {reason}"
+                return len(self.states)
             self.states.append(State(min(rates), handover))
             ended = time.perf_counter()
             self._next = ended + max(APART_S, (ended - began) / SHARE)

@@ -237,8 +237,9 @@ def measure(options: Options, file: Path, console: Console) -> Row:
                 if reason:
                     done([{**case.facts, "competitor": name, "status": reason} for name in case.contenders])
                     continue
-                everything.append(measured := Measured(case, device, watch))
+                measured = Measured(case, device, watch)
                 measured.sample(seconds / sweeps, -(-rounds // sweeps))
+                everything.append(measured)
                 if joules is not None and options.preset != "quick":
                     measured.energy(joules)
                 done(measured.rows)
@@ -248,13 +249,15 @@ def measure(options: Options, file: Path, console: Console) -> Row:
                 else:
                     measured.release()
             for sweep in range(2, 2 * sweeps + 1):
-                again = kept if sweep <= sweeps else [measured for measured in kept if measured.unsure()]
+                again = kept
+                if sweep > sweeps:
+                    again = [measured for measured in kept if measured.unsure()]
+                    bar.update(task, total=(bar.tasks[task].total or 0) + len(again))
                 for measured in again:
                     if not over():
                         begin(f"{where(measured.rows[0])}, sweep {sweep}")
                         measured.sample(seconds / sweeps, -(-rounds // sweeps) if sweep <= sweeps else 1)
-                    if sweep <= sweeps:
-                        done([])
+                    done([])
             result["complete"] = not any(row["status"].endswith("were over") for row in result["rows"])
         except KeyboardInterrupt:
             result["stopped"] = True

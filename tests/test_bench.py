@@ -189,6 +189,30 @@ def test_what_was_measured_before_ctrl_c_is_kept(monkeypatch, tmp_path):
     assert report.write_page(result, tmp_path).exists()
 
 
+# Calls of `_lasts` for a case: five for each competitor to find `inner`, then one for each sample.
+CALLS = 2 * (5 + run.ROUNDS["quick"] // run.SWEEPS["quick"])
+
+
+@pytest.mark.parametrize(
+    ("last", "rows"), [(2 * CALLS + 12, [1, 1, 2, 2]), (3 * CALLS + 2, [1, 1, 2, 2, 3, 3])], ids=["first", "second"]
+)
+def test_ctrl_c_in_the_middle_of_a_sweeps_round_loses_nothing(last, rows, monkeypatch, tmp_path):
+    real, count = run._lasts, []
+
+    def interrupted(call, inner, device):
+        count.append(1)
+        if len(count) == last:
+            raise KeyboardInterrupt
+        return real(call, inner, device)
+
+    monkeypatch.setattr(run, "_lasts", interrupted)
+    result = small_run(monkeypatch, tmp_path)
+    assert result == report.load(tmp_path)
+    assert result["stopped"]
+    assert [row["rows"] for row in result["rows"]] == rows
+    assert all(row["median_us"] > 0 for row in result["rows"])
+
+
 def test_what_time_did_not_allow_is_reported(monkeypatch, tmp_path):
     result = small_run(monkeypatch, tmp_path, minutes=1e-9)
     assert {row["status"] for row in result["rows"]} == {"left out: 1e-09 minutes were over"}
@@ -505,6 +529,18 @@ def test_the_usual_state_is_neither_the_very_best_nor_a_frequent_worse_one():
     assert watch.facts() | {"watched": ""} == {
         "watched": "", "looks": 7, "gflops": 100, "handover_ns": 30, "usual": round(5 / 7, 4),
     }  # fmt: skip
+
+
+def test_a_core_that_is_taken_away_ends_the_watch_and_not_the_run(monkeypatch):
+    watch = machine.Watch(sorted(os.sched_getaffinity(0)))
+    if watch.note.startswith("nothing"):
+        pytest.skip(f"cores cannot be looked at here: {watch.note}")
+    assert watch.look(now=True) == 1
+    monkeypatch.setattr(watch, "_cores", [10**6])
+    assert watch.look(now=True) == 1
+    assert watch.note.endswith(", until threads cannot be placed on cores: Invalid argument")
+    assert watch.look(now=True) == 1
+    assert watch.facts()["watched"] == watch.note
 
 
 def test_without_a_compiler_or_such_a_core_nothing_is_watched(monkeypatch):
