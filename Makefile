@@ -4,7 +4,7 @@
 # make instructions  instruction counts of operator calls against the committed baseline; needs valgrind and a C compiler
 # make study   the committed results: three to four hours on two cores; goes on where it was stopped
 # make report  docs/results.md from the committed results
-# make bench   this machine's CPU against bitsandbytes with PEFT and others: ten minutes; harlora bench --help has more
+# make bench   this machine's CPU against bitsandbytes with PEFT and others, 16 minutes; harlora bench --help has more
 # make gpu     on a machine with an NVIDIA GPU, with $(PYTHON)'s own packages, no internet: build, GPU tests, GPU bench
 # make benchmarks  docs/benchmarks.md from the committed results
 #

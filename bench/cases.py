@@ -184,7 +184,7 @@ def plan(preset: str, device: torch.device) -> Plan:
             *layers([(4096, 4096)], (1, 64), "forward"),
             *layers([(4096, 4096)], (64,), "both"),
         ]
-        # 20 to 270 times slower, it would take most of the time.
+        # Hundreds of times slower on a row of a large layer, and slow to make: it would take most of the time.
         rivals = tuple(name for name in everyone if name != "torchao NF4")
         return Plan(tuple(chosen), ("A",), (1, 64), rivals, compiled_rows=(64,) if cuda else ())
     if preset == "standard" and cuda:

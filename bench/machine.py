@@ -21,7 +21,7 @@ HANDOVERS = 50
 APART_S = 2e-3  # the least between two looks
 SHARE = 0.1  # of the time, spent on looking
 
-# A physical core that two share does half as much; a line from another group's cache takes four to seven times as long.
+# Between what is usual and what a shared physical core does, half as much; and a cache apart, several times as long.
 SLOWEST, FARTHEST = 0.75, 2.0
 
 

@@ -20,6 +20,7 @@ from harlora.errors import InputError
 
 CPU = torch.device("cpu")
 UNWATCHED = machine.Watch(())
+NEEDS_COMPILER = pytest.mark.skipif(machine.shutil.which("cc") is None, reason="no C compiler here, as cc")
 OURS, PEER, DENSE, COMPILED = "harlora", "bitsandbytes + PEFT", "dense + PEFT", "dense + PEFT, compiled"
 SOME = (OURS, "harlora int8", PEER, "dequantise + matmul", DENSE, "dense")
 
@@ -502,11 +503,10 @@ def test_a_case_whose_ratio_is_not_known_well_is_measured_in_further_sweeps(monk
     assert swept == 3 * sweeps * [run.ROUNDS["quick"] // sweeps] + sweeps * [1]
 
 
+@NEEDS_COMPILER
 def test_cores_are_looked_at_and_the_caller_may_run_where_it_did():
     before = os.sched_getaffinity(0)
     watch = machine.Watch(sorted(before))
-    if watch.note.startswith("nothing"):
-        pytest.skip(f"cores cannot be looked at here: {watch.note}")
     for count in (1, 2, 3):
         assert watch.look(now=True) == count
     assert watch.look() == 3  # not again at once
@@ -531,10 +531,9 @@ def test_the_usual_state_is_neither_the_very_best_nor_a_frequent_worse_one():
     }  # fmt: skip
 
 
+@NEEDS_COMPILER
 def test_a_core_that_is_taken_away_ends_the_watch_and_not_the_run(monkeypatch):
     watch = machine.Watch(sorted(os.sched_getaffinity(0)))
-    if watch.note.startswith("nothing"):
-        pytest.skip(f"cores cannot be looked at here: {watch.note}")
     assert watch.look(now=True) == 1
     monkeypatch.setattr(watch, "_cores", [10**6])
     assert watch.look(now=True) == 1
@@ -555,10 +554,8 @@ def test_without_a_compiler_or_such_a_core_nothing_is_watched(monkeypatch):
     assert machine.fma_gflops([0]) == (None, "skipped: no C compiler here")
 
 
+@NEEDS_COMPILER
 def test_machine_c_has_no_warnings(tmp_path):
-    compiler = machine.shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler here")
-    command = [compiler, "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O2", "-c", machine.SOURCE, "-o"]
+    command = ["cc", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O2", "-c", machine.SOURCE, "-o"]
     done = subprocess.run([*command, tmp_path / "machine.o"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
