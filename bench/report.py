@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harlora.bench.peers import COMPETITORS, OURS, PEER
-from harlora.bench.run import BUSY, FORMAT, RESULT, WIDE, Row, uncertain, where
+from harlora.bench.run import BUSY, FORMAT, RESULT, WIDE, Row, where
 from harlora.errors import InputError
 from harlora.files import read_json, write_text
 
@@ -35,7 +35,8 @@ KEYS = ("case", "in_features", "out_features", "rows", "direction", "dtype", "ra
 class Ratio(NamedTuple):
     """How many times as long ``over`` takes as ``of``.
 
-    noisy: another run may say something else, `run.uncertain`.
+    noisy: it spreads by more than 10 % from round to round, or too few rounds met the machine in its usual state.
+    An interval of the median is no substitute: of two runs minutes apart, ratios known to 10 % each disagreed by more.
     """
 
     facts: Row
@@ -90,7 +91,8 @@ def ratio(rows: Mapping[str, Row], over: str, of: str = OURS) -> Ratio | None:
     mine, theirs = rows[of], rows[over]
     facts = {name: mine[name] for name in KEYS if name in mine}
     found = mine["over"][over]
-    return Ratio(facts, mine, theirs, found["median"], uncertain(found))
+    spread = (found["p80"] - found["p20"]) / found["median"]
+    return Ratio(facts, mine, theirs, found["median"], spread > WIDE or found.get("unsteady", False))
 
 
 def ratios(result: Row) -> list[Ratio]:
@@ -225,11 +227,8 @@ def summary(result: Row) -> list[str]:
     noisy = sum(each.noisy for each in everything)
     if noisy:
         lines.append(
-            f"{noisy} of {len(everything)} ratios are marked {MARK}: the 95 % interval is wider than {WIDE:.0%}, or too"
-            " few rounds met the machine in its usual state."
-            if "machine" in result
-            else f"{noisy} of {len(everything)} ratios are marked {MARK}: from round to round they spread by more than"
-            f" {WIDE:.0%} between the 20th and 80th percentile."
+            f"{noisy} of {len(everything)} ratios are marked {MARK}: from round to round they spread by more than "
+            f"{WIDE:.0%} between the 20th and 80th percentile, or too few rounds met the machine in its usual state."
         )
     state = result.get("machine", {})
     if state.get("usual", 1.0) < 1:

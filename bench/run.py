@@ -39,7 +39,9 @@ MOST_SECONDS = {"quick": 10.0, "standard": 60.0, "full": 60.0}
 MINUTES = {"quick": 2.7, "standard": math.inf, "full": math.inf}
 SWEEPS = {"quick": 4, "standard": 4, "full": 1}
 FEW = 8  # rounds in the usual state that a ratio needs; with fewer, all rounds count and it is marked
-WIDE = 0.10  # width of a ratio's 95 % interval / the ratio, from which on its case is measured in further sweeps
+# Of a ratio: the spread from round to round from which on it is marked, and the width of its 95 % interval from which
+# on its case is measured in further sweeps.
+WIDE = 0.10
 KEPT = 0.25  # share of the memory that models may hold from one sweep to the next
 ENERGY_S = 0.3
 BUSY = 0.03  # share of the cores' time from which on others disturb
@@ -378,8 +380,6 @@ def uncertain(found: Mapping[str, Any]) -> bool:
     found: what a row's ``over`` says of it. Too few rounds in the machine's usual state count as uncertain.
     """
     spread = (found["p80"] - found["p20"]) / found["median"]
-    if "rounds" not in found:  # from before the machine was watched: rounds of one state are alike, not independent
-        return bool(spread > WIDE)
     # Four standard errors of a median: each 1.25 standard deviations / √n, and 1.68 of those are the spread.
     return bool(found["unsteady"] or 4 * 1.25 / 1.68 * spread / math.sqrt(found["rounds"]) > WIDE)
 
