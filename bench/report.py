@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harlora.bench.peers import COMPETITORS, OURS, PEER
-from harlora.bench.run import BUSY, FORMAT, RESULT, WIDE, Row, where
+from harlora.bench.run import BUSY, FORMAT, RESULT, WIDE, Row, uncertain, where
 from harlora.errors import InputError
 from harlora.files import read_json, write_text
 
@@ -92,7 +92,8 @@ def ratio(rows: Mapping[str, Row], over: str, of: str = OURS) -> Ratio | None:
     facts = {name: mine[name] for name in KEYS if name in mine}
     found = mine["over"][over]
     spread = (found["p80"] - found["p20"]) / found["median"]
-    return Ratio(facts, mine, theirs, found["median"], spread > WIDE or found.get("unsteady", False))
+    few = "rounds" in found and uncertain(found)  # older results do not say how many
+    return Ratio(facts, mine, theirs, found["median"], spread > WIDE or few)
 
 
 def ratios(result: Row) -> list[Ratio]:

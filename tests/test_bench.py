@@ -295,10 +295,10 @@ def test_a_ratio_that_is_not_known_well_is_told_from_one_that_is():
     assert run.uncertain(found | {"rounds": 8})
     assert run.uncertain(found | {"p80": 2.4})
     assert run.uncertain(found | {"unsteady": True})
-    result = result_of((1, OURS, 10.0, 0.01), (1, PEER, 20.0, 0.01))
-    assert report.ratios(result)[0].text == "2.00"
-    result["rows"][0]["over"][PEER]["unsteady"] = True
-    assert report.ratios(result)[0].text == "2.00~"
+    for counted, text in (({}, "2.00"), ({"rounds": 36}, "2.00"), ({"rounds": 3}, "2.00~"), ({"unsteady": True}, "2.00~")):
+        result = result_of((1, OURS, 10.0, 0.01), (1, PEER, 20.0, 0.04))
+        result["rows"][0]["over"][PEER] |= {"rounds": 36, "unsteady": False} | counted if counted else {}
+        assert report.ratios(result)[0].text == text
 
 
 def test_the_limit_counts_memory_only_where_the_weight_comes_from_memory():
@@ -469,7 +469,7 @@ def test_samples_of_an_unusual_machine_do_not_count(monkeypatch):
     assert ours["left_out_us"] is None  # of two alone it would be no median
     assert not measured.unsure()
 
-    far[:] = 5 * [True] + 7 * [False]  # too few are left: all count, and it is said
+    far[:] = 10 * [True] + 2 * [False]  # too few are left: all count, and it is said
     measured.describe()
     assert (ours["rounds"], ours["unsteady"], ours["over"][DENSE]["rounds"]) == (12, True, 12)
     assert report.ratio({OURS: ours, DENSE: dense}, DENSE).text == "1.00~"
