@@ -36,7 +36,8 @@ class Ratio(NamedTuple):
     """How many times as long ``over`` takes as ``of``.
 
     noisy: it spreads by more than 10 % from round to round, or too few rounds met the machine in its usual state.
-    An interval of the median is no substitute: of two runs minutes apart, ratios known to 10 % each disagreed by more.
+    An interval of the median alone is no substitute: of two runs minutes apart, ratios known to 10 % each disagreed by
+    more.
     """
 
     facts: Row

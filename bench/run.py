@@ -38,9 +38,8 @@ ROUNDS = {"quick": 12, "standard": 20, "full": 9}
 MOST_SECONDS = {"quick": 10.0, "standard": 60.0, "full": 60.0}
 MINUTES = {"quick": 2.7, "standard": math.inf, "full": math.inf}
 SWEEPS = {"quick": 4, "standard": 4, "full": 1}
-# Rounds in the usual state that a ratio needs; with fewer, all rounds count and it is marked. In 18 pairs of quick runs
-# on two cores of a shared machine 3.9 % of the ratios differed by more than 10 % with 3, 4.3 % with 4, 6.0 % with 8: a
-# few samples of the usual state say more than many of a mixture.
+# Rounds in the usual state that a ratio needs; with fewer, all rounds count and it is marked. So few, because two runs
+# agree better on a few samples of that state than on many of a mixture.
 FEW = 3
 # Of a ratio: the spread from round to round from which on it is marked, and the width of its 95 % interval from which
 # on its case is measured in further sweeps.

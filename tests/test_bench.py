@@ -295,7 +295,12 @@ def test_a_ratio_that_is_not_known_well_is_told_from_one_that_is():
     assert run.uncertain(found | {"rounds": 8})
     assert run.uncertain(found | {"p80": 2.4})
     assert run.uncertain(found | {"unsteady": True})
-    for counted, text in (({}, "2.00"), ({"rounds": 36}, "2.00"), ({"rounds": 3}, "2.00~"), ({"unsteady": True}, "2.00~")):
+    for counted, text in (
+        ({}, "2.00"),
+        ({"rounds": 36}, "2.00"),
+        ({"rounds": 3}, "2.00~"),
+        ({"unsteady": True}, "2.00~"),
+    ):
         result = result_of((1, OURS, 10.0, 0.01), (1, PEER, 20.0, 0.04))
         result["rows"][0]["over"][PEER] |= {"rounds": 36, "unsteady": False} | counted if counted else {}
         assert report.ratios(result)[0].text == text
