@@ -1,5 +1,4 @@
-// What the cores do at the moment: multiply-adds of each, and how long a cache line takes from one to the next. Then each
-// reads through more than its own caches hold, so that what lies where in them is settled anew for the next sample.
+// What the cores do at the moment: multiply-adds of each, and how long a cache line takes from one to the next.
 // Built by machine.py when a run begins, for the processor it runs on; called from Python, which waits meanwhile.
 
 #define _GNU_SOURCE
@@ -20,8 +19,6 @@ enum { BYTES = 16, COUNT = 12 };
 typedef float vector __attribute__((vector_size(BYTES)));
 
 enum { BATCHES = 4 };
-enum { READ_BYTES = 2 << 20, READS = 4, READ = READ_BYTES / sizeof(vector) };
-static vector data[READ];  // written once: what never was is one page of zeros
 // Where other processes have a core, every handover to it waits for a time slice; so long they may all take together.
 static const double MOST_S = 1e-3;
 static const long OVER = -1;  // the token, when they took longer
@@ -47,15 +44,6 @@ static double now(void) {
   struct timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
   return t.tv_sec + 1e-9 * t.tv_nsec;
-}
-
-static float read_through(void) {
-  vector sums[4] = {{0}};
-  for (long k = 0; k < READ; k += 4)
-    for (int i = 0; i < 4; ++i) sums[i] += data[k + i];
-  const vector sum = sums[0] + sums[1] + sums[2] + sums[3];
-  __asm__ volatile("" ::: "memory");  // every time anew
-  return sum[0];
 }
 
 static void *look(void *argument) {
@@ -93,9 +81,7 @@ static void *look(void *argument) {
     __asm__ volatile("");
   }
   core->gflops = shared->steps * (double)COUNT * 2 * (BYTES / 4) / (now() - began) / 1e9;
-  // The sums, so that nothing is optimised away.
-  for (int i = 0; i < COUNT; ++i) core->sum += a[i][0];
-  for (int i = 0; i < READS; ++i) core->sum += read_through();
+  for (int i = 0; i < COUNT; ++i) core->sum += a[i][0];  // so that nothing is optimised away
   return NULL;
 }
 
@@ -120,7 +106,6 @@ int look_at_cores(int threads, const int *cores, long steps, long handovers, dou
   Shared shared = {.threads = threads, .handovers = handovers, .steps = steps};
   int error = pthread_getaffinity_np(pthread_self(), sizeof before, &before);
   int made = 0;
-  for (long k = 0; k < READ && !data[READ - 1][0]; ++k) data[k] = (vector){0} + 1.0f;
   for (; made < threads && !error; made += !error) {
     CPU_ZERO(&where);
     CPU_SET(cores[made], &where);
