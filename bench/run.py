@@ -37,16 +37,13 @@ SECONDS = {"quick": 2.4, "standard": 2.4, "full": 1.5}  # for a case
 ROUNDS = {"quick": 12, "standard": 20, "full": 9}
 MOST_SECONDS = {"quick": 10.0, "standard": 60.0, "full": 60.0}
 MINUTES = {"quick": 2.7, "standard": math.inf, "full": math.inf}
-SWEEPS = {"quick": 4, "standard": 4, "full": 1}  # through all cases
-MOST_SWEEPS = {"quick": 12, "standard": 8, "full": 2}  # through those with a ratio that is not yet known well
+SWEEPS = {"quick": 4, "standard": 4, "full": 1}
 # Rounds in the usual state that a ratio needs; with fewer, all rounds count and it is marked. So few, because two runs
 # agree better on a few samples of that state than on many of a mixture.
 FEW = 3
-# Of a ratio: the spread from round to round, and the width of its 95 % interval, from which on it is marked.
+# Of a ratio: the spread from round to round from which on it is marked, and the width of its 95 % interval from which
+# on its case is measured in further sweeps.
 WIDE = 0.10
-# The width from which on its case is measured in further sweeps. Rounds are not as independent as the interval takes
-# them to be; quick uses the time it has.
-UNSURE = {"quick": 0.05, "standard": WIDE, "full": WIDE}
 KEPT = 0.25  # share of the memory that models may hold from one sweep to the next
 ENERGY_S = 0.3
 BUSY = 0.03  # share of the cores' time from which on others disturb
@@ -57,8 +54,8 @@ METHOD = {
     "rounds": "until both the least number of rounds and the seconds of a case are reached, shared out over the sweeps;"
     " garbage collection is off",
     "sweeps": "cases are gone through more than once, so that a state the machine is in for some seconds does not meet"
-    " one case alone; models that memory does not allow to keep are measured in the first sweep only. Further"
-    " sweeps, up to `most_sweeps`, go through the cases with a ratio whose 95 % interval is wider than `unsure` of it",
+    " one case alone; models that memory does not allow to keep are measured in the first sweep only. Up to as many"
+    f" further sweeps go through the cases with a ratio whose 95 % interval is wider than {WIDE:.0%} of it",
     "state": "`machine`: the cores are looked at between samples. The usual state is that of the 95th percentile of"
     " multiply-adds and the 5th of handovers from core to core; samples between looks of which one saw less than"
     f" {machine.SLOWEST:g} of the former or more than {machine.FARTHEST:g} times the latter do not count,"
@@ -173,8 +170,7 @@ def measure(options: Options, file: Path, console: Console) -> Row:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     seconds, rounds = options.seconds or SECONDS[options.preset], ROUNDS[options.preset]
-    sweeps, most_sweeps, unsure = SWEEPS[options.preset], MOST_SWEEPS[options.preset], UNSURE[options.preset]
-    minutes = options.minutes or MINUTES[options.preset]
+    sweeps, minutes = SWEEPS[options.preset], options.minutes or MINUTES[options.preset]
     everything: list[Measured] = []
     kept: list[Measured] = []
     held = 0
@@ -185,10 +181,7 @@ def measure(options: Options, file: Path, console: Console) -> Row:
     result: Row = {
         "bench": "harlora", "format": FORMAT, "complete": False, "stopped": False,
         "provenance": surroundings(options, device), "competitors": peers.participants(device),
-        "method": {
-            **METHOD, "seconds": seconds, "least_rounds": rounds, "unsure": unsure, "most_sweeps": most_sweeps,
-            "energy": source,
-        },
+        "method": {**METHOD, "seconds": seconds, "least_rounds": rounds, "energy": source},
         "machine": {"watched": watch.note}, "ceilings": None, "rows": [],
     }  # fmt: skip
     if math.isfinite(minutes):
@@ -259,10 +252,10 @@ def measure(options: Options, file: Path, console: Console) -> Row:
                     kept.append(measured)
                 else:
                     measured.release()
-            for sweep in range(2, most_sweeps + 1):
+            for sweep in range(2, 2 * sweeps + 1):
                 again = kept
                 if sweep > sweeps:
-                    again = [measured for measured in kept if not over() and measured.unsure(unsure)]
+                    again = [measured for measured in kept if measured.unsure()]
                     bar.update(task, total=(bar.tasks[task].total or 0) + len(again))
                 for measured in again:
                     if not over():
@@ -361,13 +354,13 @@ class Measured:
         few = len(steady) < min(FEW, len(values))
         return (list(values), True) if few else (steady, False)
 
-    def unsure(self, limit: float) -> bool:
-        """Whether the 95 % interval of a ratio of the report is wider than ``limit`` of it."""
+    def unsure(self) -> bool:
+        """Whether a ratio of harlora's is not yet known as exactly as two runs need to agree."""
         for row in self.rows:
             for name, found in row.get("over", {}).items():
                 if name.startswith(peers.OURS) or (row["competitor"] != peers.OURS and name != peers.PEER):
                     continue  # no ratio of the report
-                if uncertain(found, limit):
+                if uncertain(found):
                     return True
         return False
 
@@ -383,14 +376,14 @@ class Measured:
                     row["joules"] = _joules(self._calls[row["competitor"]], joules, self._device)
 
 
-def uncertain(found: Mapping[str, Any], limit: float = WIDE) -> bool:
-    """Whether the 95 % interval of a ratio, its rounds taken as independent, is wider than ``limit`` of it.
+def uncertain(found: Mapping[str, Any]) -> bool:
+    """Whether the 95 % interval of a ratio, its rounds taken as independent, is wider than 10 % of it.
 
     found: what a row's ``over`` says of it. Too few rounds in the machine's usual state count as uncertain.
     """
     spread = (found["p80"] - found["p20"]) / found["median"]
     # Four standard errors of a median: each 1.25 standard deviations / √n, and 1.68 of those are the spread.
-    return bool(found["unsteady"] or 4 * 1.25 / 1.68 * spread / math.sqrt(found["rounds"]) > limit)
+    return bool(found["unsteady"] or 4 * 1.25 / 1.68 * spread / math.sqrt(found["rounds"]) > WIDE)
 
 
 def _quantiles(values: Sequence[float]) -> dict[str, float]:

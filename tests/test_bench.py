@@ -292,7 +292,6 @@ def test_a_ratio_that_is_not_known_well_is_told_from_one_that_is():
         assert run.uncertain(found) == wide
     found = {"median": 2.0, "p20": 1.9, "p80": 2.1, "rounds": 36, "unsteady": False}
     assert not run.uncertain(found)
-    assert run.uncertain(found, 0.04)
     assert run.uncertain(found | {"rounds": 8})
     assert run.uncertain(found | {"p80": 2.4})
     assert run.uncertain(found | {"unsteady": True})
@@ -473,13 +472,13 @@ def test_samples_of_an_unusual_machine_do_not_count(monkeypatch):
         assert row["p80_us"] == 1e6
     assert ours["over"][DENSE] == {"median": 1, "p20": 1, "p80": 1, "rounds": 10, "unsteady": False}
     assert ours["left_out_us"] is None  # of two alone it would be no median
-    assert not measured.unsure(0.1)
+    assert not measured.unsure()
 
     far[:] = 10 * [True] + 2 * [False]  # too few are left: all count, and it is said
     measured.describe()
     assert (ours["rounds"], ours["unsteady"], ours["over"][DENSE]["rounds"]) == (12, True, 12)
     assert report.ratio({OURS: ours, DENSE: dense}, DENSE).text == "1.00~"
-    assert measured.unsure(0.1)
+    assert measured.unsure()
 
 
 def test_how_much_longer_the_samples_took_that_do_not_count_is_said(monkeypatch):
@@ -500,13 +499,13 @@ def test_how_much_longer_the_samples_took_that_do_not_count_is_said(monkeypatch)
 
 def test_a_case_whose_ratio_is_not_known_well_is_measured_in_further_sweeps(monkeypatch, tmp_path):
     swept = []
-    monkeypatch.setattr(run.Measured, "unsure", lambda self, limit: self.rows[0]["rows"] == 2)
+    monkeypatch.setattr(run.Measured, "unsure", lambda self: self.rows[0]["rows"] == 2)
     monkeypatch.setattr(
         run, "_take_turns", lambda calls, found, inner, device, watch, seconds, rounds: swept.append(rounds)
     )
     small_run(monkeypatch, tmp_path)
     sweeps = run.SWEEPS["quick"]
-    assert swept == 3 * sweeps * [run.ROUNDS["quick"] // sweeps] + (run.MOST_SWEEPS["quick"] - sweeps) * [1]
+    assert swept == 3 * sweeps * [run.ROUNDS["quick"] // sweeps] + sweeps * [1]
 
 
 @NEEDS_COMPILER
