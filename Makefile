@@ -1,6 +1,7 @@
 # make lodo    from a bare clone to the table: environment, installation, the main study in its quick preset
 # make test    the tests;  make check  formatting, lint, types
 # make sanitize  the operators' tests on kernels built with AddressSanitizer and UBSan; needs GCC
+# make compile   Triton's kernels for sm_80, sm_90 and sm_100, without a GPU; fails on spills and without tensor cores
 # make instructions  instruction counts of operator calls against the committed baseline; needs valgrind and a C compiler
 # make study   the committed results: three to four hours on two cores; goes on where it was stopped
 # make report  docs/results.md from the committed results
@@ -17,7 +18,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: lodo test check sanitize instructions study report bench gpu benchmarks clean
+.PHONY: lodo test check sanitize compile instructions study report bench gpu benchmarks clean
 
 lodo: $(VENV)/.har
 	$(BIN)/harlora lodo $(ARGS)
@@ -47,6 +48,9 @@ sanitize: $(VENV)/.dev
 		$(BIN)/pytest -n auto -x --capture=sys tests/test_ops.py tests/test_format.py tests/test_linear.py \
 		tests/test_cpu.py tests/test_whole.py tests/test_groups.py tests/test_precision.py \
 		tests/test_build.py::test_the_extension_of_this_installation_serves
+
+compile: $(VENV)/.dev
+	$(BIN)/python bench/compile_report.py $(ARGS)
 
 instructions: $(VENV)/.dev
 	$(BIN)/python -m harlora.bench.instructions $(ARGS)

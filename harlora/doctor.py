@@ -548,7 +548,7 @@ def tune(device: torch.device, problems: list[Problem], report: Report | None = 
         known = [
             backend
             for backend in dispatch.backends(operator)
-            if backend.verified and not dispatch.refusal(operator, backend, device, dtype)
+            if not backend.on_request and not dispatch.refusal(operator, backend, device, dtype)
             and f"backend {backend.name}" not in wrong
         ]  # fmt: skip
         if len(known) < 2:

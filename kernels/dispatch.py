@@ -1,27 +1,33 @@
-"""Which backend serves an operator on a device and dtype. The one place that chooses.
+"""Which backend serves an operator on a device and dtype, and how its kernels are launched. The one place that chooses.
 
 A backend is a function with the arguments of the operator. `select` returns the first of an operator's backends that
 serves the device and dtype, in the order of the table; ``HARLORA_BACKEND``, read when an operator first runs, names one
 instead. The first time a backend other than the reference is chosen on a device it must agree with the reference on a
 small probe; one that does not is left out from then on, with one warning that names it.
 
-The order is the table's here, or what ``harlora doctor --tune`` measured on this device (tuning.py).
+Triton's kernels also have a configuration, chosen by device, dtype and shape (configurations.py), and each of these
+must agree with the reference the first time it is used on a device, in the format and dtype it is used with.
+
+Orders and configurations are the tables' here, or what ``harlora doctor --tune`` measured on this device (tuning.py).
 """
 
 import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from harlora.kernels import cpp, reference, tuning
+from harlora.kernels import configurations, cpp, reference, tuning
+from harlora.kernels.configurations import Configuration
 from harlora.kernels.format import QUANT_TYPES
 
 ENVIRONMENT = "HARLORA_BACKEND"
+BACKENDS = ("reference", "cpp", "triton")
 OPERATORS = ("quantize_4bit", "dequantize_4bit", "qlora_linear", "qlora_linear_backward")
 
 
@@ -32,56 +38,220 @@ class Backend:
     name: what ``HARLORA_BACKEND`` calls it.
     device_type: the kind of device it serves, or None for all.
     dtypes: which dtypes of the weight, result or input it serves, or None for all.
-    verified: False as long as it has not run correctly on a real device; such a backend serves only on request.
+    on_request: why it serves only where ``HARLORA_BACKEND`` names it; empty for one that serves by default.
     """
 
     name: str
     function: Callable[..., Any]
     device_type: str | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
-    verified: bool = True
+    on_request: str = ""
+
+
+UNVERIFIED = "it has not yet run correctly on such a device"
 
 
 @cache
 def backends(operator: str) -> tuple[Backend, ...]:
     """The backends of ``operator``, first choice first, the reference last."""
     table: list[Backend] = []
+    if not load_triton():
+        function = partial(_triton, operator) if operator in configurations.OPERATORS else getattr(_nf4(), operator)
+        table.append(Backend("triton", function, "cuda", cpp.DTYPES if operator != "dequantize_4bit" else None))
+        if _nf4().INTERPRETED:
+            table.append(Backend("triton", function, "cpu", table[0].dtypes, "Triton's interpreter runs it, slowly"))
     if not cpp.load_extension():
         function = getattr(cpp, operator)
         if cpp.has_kernel(operator, "cpu"):
             table.append(Backend("cpp", function, "cpu", cpp.DTYPES))
         if cpp.has_kernel(operator, "cuda"):
-            table.append(Backend("cpp", function, "cuda", verified=False))
+            table.append(Backend("cpp", function, "cuda", on_request=UNVERIFIED))
     return (*table, Backend("reference", getattr(reference, operator)))
+
+
+# Triton -------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def load_triton() -> str:
+    """Import Triton's kernels; an empty string, or the reason why they do not serve."""
+    try:
+        nf4 = _nf4()
+    except ImportError as error:
+        return f"Triton cannot be imported: {error}"
+    if not torch.cuda.is_available() and not nf4.INTERPRETED:
+        return (
+            "it is for NVIDIA GPUs and torch sees none; TRITON_INTERPRET=1 in the environment runs it on CPUs, slowly"
+        )
+    return ""
+
+
+def _nf4() -> ModuleType:
+    from harlora.kernels.triton import nf4
+
+    return nf4
+
+
+@cache
+def _table(device: torch.device) -> configurations.Table:
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return configurations.tables()[configurations.target(capability)]
+
+
+def configuration(operator: str, device: torch.device, dtype: torch.dtype, rows: int, weights: int) -> Configuration:
+    """How Triton's kernels of ``operator`` are launched for ``rows`` of x over ``weights`` values of the weight."""
+    return configurations.choose(_table(device), operator, dtype, rows, weights)
+
+
+def _triton(operator: str, *arguments: Any) -> Any:
+    """The operator by Triton's kernels, or by the reference where their configuration proved wrong."""
+    from harlora.kernels.triton import qlora_linear
+
+    forward = operator == "qlora_linear"
+    wide, quantized = arguments[0], arguments[1:7] if forward else arguments[3:9]
+    rank = next((A.shape[0] for A in (arguments[9 if forward else 10],) if A is not None), 0)
+    in_features, out_features = (wide.shape[-1], arguments[7]) if forward else (arguments[9], wide.shape[-1])
+    rows = wide.numel() // max(1, wide.shape[-1])
+    chosen = configuration(operator, wide.device, wide.dtype, rows, in_features * out_features)
+    launch: Callable[..., Any] = getattr(qlora_linear, operator)
+    nested, quant_type, blocksize = quantized[2] is not None, quantized[4], quantized[5]
+    probe = _Probe(
+        operator, chosen, wide.device, wide.dtype, in_features % blocksize == 0, in_features % 2 == 0,
+        quant_type, blocksize, nested, 0 if not rank else max(16, 1 << (rank - 1).bit_length()),
+    )  # fmt: skip
+    if not _proven(probe):
+        return getattr(reference, operator)(*arguments)
+    return launch(*arguments, configuration=chosen)
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """What a configuration is proven for: all that decides which kernels are compiled, in short."""
+
+    operator: str
+    configuration: Configuration
+    device: torch.device
+    dtype: torch.dtype
+    aligned: bool
+    even: bool
+    quant_type: str
+    blocksize: int
+    nested: bool
+    rank: int
+
+
+_wrong: dict[_Probe, str] = {}
+
+
+def wrong_configurations() -> list[str]:
+    """Each configuration of Triton's kernels that was used here, did not agree with the reference and is left out."""
+    return [
+        f"the configuration {probe.configuration} of {probe.operator} {why} on {probe.device} in {probe.dtype}"
+        for probe, why in _wrong.items()
+        if why
+    ]
+
+
+def _proven(probe: _Probe) -> bool:
+    """Whether a configuration agrees with the reference; computed once, with a warning that names it if not."""
+    if probe not in _wrong:
+        if probe.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            warnings.warn(
+                f"harlora: {probe.operator} is captured into a CUDA graph before it ran once with such arguments, and "
+                "cannot be checked; the reference is captured instead. Run the model once before capturing",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return False
+        try:
+            _wrong[probe] = _disagreement(probe)
+        except Exception as error:  # what a compiler or a driver may raise is not for us to know
+            _wrong[probe] = f"fails ({type(error).__name__}: {error})"
+        if _wrong[probe]:
+            warnings.warn(
+                f"harlora: {wrong_configurations()[-1]} and is not used; please report this with the output of "
+                "`harlora doctor --json`",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return not _wrong[probe]
+
+
+def _disagreement(probe: _Probe) -> str:
+    """How the configuration differs from the reference on a problem of several tiles; empty if it agrees."""
+    from harlora.kernels.triton import qlora_linear
+
+    chosen = probe.configuration
+    rows = 2 * chosen.block_rows + 1 if chosen.block_rows else 70
+    out_features = 2 * (chosen.block_out or 64) + 8
+    in_features = max(8 * (chosen.block_in or 64), 2 * probe.blocksize)
+    if not probe.aligned:
+        in_features += 10 if probe.even else 9
+    size = (rows, in_features, out_features, probe.rank, probe.quant_type, probe.blocksize, probe.nested)
+    expected = getattr(reference, probe.operator)(
+        *_problem(probe.operator, probe.device, torch.float32, *size, rounded=probe.dtype)
+    )
+    found = getattr(qlora_linear, probe.operator)(
+        *_problem(probe.operator, probe.device, probe.dtype, *size), configuration=chosen
+    )
+    # Sums of products rounded to the dtype: an error of several units in its last place. A wrong index is of order 1.
+    allowed = 1e-3 if probe.dtype == torch.float32 else 16 * torch.finfo(probe.dtype).eps
+    for which, (one, other) in enumerate(zip(expected, found, strict=True)):
+        error = float((other.float() - one).abs().max() / one.abs().max()) if one.numel() else 0.0
+        if not error <= allowed:
+            return f"disagrees with the reference by {error:.1e} in result {which}"
+    return ""
+
+
+# Choice -------------------------------------------------------------------------------------------------------------
+
+
+def _problem(
+    operator: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    in_features: int,
+    out_features: int,
+    rank: int,
+    quant_type: str,
+    blocksize: int,
+    nested: bool,
+    *,
+    rounded: torch.dtype | None = None,
+) -> tuple[Any, ...]:
+    """Arguments of ``operator``: random, always the same, in ``dtype``, of values that ``rounded`` has."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, variance: int = 1) -> Tensor:
+        values = torch.randn(shape, generator=generator, device="cpu") / variance**0.5
+        return values.to(rounded or dtype).to(device, dtype)
+
+    weight = torch.randn(out_features, in_features, generator=generator, device="cpu").to(device) / in_features**0.5
+    if operator == "quantize_4bit":
+        return weight, quant_type, blocksize, nested
+    packed, absmax, nested_absmax, offset = reference.quantize_4bit(weight, quant_type, blocksize, nested)
+    scales = (absmax, nested_absmax, offset) if nested else (absmax, None, None)
+    quantized = (packed, *scales, quant_type, blocksize)
+    if operator == "dequantize_4bit":
+        return *quantized, (out_features, in_features), dtype
+    A = draw(rank, in_features, variance=in_features) if rank else None
+    B = draw(out_features, rank, variance=rank) if rank else None
+    x, t = draw(rows, in_features), draw(rows, rank) if rank else None
+    if operator == "qlora_linear":
+        return x, *quantized, out_features, draw(out_features), A, B, 0.5
+    grad = draw(rows, out_features, variance=out_features)
+    return grad, x if rank else None, t, *quantized, in_features, A, B, 0.5, [True, True, rank > 0, rank > 0]
 
 
 def _problems(operator: str, device: torch.device) -> list[tuple[Any, ...]]:
     """Arguments for the comparison with the reference: small, odd, and one past a block."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device="cpu").to(device)
-
-    problems: list[tuple[Any, ...]] = []
-    for quant_type in QUANT_TYPES:
-        for rows, in_features, out_features, rank, blocksize in ((3, 65, 17, 2, 32), (20, 192, 40, 5, 64)):
-            weight = draw(out_features, in_features)
-            if operator == "quantize_4bit":
-                problems.append((weight, quant_type, blocksize, rank == 2))
-                continue
-            *packed, nested_absmax, offset = reference.quantize_4bit(weight, quant_type, blocksize, rank == 2)
-            nested = (nested_absmax, offset) if rank == 2 else (None, None)
-            quantized = (*packed, *nested, quant_type, blocksize)
-            if operator == "dequantize_4bit":
-                problems.append((*quantized, (out_features, in_features), torch.float32))
-                continue
-            x, grad, t = draw(rows, in_features), draw(rows, out_features), draw(rows, rank)
-            bias, lora_A, lora_B = draw(out_features), draw(rank, in_features), draw(out_features, rank)
-            if operator == "qlora_linear":
-                problems += [(x[:n], *quantized, out_features, bias, lora_A, lora_B, 0.5) for n in (1, rows)]
-            else:
-                problems.append((grad, x, t, *quantized, in_features, lora_A, lora_B, 0.5, [True] * 4))
-    return problems
+    sizes = [(1, 192, 40, 5), (3, 65, 17, 2), (20, 192, 40, 5)]
+    return [
+        _problem(operator, device, torch.float32, *size, quant_type, 32 if size[3] == 2 else 64, size[3] == 2)
+        for quant_type in QUANT_TYPES
+        for size in sizes
+    ]
 
 
 def _same(operator: str, backend: Backend, arguments: tuple[Any, ...]) -> bool:
@@ -117,8 +287,8 @@ def refusal(operator: str, backend: Backend, device: torch.device, dtype: torch.
         return f"it has no {str(dtype).removeprefix('torch.')}"
     if forced and forced != backend.name and backend.name != "reference":
         return f"{ENVIRONMENT}={forced}"
-    if not forced and not backend.verified:
-        return f"it has not yet run correctly on such a device; {ENVIRONMENT}={backend.name} asks for it"
+    if not forced and backend.on_request:
+        return f"{backend.on_request}; {ENVIRONMENT}={backend.name} asks for it"
     return ""
 
 
@@ -141,10 +311,12 @@ def select(operator: str, device: torch.device, dtype: torch.dtype) -> Callable[
     """
     forced = os.environ.get(ENVIRONMENT, "")
     if forced:
-        if forced not in {"reference", "cpp"}:
-            raise ValueError(f"{ENVIRONMENT} must be 'reference' or 'cpp', got {forced!r}; unset it for the default")
+        if forced not in BACKENDS:
+            raise ValueError(f"{ENVIRONMENT} must be one of {BACKENDS}, got {forced!r}; unset it for the default")
         if forced == "cpp" and cpp.load_extension():
             raise RuntimeError(f"{ENVIRONMENT}=cpp, but the extension does not serve: {cpp.load_extension()}")
+        if forced == "triton" and load_triton():
+            raise RuntimeError(f"{ENVIRONMENT}=triton, but Triton's kernels do not serve: {load_triton()}")
     for backend in ordered(operator, device, dtype):
         if refusal(operator, backend, device, dtype):
             continue

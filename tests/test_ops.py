@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import harlora
-from harlora.kernels import cpp, eager, reference
+from harlora.kernels import cpp, dispatch, eager, reference
 
 OPS = torch.ops.harlora
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,7 +30,7 @@ SHAPES = [  # rows, in_features, out_features, rank
 
 
 BLOCK = (64, 32, 256)
-BACKENDS = ["reference", "cpp", "cpp-avx512bf16", "cpp-avx512", "cpp-avx2", "cpp-portable"]
+BACKENDS = ["reference", "cpp", "cpp-avx512bf16", "cpp-avx512", "cpp-avx2", "cpp-portable", "triton"]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -41,6 +41,8 @@ def backend(request, monkeypatch, use_kernels):
         if cpp.load_extension():
             pytest.skip(f"the extension does not serve: {cpp.load_extension()}")
         use_kernels(variant)
+    if name == "triton" and dispatch.load_triton():
+        pytest.skip(dispatch.load_triton())
     monkeypatch.setenv("HARLORA_BACKEND", name)
     eager.reset()
     yield request.param

@@ -1,0 +1,299 @@
+"""Compiles Triton's kernels for GPUs that are not here, and reads the machine code: registers, spills, shared memory.
+
+    python bench/compile_report.py [--targets sm_80 sm_90 sm_100] [--only TEXT] [--json FILE]
+
+Needs Triton, whose wheel has the assembler and disassembler, and no GPU. Every kernel is compiled as it is launched for
+every configuration of the dispatch table (`calls`). The exit status is 1 if one spills registers, takes more shared
+memory than the target has, or multiplies matrices without tensor cores.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: what is interpreted cannot be compiled
+
+import torch
+import triton
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from harlora.kernels import configurations
+from harlora.kernels.configurations import Configuration
+from harlora.kernels.triton import qlora_linear
+
+# What a thread block may take: the CUDA C++ programming guide, technical specifications. sm_80's table also serves GPUs
+# of 8.6, 8.9 and 12.x, which have 99 KiB.
+SHARED_BYTES = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "QMMA")
+TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8", torch.float64: "fp64",
+}  # fmt: skip
+META = torch.device("meta")
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel as a launcher asks for it; what decides the machine code."""
+
+    module: str
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[int, ...]
+    options: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the machine code of one launch takes and has."""
+
+    target: str
+    kernel: str
+    where: str
+    registers: int
+    spills: int  # loads and stores of registers that did not fit
+    shared_bytes: int
+    tensor_cores: str
+    instructions: int
+    problems: tuple[str, ...]
+
+
+def recorded(call: Callable[[], object]) -> list[Launch]:
+    """The launches of ``call``, none of which takes place."""
+    found: list[Launch] = []
+
+    def run(function: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        found.append(_launch(function, arguments, options))
+
+    with patch.object(JITFunction, "run", run):
+        call()
+    return found
+
+
+def _launch(function: Any, arguments: tuple[Any, ...], given: dict[str, Any]) -> Launch:
+    named = dict(zip(function.arg_names, arguments, strict=False))
+    options = {name: value for name, value in given.items() if name not in function.arg_names}
+    named |= {name: value for name, value in given.items() if name in function.arg_names}
+    constexpr = {parameter.name for parameter in function.params if parameter.is_constexpr}
+    unspecialized = {parameter.name for parameter in function.params if parameter.do_not_specialize}
+    signature, constants, divisible = {}, {}, []
+    for place, name in enumerate(function.arg_names):
+        value = named[name]
+        special = name not in unspecialized
+        if name in constexpr or value is None or (type(value) is int and value == 1 and special):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = f"*{TYPES[value.dtype]}"
+            divisible.append(place)
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and special:
+                divisible.append(place)
+        else:
+            signature[name] = "fp32"
+    return Launch(
+        function.fn.__module__, function.fn.__name__, tuple(signature.items()), tuple(constants.items()),
+        tuple(divisible), tuple(options.items()),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of one call of the layer; in_features and out_features are the same."""
+
+    rows: int
+    width: int
+    dtype: torch.dtype
+    rank: int = 16
+    quant_type: str = "nf4"
+    blocksize: int = 64
+    nested: bool = False
+
+
+def _quantized(size: Size, in_features: int, out_features: int) -> tuple[Any, ...]:
+    numel = in_features * out_features
+    blocks = -(-numel // size.blocksize)
+    packed = torch.empty(((numel + 1) // 2, 1), dtype=torch.uint8, device=META)
+    if not size.nested:
+        return packed, torch.empty(blocks, device=META), None, None, size.quant_type, size.blocksize
+    absmax = torch.empty(blocks, dtype=torch.uint8, device=META)
+    nested = torch.empty(-(-blocks // 256), device=META)
+    return packed, absmax, nested, torch.empty((), device=META), size.quant_type, size.blocksize
+
+
+def layer_call(operator: str, size: Size, chosen: Configuration) -> Callable[[], object]:
+    """A call of the layer's launcher on tensors without memory."""
+    empty = partial(torch.empty, device=META, dtype=size.dtype)
+    A = empty(size.rank, size.width) if size.rank else None
+    B = empty(size.width, size.rank) if size.rank else None
+    x, bias, t = empty(size.rows, size.width), empty(size.width), empty(size.rows, size.rank)
+    quantized = _quantized(size, size.width, size.width)
+    launcher: Callable[..., object] = getattr(qlora_linear, operator)
+    if operator == "qlora_linear":
+        return partial(launcher, x, *quantized, size.width, bias, A, B, 0.5, configuration=chosen)
+    mask = [True, True, size.rank > 0, size.rank > 0]
+    return partial(
+        launcher, empty(size.rows, size.width), x, t, *quantized, size.width, A, B, 0.5,
+        mask, configuration=chosen,
+    )  # fmt: skip
+
+
+def calls(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every configuration of a target's table, in each of its dtypes; and of each way, formats and shapes besides."""
+    for title, rules in configurations.tables()[target].items():
+        operator, bits = title.split()
+        dtypes = [torch.float32] if bits == "32" else [torch.bfloat16, torch.float16]
+        seen = set()
+        for rule in rules:
+            width = 768 if rule.weights else 4096
+            rows = rule.rows or 8192
+            sizes = [Size(rows, width, dtypes[0])]
+            if rule.use.way not in seen:
+                seen.add(rule.use.way)
+                sizes += [Size(rows, width, dtype) for dtype in dtypes[1:]]
+                sizes += [
+                    Size(rows, width, dtypes[0], rank=8, quant_type="fp4", nested=True),
+                    Size(rows, width + 1, dtypes[0], rank=40, nested=True),
+                    Size(rows, width, dtypes[0], rank=128, blocksize=32),
+                    Size(rows, width, dtypes[0], rank=0, blocksize=256),
+                ]
+            for size in sizes:
+                yield _described(title, rule.use, size), layer_call(operator, size, rule.use)
+
+
+def _described(title: str, chosen: Configuration, size: Size) -> str:
+    tile = f" {chosen.block_rows}×{chosen.block_out}×{chosen.block_in}" if chosen.block_rows else ""
+    kind = f"{size.quant_type}, blocks of {size.blocksize}{', nested' * size.nested}"
+    dtype = str(size.dtype).removeprefix("torch.")
+    return f"{title.split()[0]} {chosen.way}{tile}, {dtype}, {size.rows}×{size.width}², rank {size.rank}, {kind}"
+
+
+def compiled(target: str, where: str, launch: Launch) -> Outcome:
+    """What a launch becomes on a target."""
+    function = getattr(import_module(launch.module), launch.kernel)
+    attributes = {(place,): [["tt.divisibility", 16]] for place in launch.divisible}
+    source = ASTSource(function, dict(launch.signature), dict(launch.constants), attributes)
+    try:
+        kernel = triton.compile(
+            source, target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32), options=dict(launch.options)
+        )
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[-1]
+        return Outcome(
+            target, launch.kernel, where, 0, 0, 0, "", 0, (f"does not compile: {type(error).__name__} {first}",)
+        )
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _output(tools / "cuobjdump", "--dump-resource-usage", file.name)
+        code = _output(tools / "nvdisasm", "-c", file.name)
+    registers = int(re.findall(r"REG:(\d+)", usage)[0])
+    words = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)", code, re.MULTILINE))
+    cores = [name for name in TENSOR_CORES if words[name]]
+    spills = words["LDL"] + words["STL"]  # not the stack's size: exact division is a call, which has a frame
+    shared = kernel.metadata.shared
+    problems = []
+    if spills:
+        problems.append(f"spills registers ({spills} loads and stores)")
+    if shared > SHARED_BYTES[target]:
+        problems.append(f"takes {shared} bytes of shared memory, {target} has {SHARED_BYTES[target]}")
+    if not cores and re.search(r"\btt\.dot\b", kernel.asm["ttir"]):
+        problems.append("multiplies matrices without tensor cores")
+    return Outcome(
+        target, launch.kernel, where, registers, spills, shared, "+".join(cores), words.total(), tuple(problems)
+    )
+
+
+def _output(*command: str | Path) -> str:
+    return subprocess.run([str(each) for each in command], capture_output=True, text=True, check=True).stdout
+
+
+def jobs(targets: list[str]) -> list[tuple[str, str, Launch]]:
+    """What is compiled, each machine code once: target, the first call that needs it, launch."""
+    found: dict[tuple[str, Launch], str] = {}
+    for target in targets:
+        with patch.object(qlora_linear, "multiprocessors", lambda _, count=MULTIPROCESSORS[target]: count):
+            for where, call in calls(target):
+                for launch in recorded(call):
+                    found.setdefault((target, launch), where)
+        for call in format_calls():
+            for launch in recorded(call):
+                found.setdefault((target, launch), "the format")
+    return [(target, where, launch) for (target, launch), where in found.items()]
+
+
+def format_calls() -> Iterator[Callable[[], object]]:
+    """Calls of the operators that quantise and dequantise."""
+    from harlora.kernels.triton import nf4
+
+    for quant_type in ("nf4", "fp4"):
+        weight = torch.empty(768, 768, device=META, dtype=torch.bfloat16)
+        yield partial(nf4.quantize_4bit, weight, quant_type, 64, False)
+        for nested, width in ((False, 768), (True, 767)):
+            size = Size(1, width, torch.bfloat16, quant_type=quant_type, nested=nested)
+            quantized = _quantized(size, width, width)
+            dequantize: Callable[..., object] = nf4.dequantize_4bit
+            yield partial(dequantize, *quantized, (width, width), torch.bfloat16)
+            region: Callable[..., object] = nf4.dequantize_region
+            yield partial(region, *quantized, width, 0, torch.empty(8, 80, device=META, dtype=torch.bfloat16))
+
+
+def main() -> int:
+    """Compiles, prints the table; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--targets", nargs="+", choices=list(SHARED_BYTES), default=list(SHARED_BYTES))
+    parser.add_argument(
+        "--only", default="", help="only what is first needed by a call whose description has this text"
+    )
+    parser.add_argument("--json", type=Path, help="also write the outcomes to this file")
+    options = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 170)
+    work = [job for job in jobs(options.targets) if options.only in job[1]]
+    if not work:
+        parser.error(f"--only: no call's description has {options.only!r}; without it the table lists all")
+    with ProcessPoolExecutor() as pool, Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("compiling", total=len(work))
+        outcomes = []
+        for outcome in pool.map(compiled, *zip(*work, strict=True)):
+            outcomes.append(outcome)
+            progress.advance(task)
+    table = Table("target", "kernel", "first needed by", "registers", "spills", "shared", "matrix", "instructions")
+    for each in outcomes:
+        table.add_row(
+            each.target, each.kernel, each.where, str(each.registers), str(each.spills),
+            str(each.shared_bytes), each.tensor_cores or "-", str(each.instructions),
+            style="red" if each.problems else None,
+        )  # fmt: skip
+    console.print(table)
+    failed = [each for each in outcomes if each.problems]
+    for each in failed:
+        console.print(f"{each.target} {each.kernel}: {'; '.join(each.problems)}\n    {each.where}", highlight=False)
+    console.print(f"{len(outcomes)} kernels compiled by Triton {triton.__version__}, {len(failed)} with a problem")
+    if options.json:
+        content = {"triton": triton.__version__, "kernels": [asdict(each) for each in outcomes]}
+        options.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

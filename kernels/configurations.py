@@ -1,0 +1,90 @@
+"""How Triton's kernels are launched: the table ``configurations.json``, and which of its rules fits a call.
+
+A table has a list of rules for each operator and width of dtype, ``"qlora_linear 16"``; the first that fits counts. A
+rule fits up to ``rows`` rows of x and ``weights`` values of the weight, each without a limit where it is left out.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FILE = Path(__file__).parent / "configurations.json"
+OPERATORS = ("qlora_linear", "qlora_linear_backward")
+WAYS = ("direct", "split", "dense")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """How the kernels of a call are launched.
+
+    way: ``"direct"``, ``"split"`` or ``"dense"``, as triton/qlora_linear.py describes them.
+    block_rows, block_out, block_in: the tile of rows of x, out_features and in_features that is in registers.
+    permute: decode by byte permutes in PTX, with 16-bit dtypes.
+    programs: with ``"split"``, how many programs there should be, at most, for each multiprocessor.
+    """
+
+    way: str
+    block_rows: int = 0
+    block_out: int = 0
+    block_in: int = 0
+    num_warps: int = 4
+    num_stages: int = 3
+    permute: bool = True
+    programs: int = 2
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A configuration and up to which sizes it counts; None is no limit."""
+
+    use: Configuration
+    rows: int | None = None
+    weights: int | None = None
+
+    def fits(self, rows: int, weights: int) -> bool:
+        """Whether a call with ``rows`` rows over ``weights`` values is within its limits."""
+        return (self.rows is None or rows <= self.rows) and (self.weights is None or weights <= self.weights)
+
+
+Table = Mapping[str, tuple[Rule, ...]]
+
+
+def read(table: Mapping[str, Any]) -> Table:
+    """A target's table from its JSON. Raises: ValueError that says what is wrong with it."""
+    found = {}
+    for title, rules in table.items():
+        try:
+            found[title] = tuple(Rule(**{**rule, "use": Configuration(**rule["use"])}) for rule in rules)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"the rules of {title} are damaged ({error})") from error
+        if not found[title] or not found[title][-1].fits(2**62, 2**62):
+            raise ValueError(f"the last rule of {title} must have no limit")
+        if any(rule.use.way not in WAYS for rule in found[title]):
+            raise ValueError(f"each way of {title} must be one of {WAYS}")
+    return found
+
+
+@cache
+def tables() -> dict[str, Table]:
+    """The repository's tables by target: ``sm_80``, ``sm_90`` and ``sm_100``."""
+    targets = json.loads(FILE.read_text(encoding="utf-8"))["targets"]
+    return {name: read(targets[given] if isinstance(given, str) else given) for name, given in targets.items()}
+
+
+def target(capability: tuple[int, int]) -> str:
+    """Whose table a GPU of such a compute capability takes.
+
+    GPUs of 12.x have neither the tensor cores' memory nor the shared memory of 10.x, but what 8.x has.
+    """
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(capability[0], "sm_80")
+
+
+def choose(table: Table, operator: str, dtype: torch.dtype, rows: int, weights: int) -> Configuration:
+    """The configuration of the first rule that fits."""
+    rules = table[f"{operator} {8 * dtype.itemsize}"]
+    return next(rule.use for rule in rules if rule.fits(rows, weights))

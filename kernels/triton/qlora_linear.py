@@ -1,0 +1,793 @@
+"""Triton: the linear layer over a 4-bit weight with a low-rank adapter, forward and backward.
+
+    y = x·Ŵᵀ + bias + scaling·t·lora_Bᵀ,  t = x·lora_Aᵀ
+    dX = dY·Ŵ + u·lora_A,  u = scaling·dY·lora_B,  dA = uᵀ·x,  dB = scaling·dYᵀ·t
+
+Three ways, which a `Configuration` names:
+
+- ``direct``: one launch. Each program decodes its part of the weight in registers, multiplies on tensor cores and adds
+  bias and adapter before it writes; t (or u) is summed up beside it from the same x (or dY).
+- ``split``: for few rows. The programs share the sum among them as well, t being one more tile, and write float32
+  parts; a second launch adds them in order, so that the result does not depend on which program was first.
+- ``dense``: for many rows. The weight is dequantised in chunks of bounded size, each beside lora_B and bias as further
+  columns, so that one library product with [x | scaling·t | 1] writes y once.
+
+Tokens are the last dimension of the products (yᵀ = Ŵ·xᵀ), so that the decoded weight is the operand that tensor cores
+of sm_90 take from registers. In a row whose blocks do not cross rows the codes alone are multiplied, and the float32
+sum of each step scaled. A shape with odd rows or blocks across rows takes the general way: the same sums, by the index.
+
+Numbers that change from call to call are not specialised (``do_not_specialize``): one row must not be compiled apart
+from two, which would take a second and leave what was compiled last unchecked.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from harlora.kernels.configurations import Configuration
+from harlora.kernels.format import nested_code_table
+from harlora.kernels.triton import nf4
+from harlora.kernels.triton.nf4 import INTERPRETED, cast
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FUSED_RANK = 32  # up to this rank t is summed up in the kernel that reads x; its sums take registers
+CHUNK_BYTES = 2**25  # of dequantised weight: what stays in the last cache of the large GPUs
+WORKSPACE_BYTES = 2**26  # of parts of sums
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """Acc + a·b in float32. The interpreter would multiply the bits of bfloat16 as integers."""
+    if INTERPRETED:
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _codes(
+    packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr, row, mask, first, in_features,
+    QUANT_TYPE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, PERMUTE: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Codes of ``BLOCK`` columns from ``first`` on of some rows, which are of one block, and its scale for each row."""
+    byte = tl.load(
+        packed_ptr + (row * (in_features // 2))[:, None] + (first // 2 + tl.arange(0, BLOCK // 2))[None, :],
+        mask[:, None],
+        other=0,
+    )
+    scale = nf4.scales(
+        absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr,
+        row * (in_features // BLOCKSIZE) + first // BLOCKSIZE, mask, NESTED,
+    )  # fmt: skip
+    return nf4.decode(byte, QUANT_TYPE, DTYPE, PERMUTE), scale
+
+
+@triton.jit
+def _forward_sums(
+    x_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr, lora_A_ptr,
+    row, m, rows, out_features, in_features, rank, stride_x, begin, end,
+    QUANT_TYPE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr, PERMUTE: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Ŵ·xᵀ ``(BLOCK_N, BLOCK_M)`` and, unless RANK is 0, tᵀ ``(RANK, BLOCK_M)``, over columns ``begin`` to ``end``."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    t = tl.zeros((RANK if RANK > 0 else 16, BLOCK_M), tl.float32)
+    r = tl.arange(0, RANK if RANK > 0 else 16)
+    n_mask, m_mask = row < out_features, m < rows
+    for first in range(begin, end, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        k_mask = k < in_features
+        if ALIGNED:  # in_features is a multiple of BLOCK_K
+            x = tl.load(x_ptr + (m * stride_x)[:, None] + k[None, :], m_mask[:, None], other=0.0)
+            code, scale = _codes(
+                packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr, row, n_mask, first,
+                in_features, QUANT_TYPE, BLOCKSIZE, NESTED, PERMUTE, dtype, BLOCK_K,
+            )  # fmt: skip
+            part = dot(code, tl.trans(x), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
+            acc += part * scale[:, None]
+        else:
+            x = tl.load(x_ptr + (m * stride_x)[:, None] + k[None, :], m_mask[:, None] & k_mask[None, :], other=0.0)
+            weight = nf4.gather(
+                packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr,
+                (row * in_features)[:, None] + k[None, :], n_mask[:, None] & k_mask[None, :],
+                QUANT_TYPE, BLOCKSIZE, NESTED, WIDE,
+            )  # fmt: skip
+            acc = dot(cast(weight, dtype), tl.trans(x), acc, PRECISION)
+        if RANK > 0:
+            a = tl.load(
+                lora_A_ptr + (r * in_features)[:, None] + k[None, :], (r < rank)[:, None] & k_mask[None, :], other=0.0
+            )
+            t = dot(a, tl.trans(x), t, PRECISION)
+    return acc, t
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _qlora_linear_fwd_kernel(
+    x_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, bias_ptr, lora_A_ptr,
+    lora_B_ptr, y_ptr, t_ptr, rows, out_features, in_features, rank, scaling, stride_x,
+    QUANT_TYPE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr, PERMUTE: tl.constexpr, RANK: tl.constexpr, FUSED: tl.constexpr, BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of y; with FUSED also t, which the first tile of each row writes, otherwise t is read."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    pid_n = tl.program_id(0) // tiles_m
+    m = ((tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    nested_offset = 0.0
+    if NESTED:
+        nested_offset = tl.load(nested_offset_ptr)
+    acc, t = _forward_sums(
+        x_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr, lora_A_ptr,
+        n, m, rows, out_features, in_features, rank, stride_x, 0, in_features,
+        QUANT_TYPE, BLOCKSIZE, NESTED, ALIGNED, WIDE, PERMUTE, RANK if FUSED else 0, PRECISION,
+        BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    if RANK > 0:
+        STEP: tl.constexpr = RANK if FUSED else 32
+        for first in range(0, RANK, STEP):
+            r = first + tl.arange(0, STEP)
+            place, inside = (m * rank)[None, :] + r[:, None], (m < rows)[None, :] & (r < rank)[:, None]
+            if FUSED:
+                low = cast(t, dtype)
+                if pid_n == 0:
+                    tl.store(t_ptr + place, low, inside)
+            else:
+                low = tl.load(t_ptr + place, inside, other=0.0)
+            b = tl.load(
+                lora_B_ptr + (n * rank)[:, None] + r[None, :], (n < out_features)[:, None] & (r < rank)[None, :],
+                other=0.0,
+            )  # fmt: skip
+            acc += scaling * dot(b, low, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
+    if BIAS:
+        acc += tl.load(bias_ptr + n, n < out_features, other=0.0).to(tl.float32)[:, None]
+    tl.store(
+        y_ptr + (m * out_features)[None, :] + n[:, None], cast(acc, dtype),
+        (m < rows)[None, :] & (n < out_features)[:, None],
+    )  # fmt: skip
+
+
+@triton.jit
+def _low_rank_sums(
+    x_ptr, low_ptr, m, rows, columns, rank, stride_x, stride_low_r, stride_low_c, begin, end,
+    RANK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """low·xᵀ ``(RANK, BLOCK_M)`` over columns ``begin`` to ``end`` of x; low is ``(rank, columns)`` by its strides."""
+    r = tl.arange(0, RANK)
+    acc = tl.zeros((RANK, BLOCK_M), tl.float32)
+    for first in range(begin, end, BLOCK):
+        c = first + tl.arange(0, BLOCK)
+        mask = c < columns
+        x = tl.load(x_ptr + (m * stride_x)[:, None] + c[None, :], (m < rows)[:, None] & mask[None, :], other=0.0)
+        low = tl.load(
+            low_ptr + (r * stride_low_r)[:, None] + (c.to(tl.int64) * stride_low_c)[None, :],
+            (r < rank)[:, None] & mask[None, :], other=0.0,
+        )  # fmt: skip
+        acc = dot(low, tl.trans(x), acc, PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _qlora_linear_fwd_split_kernel(
+    x_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, lora_A_ptr, part_ptr,
+    t_part_ptr, rows, out_features, in_features, rank, stride_x, steps,
+    QUANT_TYPE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr, PERMUTE: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A part of ``steps`` columns of the sums of one tile of y, or of t, which is the tile after the last of y."""
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    pid_n = tl.program_id(0) // tiles_m
+    begin = tl.program_id(1) * steps
+    end = tl.minimum(begin + steps, in_features)
+    m = ((tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    part_row = tl.program_id(1).to(tl.int64) * rows + m
+    if pid_n < tl.cdiv(out_features, BLOCK_N):
+        nested_offset = 0.0
+        if NESTED:
+            nested_offset = tl.load(nested_offset_ptr)
+        n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+        acc, _ = _forward_sums(
+            x_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr, lora_A_ptr,
+            n, m, rows, out_features, in_features, rank, stride_x, begin, end,
+            QUANT_TYPE, BLOCKSIZE, NESTED, ALIGNED, WIDE, PERMUTE, 0, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        tl.store(
+            part_ptr + (part_row * out_features)[None, :] + n[:, None], acc,
+            (m < rows)[None, :] & (n < out_features)[:, None],
+        )  # fmt: skip
+    elif RANK > 0:
+        t = _low_rank_sums(
+            x_ptr, lora_A_ptr, m, rows, in_features, rank, stride_x, in_features, 1, begin, end,
+            RANK, PRECISION, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
+        r = tl.arange(0, RANK)
+        tl.store(t_part_ptr + (part_row * rank)[None, :] + r[:, None], t, (m < rows)[None, :] & (r < rank)[:, None])
+
+
+@triton.jit
+def _backward_sums(
+    grad_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr, lora_B_ptr,
+    m, column, rows, out_features, in_features, rank, stride_grad, begin, end,
+    QUANT_TYPE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr, PERMUTE: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(dY·Ŵ)ᵀ ``(BLOCK_K, BLOCK_M)`` and, unless RANK is 0, (dY·lora_B)ᵀ, over rows ``begin`` to ``end`` of Ŵ."""
+    dtype: tl.constexpr = grad_ptr.dtype.element_ty
+    acc = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
+    u = tl.zeros((RANK if RANK > 0 else 16, BLOCK_M), tl.float32)
+    r = tl.arange(0, RANK if RANK > 0 else 16)
+    k = column + tl.arange(0, BLOCK_K)
+    for first in range(begin, end, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        n_mask = n < out_features
+        row = n.to(tl.int64)
+        grad = tl.load(
+            grad_ptr + (m * stride_grad)[:, None] + n[None, :], (m < rows)[:, None] & n_mask[None, :], other=0.0
+        )
+        if ALIGNED:  # the tile is within one block of each row
+            code, scale = _codes(
+                packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr, row, n_mask, column,
+                in_features, QUANT_TYPE, BLOCKSIZE, NESTED, PERMUTE, dtype, BLOCK_K,
+            )  # fmt: skip
+            weight = cast(code.to(tl.float32) * scale[:, None], dtype)
+        else:
+            weight = cast(
+                nf4.gather(
+                    packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr,
+                    (row * in_features)[:, None] + k[None, :], n_mask[:, None] & (k < in_features)[None, :],
+                    QUANT_TYPE, BLOCKSIZE, NESTED, WIDE,
+                ),
+                dtype,
+            )  # fmt: skip
+        acc = dot(tl.trans(weight), tl.trans(grad), acc, PRECISION)
+        if RANK > 0:
+            b = tl.load(
+                lora_B_ptr + (row * rank)[:, None] + r[None, :], n_mask[:, None] & (r < rank)[None, :], other=0.0
+            )
+            u = dot(tl.trans(b), tl.trans(grad), u, PRECISION)
+    return acc, u
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _qlora_linear_dx_kernel(
+    grad_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, lora_A_ptr, lora_B_ptr,
+    grad_x_ptr, u_ptr, rows, out_features, in_features, rank, scaling, stride_grad,
+    QUANT_TYPE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr, PERMUTE: tl.constexpr, RANK: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of dX; with FUSED also u, which the first tile of each row writes, otherwise u is read."""
+    dtype: tl.constexpr = grad_ptr.dtype.element_ty
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    pid_k = tl.program_id(0) // tiles_m
+    m = ((tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    column = pid_k * BLOCK_K
+    k = column + tl.arange(0, BLOCK_K)
+    nested_offset = 0.0
+    if NESTED:
+        nested_offset = tl.load(nested_offset_ptr)
+    acc, u = _backward_sums(
+        grad_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr, lora_B_ptr,
+        m, column, rows, out_features, in_features, rank, stride_grad, 0, out_features,
+        QUANT_TYPE, BLOCKSIZE, NESTED, ALIGNED, WIDE, PERMUTE, RANK if FUSED else 0, PRECISION,
+        BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    if RANK > 0:
+        STEP: tl.constexpr = RANK if FUSED else 32
+        for first in range(0, RANK, STEP):
+            r = first + tl.arange(0, STEP)
+            place, inside = (m * rank)[None, :] + r[:, None], (m < rows)[None, :] & (r < rank)[:, None]
+            if FUSED:
+                low = cast(scaling * u, dtype)
+                if pid_k == 0:
+                    tl.store(u_ptr + place, low, inside)
+            else:
+                low = tl.load(u_ptr + place, inside, other=0.0)
+            a = tl.load(
+                lora_A_ptr + (r * in_features)[:, None] + k[None, :],
+                (r < rank)[:, None] & (k < in_features)[None, :], other=0.0,
+            )  # fmt: skip
+            acc = dot(tl.trans(a), low, acc, PRECISION)
+    tl.store(
+        grad_x_ptr + (m * in_features)[None, :] + k[:, None], cast(acc, dtype),
+        (m < rows)[None, :] & (k < in_features)[:, None],
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _qlora_linear_dx_split_kernel(
+    grad_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, lora_B_ptr, part_ptr,
+    u_part_ptr, rows, out_features, in_features, rank, stride_grad, steps,
+    QUANT_TYPE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr, PERMUTE: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A part of ``steps`` rows of Ŵ of the sums of one tile of dX, or of u, which is the tile after the last of dX."""
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    pid_k = tl.program_id(0) // tiles_m
+    begin = tl.program_id(1) * steps
+    end = tl.minimum(begin + steps, out_features)
+    m = ((tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    part_row = tl.program_id(1).to(tl.int64) * rows + m
+    if pid_k < tl.cdiv(in_features, BLOCK_K):
+        nested_offset = 0.0
+        if NESTED:
+            nested_offset = tl.load(nested_offset_ptr)
+        k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+        acc, _ = _backward_sums(
+            grad_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr, lora_B_ptr,
+            m, pid_k * BLOCK_K, rows, out_features, in_features, rank, stride_grad, begin, end,
+            QUANT_TYPE, BLOCKSIZE, NESTED, ALIGNED, WIDE, PERMUTE, 0, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        tl.store(
+            part_ptr + (part_row * in_features)[None, :] + k[:, None], acc,
+            (m < rows)[None, :] & (k < in_features)[:, None],
+        )  # fmt: skip
+    elif RANK > 0:
+        u = _low_rank_sums(
+            grad_ptr, lora_B_ptr, m, rows, out_features, rank, stride_grad, 1, rank, begin, end,
+            RANK, PRECISION, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        r = tl.arange(0, RANK)
+        tl.store(u_part_ptr + (part_row * rank)[None, :] + r[:, None], u, (m < rows)[None, :] & (r < rank)[:, None])
+
+
+@triton.jit(do_not_specialize=["rows", "parts"])
+def _add_parts_kernel(
+    part_ptr, low_part_ptr, other_ptr, bias_ptr, out_ptr, low_ptr, rows, columns, rank, before, after,
+    stride_other_c, stride_other_r, parts,
+    RANK: tl.constexpr, FUSED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Σ parts + after·low·otherᵀ + bias, with low = before·Σ of its own parts, or, unless FUSED, read.
+
+    Forward: low is t, other lora_B. Backward: low is u, other lora_Aᵀ.
+    """
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    pid_c = tl.program_id(0) // tiles_m
+    m = ((tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    c = (pid_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    mask = (m < rows)[:, None] & (c < columns)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    row = m
+    for _ in range(parts):
+        acc += tl.load(part_ptr + (row * columns)[:, None] + c[None, :], mask, other=0.0)
+        row += rows
+    if RANK > 0:
+        STEP: tl.constexpr = RANK if FUSED else 32
+        for first in range(0, RANK, STEP):
+            r = first + tl.arange(0, STEP)
+            inside = (m < rows)[:, None] & (r < rank)[None, :]
+            place = (m * rank)[:, None] + r[None, :]
+            if FUSED:
+                total = tl.zeros((BLOCK_M, STEP), tl.float32)
+                row = m
+                for _ in range(parts):
+                    total += tl.load(low_part_ptr + (row * rank)[:, None] + r[None, :], inside, other=0.0)
+                    row += rows
+                low = cast(before * total, dtype)
+                if pid_c == 0:
+                    tl.store(low_ptr + place, low, inside)
+            else:
+                low = tl.load(low_ptr + place, inside, other=0.0)
+            other = tl.load(
+                other_ptr + (c * stride_other_c)[None, :] + (r * stride_other_r)[:, None],
+                (c < columns)[None, :] & (r < rank)[:, None], other=0.0,
+            )  # fmt: skip
+            acc += after * dot(low, other, tl.zeros((BLOCK_M, BLOCK_C), tl.float32), PRECISION)
+    if BIAS:
+        acc += tl.load(bias_ptr + c, c < columns, other=0.0).to(tl.float32)[None, :]
+    tl.store(out_ptr + (m * columns)[:, None] + c[None, :], cast(acc, dtype), mask)
+
+
+@triton.jit(do_not_specialize=["rows", "steps", "tiles_A"])
+def _lora_grads_kernel(
+    x_ptr, u_ptr, grad_ptr, t_ptr, grad_A_ptr, grad_B_ptr, grad_bias_ptr, rows, in_features, out_features, rank,
+    scaling, stride_x, stride_grad, steps, tiles_A, part_A, part_B, part_bias,
+    WANT_B: tl.constexpr, WANT_BIAS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Columns of dA = uᵀ·x, or rows of dB = scaling·dYᵀ·t with those of dbias = Σ dY, over ``steps`` rows of x and dY.
+
+    Each program reads its columns of x or dY once, in order; no two write to one place.
+    """
+    pid = tl.program_id(0)
+    begin = tl.program_id(1).to(tl.int64) * steps
+    end = tl.minimum(begin + steps, rows)
+    r = tl.arange(0, RANK)
+    if pid < tiles_A:
+        k = pid * BLOCK_C + tl.arange(0, BLOCK_C)
+        acc = tl.zeros((BLOCK_C, RANK), tl.float32)
+        for first in range(begin, end, BLOCK_M):
+            m = first + tl.arange(0, BLOCK_M)
+            wide = tl.load(
+                x_ptr + (m * stride_x)[:, None] + k[None, :], (m < end)[:, None] & (k < in_features)[None, :],
+                other=0.0,
+            )  # fmt: skip
+            low = tl.load(u_ptr + (m * rank)[:, None] + r[None, :], (m < end)[:, None] & (r < rank)[None, :], other=0.0)
+            acc = dot(tl.trans(wide), low, acc, PRECISION)
+        grad_A_ptr += tl.program_id(1).to(tl.int64) * part_A
+        tl.store(
+            grad_A_ptr + (r * in_features)[None, :] + k[:, None], cast(acc, grad_A_ptr.dtype.element_ty),
+            (r < rank)[None, :] & (k < in_features)[:, None],
+        )  # fmt: skip
+    else:
+        n = (pid - tiles_A) * BLOCK_C + tl.arange(0, BLOCK_C)
+        acc = tl.zeros((BLOCK_C, RANK), tl.float32)
+        total = tl.zeros((BLOCK_C,), tl.float32)
+        for first in range(begin, end, BLOCK_M):
+            m = first + tl.arange(0, BLOCK_M)
+            wide = tl.load(
+                grad_ptr + (m * stride_grad)[:, None] + n[None, :], (m < end)[:, None] & (n < out_features)[None, :],
+                other=0.0,
+            )  # fmt: skip
+            if WANT_BIAS:
+                total += tl.sum(wide.to(tl.float32), axis=0)
+            if WANT_B:
+                low = tl.load(
+                    t_ptr + (m * rank)[:, None] + r[None, :], (m < end)[:, None] & (r < rank)[None, :], other=0.0
+                )
+                acc = dot(tl.trans(wide), low, acc, PRECISION)
+        if WANT_B:
+            grad_B_ptr += tl.program_id(1).to(tl.int64) * part_B
+            tl.store(
+                grad_B_ptr + (n.to(tl.int64) * rank)[:, None] + r[None, :],
+                cast(scaling * acc, grad_B_ptr.dtype.element_ty), (n < out_features)[:, None] & (r < rank)[None, :],
+            )  # fmt: skip
+        if WANT_BIAS:
+            grad_bias_ptr += tl.program_id(1).to(tl.int64) * part_bias
+            tl.store(grad_bias_ptr + n, cast(total, grad_bias_ptr.dtype.element_ty), n < out_features)
+
+
+# Launchers ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the launches of one call share."""
+
+    quantized: tuple[Tensor, Tensor, Tensor | None, Tensor | None, str, int]
+    configuration: Configuration
+    rows: int
+    in_features: int
+    out_features: int
+    rank: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def aligned(self) -> bool:
+        """Whether no block crosses rows."""
+        return self.in_features % self.quantized[5] == 0
+
+    def tile(self) -> tuple[int, int, int]:
+        """Rows of x, out_features and in_features of a tile."""
+        chosen = self.configuration
+        if self.aligned:  # its columns are scaled together, so there are not more of them than in a block
+            return chosen.block_rows, chosen.block_out, min(chosen.block_in, self.quantized[5])
+        return min(chosen.block_rows, 32), min(chosen.block_out, 32), min(chosen.block_in, 32)  # indices take registers
+
+    @property
+    def fused(self) -> bool:
+        """Whether the product with the narrow side of the adapter is computed by the kernel that needs it."""
+        return self.rank <= FUSED_RANK
+
+    @property
+    def padded_rank(self) -> int:
+        """The rank in the kernels: a power of two of at least 16, or a multiple of 32."""
+        if not self.rank:
+            return 0
+        return max(16, triton.next_power_of_2(self.rank)) if self.fused else 32 * triton.cdiv(self.rank, 32)
+
+    def weight(self) -> tuple[Tensor | None, ...]:
+        """The tensors of the weight as kernels take them."""
+        packed, absmax, nested_absmax, nested_offset, *_ = self.quantized
+        table = None if nested_absmax is None else nested_code_table(self.device)
+        return packed, absmax, nested_absmax, nested_offset, table
+
+    def constants(self) -> dict[str, object]:
+        """The compile-time arguments that all kernels over the weight share."""
+        return {
+            "QUANT_TYPE": self.quantized[4], "BLOCKSIZE": self.quantized[5], "NESTED": self.quantized[2] is not None,
+            "ALIGNED": self.aligned, "WIDE": self.in_features * self.out_features >= 2**31,
+            "PRECISION": precision(self.dtype),
+            "PERMUTE": self.configuration.permute and self.dtype != torch.float32 and not INTERPRETED,
+            "num_warps": self.configuration.num_warps, "num_stages": self.configuration.num_stages,
+        }  # fmt: skip
+
+    def parts(self, tiles: int, length: int, step: int, columns: int) -> tuple[int, int]:
+        """Into how many parts a sum of ``length`` is cut, and the length of one, a multiple of ``step``."""
+        wanted = self.configuration.programs * multiprocessors(self.device) // max(1, tiles)
+        room = WORKSPACE_BYTES // max(1, 4 * self.rows * columns)
+        steps = triton.cdiv(length, step)
+        parts = max(1, min(wanted, room, steps // 4))
+        each = triton.cdiv(steps, parts)
+        return triton.cdiv(steps, each), each * step
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors ``device`` has; 4 under the interpreter, where it only decides how work is cut."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 is multiplied: in three TF32 products, about as exact as float32, or one, where torch may as well."""
+    return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """``tensor`` as ``(rows, features)`` whose rows are contiguous each."""
+    rows = tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+    return rows if rows.stride(1) == 1 or not rows.numel() else rows.contiguous()
+
+
+def qlora_linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    out_features: int,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    *,
+    configuration: Configuration,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.qlora_linear`."""
+    leading, in_features, flat = x.shape[:-1], x.shape[-1], _rows(x)
+    rank = 0 if lora_A is None else lora_A.shape[0]
+    call = _Call(
+        (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize), configuration,
+        len(flat), in_features, out_features, rank, x.dtype, x.device,
+    )  # fmt: skip
+    y = x.new_empty((len(flat), out_features))
+    t = x.new_empty((len(flat), rank) if lora_A is not None else 0)
+    lora_A, lora_B, bias = (None if each is None else each.contiguous() for each in (lora_A, lora_B, bias))
+    if y.numel():
+        with nf4.on_device(x):
+            if lora_A is not None and not (call.fused and configuration.way != "dense"):
+                torch.mm(flat, lora_A.T, out=t)
+            if configuration.way == "dense":
+                _forward_dense(call, flat, bias, t, lora_B, scaling, y)
+            elif configuration.way == "split":
+                _forward_split(call, flat, bias, lora_A, lora_B, scaling, y, t)
+            else:
+                _forward_direct(call, flat, bias, lora_A, lora_B, scaling, y, t)
+    return y.view(*leading, out_features), t.view(*leading, rank) if lora_A is not None else t
+
+
+def _forward_direct(
+    call: _Call,
+    x: Tensor,
+    bias: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    scaling: float,
+    y: Tensor,
+    t: Tensor,
+) -> None:
+    block_m, block_n, block_k = call.tile()
+    tiles = triton.cdiv(call.rows, block_m) * triton.cdiv(call.out_features, block_n)
+    _qlora_linear_fwd_kernel[(tiles,)](
+        x, *call.weight(), bias, A, B, y, t, call.rows, call.out_features, call.in_features, call.rank, scaling,
+        x.stride(0), BIAS=bias is not None, RANK=call.padded_rank, FUSED=call.fused,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, **call.constants(),
+    )  # fmt: skip
+
+
+def _forward_split(
+    call: _Call,
+    x: Tensor,
+    bias: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    scaling: float,
+    y: Tensor,
+    t: Tensor,
+) -> None:
+    low, (block_m, block_n, block_k) = call.padded_rank if call.fused else 0, call.tile()
+    tiles = triton.cdiv(call.rows, block_m) * (triton.cdiv(call.out_features, block_n) + (low > 0))
+    parts, steps = call.parts(tiles, call.in_features, block_k, call.out_features)
+    part = torch.empty((parts, *y.shape), dtype=torch.float32, device=y.device)
+    t_part = torch.empty((parts, *t.shape), dtype=torch.float32, device=y.device) if low else None
+    _qlora_linear_fwd_split_kernel[(tiles, parts)](
+        x, *call.weight(), A, part, t_part, call.rows, call.out_features, call.in_features, call.rank, x.stride(0),
+        steps, RANK=low, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, **call.constants(),
+    )  # fmt: skip
+    _add_parts(call, part, t_part, B, bias, y, t, 1.0, scaling, (call.rank, 1))
+
+
+def _add_parts(
+    call: _Call, part: Tensor, low_part: Tensor | None, other: Tensor | None, bias: Tensor | None, out: Tensor,
+    low: Tensor, before: float, after: float, strides: tuple[int, int],
+) -> None:  # fmt: skip
+    block_m, block_c = 16, 32
+    tiles = triton.cdiv(call.rows, block_m) * triton.cdiv(out.shape[1], block_c)
+    _add_parts_kernel[(tiles,)](
+        part, low_part, other, bias, out, low, call.rows, out.shape[1], call.rank, before, after, *strides, len(part),
+        RANK=call.padded_rank, FUSED=call.fused, BIAS=bias is not None, PRECISION=precision(call.dtype),
+        BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4, num_stages=2,
+    )  # fmt: skip
+
+
+def _forward_dense(
+    call: _Call, x: Tensor, bias: Tensor | None, t: Tensor, lora_B: Tensor | None, scaling: float, y: Tensor
+) -> None:
+    # [x | scaling·t | 1 | 0] · [Ŵ | lora_B | bias | 0]ᵀ, whose length is a multiple of what 16-byte loads take.
+    wide = [x, scaling * t] if lora_B is not None else [x]
+    tall = [] if lora_B is None else [lora_B]
+    if bias is not None:
+        wide.append(x.new_ones((call.rows, 1)))
+        tall.append(bias[:, None])
+    length = call.in_features + sum(each.shape[1] for each in tall)
+    if padding := -length % 8:
+        wide.append(x.new_zeros((call.rows, padding)))
+        tall.append(y.new_zeros((call.out_features, padding)))
+    left = torch.cat(wide, dim=1) if tall else x
+    right = torch.cat(tall, dim=1) if tall else None
+    together = max(1, min(call.out_features, CHUNK_BYTES // (left.shape[1] * x.element_size())))
+    chunk = x.new_empty((together, left.shape[1]))
+    for first in range(0, call.out_features, together):
+        weight = chunk[: min(together, call.out_features - first)]
+        last = first + len(weight)
+        nf4.dequantize_region(
+            *call.quantized, call.in_features, first * call.in_features, weight[:, : call.in_features]
+        )
+        if right is not None:
+            weight[:, call.in_features :] = right[first:last]
+        torch.mm(left, weight.T, out=y[:, first:last])
+
+
+def qlora_linear_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    t: Tensor | None,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    in_features: int,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    output_mask: Sequence[bool],
+    *,
+    configuration: Configuration,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `reference.qlora_linear_backward`."""
+    want_x, want_bias, want_A, want_B = output_mask
+    leading, out_features, flat = grad.shape[:-1], grad.shape[-1], _rows(grad)
+    rank = 0 if lora_B is None else lora_B.shape[1]
+    call = _Call(
+        (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize), configuration,
+        len(flat), in_features, out_features, rank, grad.dtype, grad.device,
+    )  # fmt: skip
+    grad_x, grad_bias, grad_A, grad_B = (grad.new_empty(0) for _ in range(4))
+    lora_A, lora_B = (None if each is None else each.contiguous() for each in (lora_A, lora_B))
+    u = grad.new_empty((len(flat), rank)) if lora_B is not None and (want_x or want_A) else None
+    with nf4.on_device(grad):
+        inside = want_x and call.fused and configuration.way != "dense" and flat.numel() > 0
+        if u is not None and lora_B is not None and not inside:
+            torch.mm(flat, lora_B, out=u).mul_(scaling)
+        if want_x:
+            grad_x = grad.new_empty((len(flat), in_features))
+            if not out_features:
+                grad_x.zero_()
+            elif grad_x.numel():
+                {"direct": _dx_direct, "split": _dx_split, "dense": _dx_dense}[configuration.way](
+                    call, flat, lora_A, lora_B, scaling, grad_x, u
+                )
+            grad_x = grad_x.view(*leading, in_features)
+        if want_bias or want_A or want_B:
+            grad_bias, grad_A, grad_B = _lora_grads(
+                call, flat, None if x is None else _rows(x), None if t is None else _rows(t), u, scaling, output_mask
+            )
+    return grad_x, grad_bias, grad_A, grad_B
+
+
+def _dx_direct(
+    call: _Call, grad: Tensor, A: Tensor | None, B: Tensor | None, scaling: float, grad_x: Tensor, u: Tensor | None
+) -> None:
+    block_m, block_n, block_k = call.tile()
+    tiles = triton.cdiv(call.rows, block_m) * triton.cdiv(call.in_features, block_k)
+    _qlora_linear_dx_kernel[(tiles,)](
+        grad, *call.weight(), A, B, grad_x, u, call.rows, call.out_features, call.in_features, call.rank, scaling,
+        grad.stride(0), RANK=call.padded_rank, FUSED=call.fused, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+        **call.constants(),
+    )  # fmt: skip
+
+
+def _dx_split(
+    call: _Call, grad: Tensor, A: Tensor | None, B: Tensor | None, scaling: float, grad_x: Tensor, u: Tensor | None
+) -> None:
+    low, (block_m, block_n, block_k) = call.padded_rank if call.fused else 0, call.tile()
+    tiles = triton.cdiv(call.rows, block_m) * (triton.cdiv(call.in_features, block_k) + (low > 0))
+    parts, steps = call.parts(tiles, call.out_features, block_n, call.in_features)
+    part = torch.empty((parts, *grad_x.shape), dtype=torch.float32, device=grad.device)
+    u_part = torch.empty((parts, call.rows, call.rank), dtype=torch.float32, device=grad.device) if low else None
+    _qlora_linear_dx_split_kernel[(tiles, parts)](
+        grad, *call.weight(), B, part, u_part, call.rows, call.out_features, call.in_features, call.rank,
+        grad.stride(0), steps, RANK=low, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, **call.constants(),
+    )  # fmt: skip
+    _add_parts(call, part, u_part, A, None, grad_x, grad_x if u is None else u, scaling, 1.0, (1, call.in_features))
+
+
+def _dx_dense(
+    call: _Call, grad: Tensor, A: Tensor | None, B: Tensor | None, scaling: float, grad_x: Tensor, u: Tensor | None
+) -> None:
+    # [dY | u | 0] · [Ŵ; lora_A; 0], a chunk of columns at a time.
+    left = grad
+    padding = -(call.out_features + call.rank) % 8
+    if call.rank and u is not None:
+        left = torch.cat([grad, u, grad.new_zeros((call.rows, padding))], dim=1)
+    columns = CHUNK_BYTES // (left.shape[1] * grad.element_size())
+    together = max(1, min(call.in_features, max(64, columns // 64 * 64)))
+    chunk = grad.new_empty((left.shape[1], together))
+    for first in range(0, call.in_features, together):
+        last = min(first + together, call.in_features)
+        weight = chunk[:, : last - first]
+        nf4.dequantize_region(*call.quantized, call.in_features, first, weight[: call.out_features])
+        if A is not None and left is not grad:
+            weight[call.out_features : call.out_features + call.rank] = A[:, first:last]
+            weight[call.out_features + call.rank :] = 0
+        torch.mm(left, weight, out=grad_x[:, first:last])
+
+
+def _lora_grads(
+    call: _Call,
+    grad: Tensor,
+    x: Tensor | None,
+    t: Tensor | None,
+    u: Tensor | None,
+    scaling: float,
+    mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dbias, dA and dB, each empty unless ``mask`` asks for it."""
+    _, want_bias, want_A, want_B = mask
+    rows, in_features, out_features, rank = call.rows, call.in_features, call.out_features, call.rank
+    if rank > 128 or not rows or not rank or not out_features:  # sums of such tiles do not fit the registers
+        return (
+            grad.sum(dim=0) if want_bias else grad.new_empty(0),
+            u.T @ x if want_A and u is not None and x is not None else grad.new_empty(0),
+            scaling * (grad.T @ t) if want_B and t is not None else grad.new_empty(0),
+        )
+    block_m, block_c = 64 if call.dtype != torch.float32 else 32, 64
+    tiles_A = triton.cdiv(in_features, block_c) if want_A else 0
+    tiles = tiles_A + (triton.cdiv(out_features, block_c) if want_B or want_bias else 0)
+    steps = triton.cdiv(rows, block_m)
+    wanted = max(1, min(2 * multiprocessors(call.device) // tiles, steps // 4))
+    each = triton.cdiv(steps, wanted)
+    parts = triton.cdiv(steps, each)
+    dtype = torch.float32 if parts > 1 else grad.dtype
+    grad_A = torch.empty((parts, rank, in_features) if want_A else (parts, 0), dtype=dtype, device=grad.device)
+    grad_B = torch.empty((parts, out_features, rank) if want_B else (parts, 0), dtype=dtype, device=grad.device)
+    grad_bias = torch.empty((parts, out_features) if want_bias else (parts, 0), dtype=dtype, device=grad.device)
+    _lora_grads_kernel[(tiles, parts)](
+        x, u, grad, t, grad_A, grad_B, grad_bias, rows, in_features, out_features, rank, scaling,
+        0 if x is None else x.stride(0), grad.stride(0), each * block_m, tiles_A,
+        grad_A.stride(0), grad_B.stride(0), grad_bias.stride(0), WANT_B=want_B, WANT_BIAS=want_bias,
+        RANK=max(16, triton.next_power_of_2(rank)), PRECISION=precision(call.dtype), BLOCK_M=block_m, BLOCK_C=block_c,
+        num_warps=4 if rank <= 64 else 8, num_stages=3,
+    )  # fmt: skip
+    if parts == 1:
+        return grad_bias.view(grad_bias.shape[1:]), grad_A.view(grad_A.shape[1:]), grad_B.view(grad_B.shape[1:])
+    return grad_bias.sum(0).to(grad.dtype), grad_A.sum(0).to(grad.dtype), grad_B.sum(0).to(grad.dtype)
