@@ -26,7 +26,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="make gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=8.0, help="for the bench; default 8")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=8.0,
+        help="for all of it, of which the bench gets what is left, at least two; default 8",
+    )
     parser.add_argument("--out", type=Path, default=None, help="folder of the result; default runs/bench/gpu-TIME")
     parser.add_argument("--quick", action="store_true", help="few sizes")
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # cpu: to try this script without a GPU
@@ -56,15 +61,18 @@ def main() -> int:
         return statuses["build"]  # nothing to test or measure: the warning of setup.py says why
     # Their files alone: others import what the machine may lack.
     marked = [str(file) for file in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in file.read_text()]
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *marked]
+    # Most of the time of the tests is compilation, on one core each.
+    workers = min(8, os.cpu_count() or 1) if importlib.util.find_spec("xdist") else 0
+    many = ["-n", str(workers)] if workers > 1 else []
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *many, *marked]
     statuses["tests"] = subprocess.run(tests, cwd=ROOT, env=environment, check=False).returncode
     print(f"[{time.monotonic() - began:5.0f} s] tests done", flush=True)
     sys.path.insert(0, str(BUILT))
-    status = _bench(options, statuses)
+    status = _bench(options, statuses, max(2.0, options.minutes - (time.monotonic() - began) / 60))
     return statuses["tests"] or status
 
 
-def _bench(options: argparse.Namespace, statuses: dict[str, int]) -> int:
+def _bench(options: argparse.Namespace, statuses: dict[str, int], minutes: float) -> int:
     from rich.console import Console
 
     from harlora.bench import report
@@ -73,9 +81,7 @@ def _bench(options: argparse.Namespace, statuses: dict[str, int]) -> int:
     from harlora.files import write_json
 
     folder = options.out or ROOT / "runs" / "bench" / time.strftime("gpu-%Y%m%dT%H%M%SZ", time.gmtime())
-    chosen = Options(
-        "quick" if options.quick else "standard", options.device, minutes=options.minutes, command="make gpu"
-    )
+    chosen = Options("quick" if options.quick else "standard", options.device, minutes=minutes, command="make gpu")
     try:
         result = measure(chosen, folder / RESULT, Console(stderr=True))
     except InputError as error:

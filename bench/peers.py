@@ -144,6 +144,7 @@ def adapt(name: str, model: nn.Module, targets: Sequence[str], rank: int = RANK)
     over: evaluation repacks the weight, and training on it loses the gradient.
     """
     model = copy.deepcopy(model).requires_grad_(False)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     if name.startswith(OURS):
         harlora.apply_qlora(model, targets, rank=rank, alpha=ALPHA)
     elif name == PEER:
@@ -162,8 +163,8 @@ def adapt(name: str, model: nn.Module, targets: Sequence[str], rank: int = RANK)
         for parameter, std in ((lora_A, lora_A.shape[1] ** -0.5), (lora_B, 0.1)):
             # The branch then weighs about as much as the base. Drawn on the CPU, so that devices agree.
             drawn = torch.empty(parameter.shape).normal_(std=std, generator=generator)
-            with torch.no_grad():
-                parameter.copy_(drawn)
+            # PEFT and harlora make them float32 over a half-precision weight; all competitors' have the dtype of x.
+            parameter.data = drawn.to(parameter.device, dtype)
     return model
 
 
@@ -311,10 +312,6 @@ def _inject_(model: nn.Module, targets: Sequence[str], rank: int) -> None:
 
     config = peft.LoraConfig(r=rank, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=list(targets))
     peft.inject_adapter_in_model(config, model)
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    for pair in adapters(model):
-        for parameter in pair:  # PEFT makes them float32; all competitors' adapters have the dtype of x
-            parameter.data = parameter.data.to(dtype)
 
 
 def _bitsandbytes() -> Any:

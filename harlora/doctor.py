@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -22,8 +23,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import harlora
+from harlora import configure
 from harlora.files import write_json
-from harlora.kernels import cpp, dispatch, eager, reference, tuning
+from harlora.kernels import configurations, cpp, dispatch, eager, reference, tuning
 from harlora.models import MAE
 
 Report = Callable[[int, int, str], None]
@@ -288,6 +290,8 @@ def self_test(device: torch.device, report: Report | None = None) -> SelfTest:
         names = [f"cpp {name}" for name, why in _variants().items() if not why]
     elif served:
         names = ["cpp"]
+    if triton := _triton(device):
+        names.append("triton")
     steps = ["reference", *names, "what harlora chooses"]
     for done, name in enumerate(steps):
         if report is not None:
@@ -303,8 +307,20 @@ def self_test(device: torch.device, report: Report | None = None) -> SelfTest:
                         tester.attempt("the parts of an encoder", "float32", partial(_groups, tester))
                         tester.attempt("inference_precision", "float32", partial(_precisions, tester))
             else:
-                _operators(tester, {"reference": reference, "cpp": cpp}.get(name))
+                modules = {"reference": reference, "cpp": cpp, "triton": SimpleNamespace(**triton)}
+                _operators(tester, modules.get(name))
+    tester.problems += [Problem(each, WRONG) for each in dispatch.wrong_configurations()]
     return SelfTest(tester.comparisons, list(tester.covered), tester.problems)
+
+
+def _triton(device: torch.device) -> dict[str, Callable[..., Any]]:
+    """Triton's functions by operator, where they serve ``device`` unasked."""
+    return {
+        operator: backend.function
+        for operator in dispatch.OPERATORS
+        for backend in dispatch.backends(operator)
+        if backend.name == "triton" and backend.device_type == device.type and not backend.on_request
+    }
 
 
 def _draw(seed: int, device: torch.device, *shape: int) -> Tensor:
@@ -570,6 +586,10 @@ def tune(device: torch.device, problems: list[Problem], report: Report | None = 
             ratios = _compare({name: [partial(_with_kernels, name, c) for c in calls] for name in variants}, device)
         table["measured"]["CPU kernels"] = ratios
         table["kernels"] = _faster_first(variants, ratios)[0]
+    if device.type == "cuda" and not dispatch.load_triton():
+        rules, measured = configure.measure(device, report)
+        table |= {"triton": configurations.fingerprint(), "configurations": rules, "times": measured}
+        table["measured"] |= configure.gain(device, measured)
     try:
         devices = tuning.read(file)
     except ValueError:

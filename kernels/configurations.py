@@ -4,10 +4,12 @@ A table has a list of rules for each operator and width of dtype, ``"qlora_linea
 rule fits up to ``rows`` rows of x and ``weights`` values of the weight, each without a limit where it is left out.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,11 @@ class Rule:
         """Whether a call with ``rows`` rows over ``weights`` values is within its limits."""
         return (self.rows is None or rows <= self.rows) and (self.weights is None or weights <= self.weights)
 
+    def to_json(self) -> dict[str, Any]:
+        """The rule as a table's file has it."""
+        limits = {"rows": self.rows, "weights": self.weights}
+        return {name: limit for name, limit in limits.items() if limit is not None} | {"use": asdict(self.use)}
+
 
 Table = Mapping[str, tuple[Rule, ...]]
 
@@ -82,6 +89,36 @@ def target(capability: tuple[int, int]) -> str:
     GPUs of 12.x have neither the tensor cores' memory nor the shared memory of 10.x, but what 8.x has.
     """
     return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(capability[0], "sm_80")
+
+
+@cache
+def fingerprint() -> str:
+    """What tells one version of Triton's kernels and compiler from another, for which a measured table counts."""
+    digest = hashlib.sha256()
+    for path in sorted((FILE.parent / "triton").glob("*.py")):
+        digest.update(path.read_bytes())
+    try:
+        digest.update(version("triton").encode())
+    except PackageNotFoundError:
+        return ""
+    return digest.hexdigest()[:16]
+
+
+def candidates(operator: str, dtype: torch.dtype, rows: int) -> list[Configuration]:
+    """What ``harlora doctor --tune`` measures against each other for ``rows`` of x: tiles of about that many rows."""
+    near = max(16, 1 << (rows - 1).bit_length())
+    heights = [height for height in (16, 32, 64, 128) if near / 4 <= height <= near or (height == 128 < near)]
+    found = []
+    if dtype.itemsize == 2:
+        widths = (64, 128) if operator == "qlora_linear" else (32, 64)
+        tiles = [(height, width, 64, 8 if height * width >= 64 * 128 else 4) for height in heights for width in widths]
+    else:
+        tiles = [(min(height, 64), width, 32, 4) for height in heights for width in (32, 64)]
+    for height, width, depth, warps in dict.fromkeys(tiles):
+        for stages in (3, 5) if rows <= 32 else (3,):
+            found.append(Configuration("direct", height, width, depth, warps, stages))
+            found += [Configuration("split", height, width, depth, warps, stages, programs=n) for n in (1, 2, 4)]
+    return [*found, Configuration("dense")] if rows >= 64 else found
 
 
 def choose(table: Table, operator: str, dtype: torch.dtype, rows: int, weights: int) -> Configuration:

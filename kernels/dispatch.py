@@ -94,8 +94,10 @@ def _nf4() -> ModuleType:
 
 @cache
 def _table(device: torch.device) -> configurations.Table:
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    return configurations.tables()[configurations.target(capability)]
+    if device.type != "cuda":  # under the interpreter
+        return configurations.tables()["sm_90"]
+    given = configurations.tables()[configurations.target(torch.cuda.get_device_capability(device))]
+    return {**given, **tuning.measured_configurations(device)}
 
 
 def configuration(operator: str, device: torch.device, dtype: torch.dtype, rows: int, weights: int) -> Configuration:
@@ -103,25 +105,42 @@ def configuration(operator: str, device: torch.device, dtype: torch.dtype, rows:
     return configurations.choose(_table(device), operator, dtype, rows, weights)
 
 
-def _triton(operator: str, *arguments: Any) -> Any:
-    """The operator by Triton's kernels, or by the reference where their configuration proved wrong."""
+def launcher(operator: str, chosen: Configuration) -> Callable[..., Any]:
+    """Triton's function for ``operator`` with a configuration; it takes the operator's arguments."""
     from harlora.kernels.triton import qlora_linear
 
-    forward = operator == "qlora_linear"
-    wide, quantized = arguments[0], arguments[1:7] if forward else arguments[3:9]
-    rank = next((A.shape[0] for A in (arguments[9 if forward else 10],) if A is not None), 0)
-    in_features, out_features = (wide.shape[-1], arguments[7]) if forward else (arguments[9], wide.shape[-1])
-    rows = wide.numel() // max(1, wide.shape[-1])
-    chosen = configuration(operator, wide.device, wide.dtype, rows, in_features * out_features)
-    launch: Callable[..., Any] = getattr(qlora_linear, operator)
-    nested, quant_type, blocksize = quantized[2] is not None, quantized[4], quantized[5]
+    return partial(getattr(qlora_linear, operator), configuration=chosen)
+
+
+def serves(operator: str, chosen: Configuration, *arguments: Any) -> bool:
+    """Whether a configuration is right for such arguments, as found out the first time; warns once if it is not."""
+    wide, in_features, _, quantized, rank = _sizes(operator, arguments)
+    absmax_is_nested, quant_type, blocksize = quantized[2] is not None, quantized[4], quantized[5]
     probe = _Probe(
         operator, chosen, wide.device, wide.dtype, in_features % blocksize == 0, in_features % 2 == 0,
-        quant_type, blocksize, nested, 0 if not rank else max(16, 1 << (rank - 1).bit_length()),
+        quant_type, blocksize, absmax_is_nested, 0 if not rank else max(16, 1 << (rank - 1).bit_length()),
     )  # fmt: skip
-    if not _proven(probe):
+    return _proven(probe)
+
+
+def _sizes(operator: str, arguments: tuple[Any, ...]) -> tuple[Tensor, int, int, tuple[Any, ...], int]:
+    """Of a call: x or dY, in_features, out_features, the quantised weight and the rank."""
+    wide = arguments[0]
+    if operator == "qlora_linear":
+        in_features, out_features, quantized, A = wide.shape[-1], arguments[7], arguments[1:7], arguments[9]
+    else:
+        in_features, out_features, quantized, A = arguments[9], wide.shape[-1], arguments[3:9], arguments[10]
+    return wide, in_features, out_features, quantized, 0 if A is None else A.shape[0]
+
+
+def _triton(operator: str, *arguments: Any) -> Any:
+    """The operator by Triton's kernels, or by the reference where their configuration proved wrong."""
+    wide, in_features, out_features, *_ = _sizes(operator, arguments)
+    rows = wide.numel() // max(1, wide.shape[-1])
+    chosen = configuration(operator, wide.device, wide.dtype, rows, in_features * out_features)
+    if not serves(operator, chosen, *arguments):
         return getattr(reference, operator)(*arguments)
-    return launch(*arguments, configuration=chosen)
+    return launcher(operator, chosen)(*arguments)
 
 
 @dataclass(frozen=True)
@@ -179,8 +198,6 @@ def _proven(probe: _Probe) -> bool:
 
 def _disagreement(probe: _Probe) -> str:
     """How the configuration differs from the reference on a problem of several tiles; empty if it agrees."""
-    from harlora.kernels.triton import qlora_linear
-
     chosen = probe.configuration
     rows = 2 * chosen.block_rows + 1 if chosen.block_rows else 70
     out_features = 2 * (chosen.block_out or 64) + 8
@@ -189,11 +206,9 @@ def _disagreement(probe: _Probe) -> str:
         in_features += 10 if probe.even else 9
     size = (rows, in_features, out_features, probe.rank, probe.quant_type, probe.blocksize, probe.nested)
     expected = getattr(reference, probe.operator)(
-        *_problem(probe.operator, probe.device, torch.float32, *size, rounded=probe.dtype)
+        *problem(probe.operator, probe.device, torch.float32, *size, rounded=probe.dtype)
     )
-    found = getattr(qlora_linear, probe.operator)(
-        *_problem(probe.operator, probe.device, probe.dtype, *size), configuration=chosen
-    )
+    found = launcher(probe.operator, chosen)(*problem(probe.operator, probe.device, probe.dtype, *size))
     # Sums of products rounded to the dtype: an error of several units in its last place. A wrong index is of order 1.
     allowed = 1e-3 if probe.dtype == torch.float32 else 16 * torch.finfo(probe.dtype).eps
     for which, (one, other) in enumerate(zip(expected, found, strict=True)):
@@ -206,7 +221,7 @@ def _disagreement(probe: _Probe) -> str:
 # Choice -------------------------------------------------------------------------------------------------------------
 
 
-def _problem(
+def problem(
     operator: str,
     device: torch.device,
     dtype: torch.dtype,
@@ -219,9 +234,10 @@ def _problem(
     nested: bool,
     *,
     rounded: torch.dtype | None = None,
+    seed: int = 0,
 ) -> tuple[Any, ...]:
-    """Arguments of ``operator``: random, always the same, in ``dtype``, of values that ``rounded`` has."""
-    generator = torch.Generator().manual_seed(0)
+    """Arguments of ``operator``, random, in ``dtype``, of values that ``rounded`` has."""
+    generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, variance: int = 1) -> Tensor:
         values = torch.randn(shape, generator=generator, device="cpu") / variance**0.5
@@ -248,7 +264,7 @@ def _problems(operator: str, device: torch.device) -> list[tuple[Any, ...]]:
     """Arguments for the comparison with the reference: small, odd, and one past a block."""
     sizes = [(1, 192, 40, 5), (3, 65, 17, 2), (20, 192, 40, 5)]
     return [
-        _problem(operator, device, torch.float32, *size, quant_type, 32 if size[3] == 2 else 64, size[3] == 2)
+        problem(operator, device, torch.float32, *size, quant_type, 32 if size[3] == 2 else 64, size[3] == 2)
         for quant_type in QUANT_TYPES
         for size in sizes
     ]

@@ -1,8 +1,8 @@
 """A user's own dispatch table for a device, measured by ``harlora doctor --tune``; this file only reads it.
 
 ``HARLORA_TUNING`` names another file than ``harlora/tuning.json`` in the user's cache folder; 0 switches it off. A
-table counts only for the device and the very extension it was measured with. ``HARLORA_BACKEND`` and ``HARLORA_CPU``
-come before it.
+table counts only for the device and the very extension it was measured with, its configurations of Triton's kernels
+only for the very kernels and compiler. ``HARLORA_BACKEND`` and ``HARLORA_CPU`` come before it.
 """
 
 import hashlib
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from harlora.kernels import configurations
 
 ENVIRONMENT = "HARLORA_TUNING"
 FORMAT = 1
@@ -33,10 +35,10 @@ def path() -> Path | None:
 
 
 @cache
-def device_name(device_type: str) -> str:
-    """What a table is filed under: the model of the processor or of the GPU."""
+def device_name(device_type: str, index: int | None = None) -> str:
+    """What a table is filed under: the model of the processor or of the GPU, by default the current one."""
     if device_type == "cuda":
-        return f"cuda: {torch.cuda.get_device_name()}"
+        return f"cuda: {torch.cuda.get_device_name(index)}"
     information = Path("/proc/cpuinfo")
     text = information.read_text() if information.exists() else ""
     told = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)$", text, re.MULTILINE))
@@ -70,15 +72,18 @@ def read(file: Path | None) -> dict[str, Any]:
         names = [*order.values()] if isinstance(order, dict) else [None]
         if not all(isinstance(each, list) and all(isinstance(name, str) for name in each) for each in names):
             raise ValueError(f"{file} is damaged")
+        try:
+            configurations.read(table.get("configurations", {}))
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{file} is damaged: {error}") from error
     devices: dict[str, Any] = content["devices"]
     return devices
 
 
-@cache
-def table(device_type: str, extension: Path | None) -> dict[str, Any]:
-    """The table of a device for this build, or an empty one; a file that cannot be used is warned of once."""
+def _measured(name: str) -> dict[str, Any]:
+    """What was measured on the device of that name; a file that cannot be used is warned of once."""
     try:
-        found = read(path()).get(device_name(device_type), {})
+        found: dict[str, Any] = read(path()).get(name, {})
     except ValueError as error:
         warnings.warn(
             f"harlora: {error} and is not used; delete it, or measure anew with `harlora doctor --tune`",
@@ -86,4 +91,20 @@ def table(device_type: str, extension: Path | None) -> dict[str, Any]:
             stacklevel=2,
         )
         return {}
+    return found
+
+
+@cache
+def table(device_type: str, extension: Path | None) -> dict[str, Any]:
+    """The table of a device for this build, or an empty one; a file that cannot be used is warned of once."""
+    found = _measured(device_name(device_type))
     return found if found.get("build") == build(extension) else {}
+
+
+@cache
+def measured_configurations(device: torch.device) -> configurations.Table:
+    """The rules measured on a device of this model for the very kernels, or none."""
+    found = _measured(device_name(device.type, device.index))
+    if "configurations" not in found or found.get("triton") != configurations.fingerprint():
+        return {}
+    return configurations.read(found["configurations"])

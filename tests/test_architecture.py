@@ -33,7 +33,8 @@ ALLOWED = {
         "harlora", "harlora.kernels", "harlora.nn", "harlora.models", "harlora.train", "harlora.errors",
         "harlora.files",
     },
-    "harlora.doctor": {"harlora", "harlora.kernels", "harlora.models", "harlora.files"},
+    "harlora.configure": {"harlora.kernels"},
+    "harlora.doctor": {"harlora", "harlora.configure", "harlora.kernels", "harlora.models", "harlora.files"},
     "harlora.cli": {
         "harlora", "harlora.bench", "harlora.doctor", "harlora.train", "harlora.report", "harlora.data",
         "harlora.errors", "harlora.progress",

@@ -1,5 +1,6 @@
 """The doctor finds what is wrong, names it, and says what to do; tables that it measures are obeyed."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -10,8 +11,9 @@ import pytest
 import torch
 from needs import needs_extension
 
-from harlora import cli, doctor
-from harlora.kernels import cpp, dispatch, eager, reference, tuning
+from harlora import cli, configure, doctor
+from harlora.kernels import configurations, cpp, dispatch, eager, reference, tuning
+from harlora.kernels.configurations import Configuration
 
 CPU = torch.device("cpu")
 
@@ -311,3 +313,49 @@ def test_tables_can_be_switched_off(monkeypatch, capsys):
         cli.main(["doctor", "--no-speed", "--tune"])
     assert stopped.value.code == 2
     assert "--tune: HARLORA_TUNING=0 switches tables off; unset it to tune" in capsys.readouterr().err
+
+
+def test_configurations_are_measured_and_obeyed(table_file, monkeypatch):
+    """Triton's, here under its interpreter: two sizes, few candidates."""
+    if dispatch.load_triton():
+        pytest.skip(dispatch.load_triton())
+    one, other = Configuration("direct", 16, 32, 64), Configuration("split", 16, 32, 32, programs=8)
+    wrong = Configuration("direct", 16, 16, 32)
+    monkeypatch.setattr(configurations, "candidates", lambda *_: [one, other, wrong])
+    serves = dispatch.serves
+    monkeypatch.setattr(dispatch, "serves", lambda operator, c, *rest: c != wrong and serves(operator, c, *rest))
+    sizes = {"weights": [((64, 32), 2**12), ((128, 32), None)], "rows": [1, None], "dtypes": [torch.float32]}
+    monkeypatch.setattr(configure, "MANY_ROWS", 5)
+    told = []
+    table, measured = configure.measure(CPU, lambda *said: told.append(said), **sizes)
+    assert [len(table[f"{operator} 32"]) for operator in configurations.OPERATORS] == [4, 4]
+    assert [case["rows"] for case in measured] == [1, 5] * 4
+    assert all(set(case["times_us"]) == {str(one), str(other)} for case in measured)
+    assert told[0][:2] == (0, 8)
+    for case, rule in zip(measured, itertools.chain(*table.values()), strict=True):
+        assert str(Configuration(**rule["use"])) == min(case["times_us"], key=case["times_us"].__getitem__)
+    facts = {"build": "", "order": {}, "triton": configurations.fingerprint(), "configurations": table}
+    table_file.write_text(json.dumps({"format": 1, "devices": {tuning.device_name("cpu"): facts}}))
+    tuning.measured_configurations.cache_clear()
+    found = tuning.measured_configurations(CPU)
+    assert found["qlora_linear 32"][-1].use in (one, other)
+    facts["triton"] = "another"
+    table_file.write_text(json.dumps({"format": 1, "devices": {tuning.device_name("cpu"): facts}}))
+    tuning.measured_configurations.cache_clear()
+    assert tuning.measured_configurations(CPU) == {}
+    facts["configurations"] = {"qlora_linear 32": [{"use": {"way": "direct", "tile": 3}}]}
+    table_file.write_text(json.dumps({"format": 1, "devices": {tuning.device_name("cpu"): facts}}))
+    tuning.measured_configurations.cache_clear()
+    with pytest.warns(RuntimeWarning, match="is damaged: the rules of qlora_linear 32"):
+        assert tuning.measured_configurations(CPU) == {}
+    tuning.measured_configurations.cache_clear()
+
+
+@pytest.mark.parametrize("operator", configurations.OPERATORS)
+def test_candidates_suit_the_rows(operator):
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows in (1, 16, 100, 512, 8192):
+            found = configurations.candidates(operator, dtype, rows)
+            assert len(found) == len(set(found)) <= 30
+            assert all(each.block_rows <= max(16, 2 * rows) for each in found)
+            assert any(each.way == "dense" for each in found) == (rows >= 64)

@@ -33,7 +33,7 @@ BLOCK = (64, 32, 256)
 BACKENDS = ["reference", "cpp", "cpp-avx512bf16", "cpp-avx512", "cpp-avx2", "cpp-portable", "triton"]
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=[name for name in BACKENDS if "-" not in name] if torch.cuda.is_available() else BACKENDS)
 def backend(request, monkeypatch, use_kernels):
     """Each backend in turn, and of the compiled one every instruction set that this processor has."""
     name, _, variant = request.param.partition("-")

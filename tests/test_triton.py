@@ -21,6 +21,7 @@ if dispatch.load_triton():
 from harlora.kernels.triton import nf4, qlora_linear
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 ROOT = Path(__file__).parent.parent
 DIRECT, SPLIT, DENSE = (
     Configuration("direct", 32, 32, 64),
@@ -248,7 +249,7 @@ def fresh(monkeypatch):
 
 
 def call(operator, dtype=torch.float32, rank=4):
-    return dispatch._problem(operator, DEVICE, dtype, 3, 64, 20, rank, "nf4", 64, False)
+    return dispatch.problem(operator, DEVICE, dtype, 3, 64, 20, rank, "nf4", 64, False)
 
 
 @pytest.mark.usefixtures("fresh")

@@ -1,0 +1,145 @@
+"""Which configuration of Triton's kernels is fastest on a GPU, by size: what ``harlora doctor --tune`` measures."""
+
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from harlora.kernels import configurations, dispatch
+from harlora.kernels.configurations import Configuration, Rule
+
+Report = Callable[[int, int, str], None]
+
+# (in_features, out_features) and up to how many values of a weight what is measured with it counts.
+WEIGHTS: tuple[tuple[tuple[int, int], int | None], ...] = (
+    ((192, 512), 2**17), ((768, 768), 2**20), ((768, 3072), 2**22), ((4096, 4096), 2**25), ((8192, 8192), None),
+)  # fmt: skip
+ROWS: tuple[int | None, ...] = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, None)
+MANY_ROWS = 8192  # measured for what has no limit
+RANK = 16
+CALLS = 8  # in one sample
+
+
+def measure(
+    device: torch.device,
+    report: Report | None = None,
+    *,
+    weights: Sequence[tuple[tuple[int, int], int | None]] = WEIGHTS,
+    rows: Sequence[int | None] = ROWS,
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32),
+) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+    """The rules for ``device`` by title, as a table has them, and every measurement they come from.
+
+    Candidates are compared with the reference before they are timed, take turns, and are timed as a captured graph of
+    several calls over several copies of the weight, so that neither Python nor the last cache is what is measured.
+    """
+    table: dict[str, list[dict[str, Any]]] = {}
+    measured: list[dict[str, Any]] = []
+    jobs = [(operator, dtype) for operator in configurations.OPERATORS for dtype in dtypes]
+    total = len(jobs) * len(weights) * len(rows)
+    for operator, dtype in jobs:
+        title = f"{operator} {8 * dtype.itemsize}"
+        rules = []
+        for shape, most_weights in weights:
+            for most_rows in rows:
+                if report is not None:
+                    report(len(measured), total, f"{title}, {shape[0]}→{shape[1]}")
+                count = most_rows or MANY_ROWS
+                times = _times(operator, device, dtype, count, shape)
+                measured.append({"title": title, "shape": list(shape), "rows": count, "times_us": times})
+                if times:
+                    best = min(times, key=lambda name: times[name])
+                    rules.append(Rule(_candidate(operator, dtype, count, best), most_rows, most_weights))
+        if rules and rules[-1].rows is None and rules[-1].weights is None:
+            table[title] = [rule.to_json() for rule in rules]
+    return table, measured
+
+
+def _candidate(operator: str, dtype: torch.dtype, rows: int, name: str) -> Configuration:
+    return next(each for each in configurations.candidates(operator, dtype, rows) if str(each) == name)
+
+
+def _times(
+    operator: str, device: torch.device, dtype: torch.dtype, rows: int, shape: tuple[int, int]
+) -> dict[str, float]:
+    """Microseconds a call of each candidate that is right and runs, the median over rounds in which they take turns."""
+    in_features, out_features = shape
+    copies = _copies(device, in_features * out_features)
+    calls = [
+        dispatch.problem(operator, device, dtype, rows, in_features, out_features, RANK, "nf4", 64, False, seed=seed)
+        for seed in range(copies)
+    ]
+    samples: dict[str, Callable[[], float]] = {}
+    for candidate in configurations.candidates(operator, dtype, rows):
+        launch = dispatch.launcher(operator, candidate)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what does not fit this GPU; it is left out
+            if dispatch.serves(operator, candidate, *calls[0]):
+                samples[str(candidate)] = _sampler([partial(launch, *call) for call in calls], device)
+    times: dict[str, list[float]] = {name: [] for name in samples}
+    for number in range(6):
+        for name, sample in samples.items():
+            taken = sample()
+            if number:  # the first warms up
+                times[name].append(taken)
+    return {name: round(statistics.median(values), 2) for name, values in times.items()}
+
+
+def _copies(device: torch.device, weights: int) -> int:
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(1, min(16, math.ceil(2 * cache / (weights * 9 / 16)))) if weights >= 2**22 else 1
+
+
+def _sampler(calls: list[Callable[[], object]], device: torch.device) -> Callable[[], float]:
+    """A function that times calls in turn and returns the microseconds of one."""
+    in_turn = [calls[i % len(calls)] for i in range(CALLS)]
+    if device.type != "cuda":
+
+        def clocked() -> float:
+            began = time.perf_counter()
+            in_turn[0]()
+            return 1e6 * (time.perf_counter() - began)
+
+        return clocked
+    for call in calls:
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph):
+        for call in in_turn:
+            call()
+
+    def replayed() -> float:
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        graph.replay()
+        after.record()
+        after.synchronize()
+        return 1e3 * before.elapsed_time(after) / CALLS
+
+    return replayed
+
+
+def gain(device: torch.device, measured: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """By title, the time of the fastest over that of the table's configuration, the geometric mean over the sizes."""
+    found: dict[str, dict[str, float]] = {}
+    for title in dict.fromkeys(case["title"] for case in measured):
+        ratios = []
+        for case in measured:
+            operator, bits = case["title"].split()
+            dtype = torch.float32 if bits == "32" else torch.bfloat16
+            chosen = dispatch.configuration(operator, device, dtype, case["rows"], math.prod(case["shape"]))
+            before = case["times_us"].get(str(chosen))
+            if case["title"] == title and before:
+                ratios.append(min(case["times_us"].values()) / before)
+        if ratios:
+            found[f"configurations of {title}"] = {
+                "before": 1.0, "fastest": round(statistics.geometric_mean(ratios), 4)
+            }  # fmt: skip
+    return found
