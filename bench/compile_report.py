@@ -37,7 +37,7 @@ from triton.runtime.jit import JITFunction
 
 from harlora.kernels import configurations
 from harlora.kernels.configurations import Configuration
-from harlora.kernels.triton import qlora_linear
+from harlora.kernels.triton import qlora_linear, qlora_qkv
 
 # What a thread block may take: the CUDA C++ programming guide, technical specifications. sm_80's table also serves GPUs
 # of 8.6, 8.9 and 12.x, which have 99 KiB.
@@ -157,6 +157,21 @@ def layer_call(operator: str, size: Size, chosen: Configuration) -> Callable[[],
     )  # fmt: skip
 
 
+def qkv_call(operator: str, size: Size, chosen: Configuration) -> Callable[[], object]:
+    """A call of the launcher of three layers over one x."""
+    empty = partial(torch.empty, device=META, dtype=size.dtype)
+    A = empty(size.rank, size.width) if size.rank else None
+    B = empty(size.width, size.rank) if size.rank else None
+    layers: Any = [(*_quantized(size, size.width, size.width), size.width, empty(size.width), A, B, 0.5)] * 3
+    x = empty(size.rows, size.width)
+    if operator == "qlora_linear":
+        return partial(qlora_qkv.qlora_qkv, x, layers, configuration=chosen)
+    wanted = (True, True, size.rank > 0, size.rank > 0)
+    return partial(
+        qlora_qkv.qlora_qkv_backward, [x] * 3, x, empty(3, size.rows, size.rank), layers, wanted, configuration=chosen
+    )  # fmt: skip
+
+
 def calls(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """Every configuration of a target's table, in each of its dtypes; and of each way, formats and shapes besides."""
     for title, rules in configurations.tables()[target].items():
@@ -178,6 +193,8 @@ def calls(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
                 ]
             for size in sizes:
                 yield _described(title, rule.use, size), layer_call(operator, size, rule.use)
+                if rule.use.way == "direct" and size.rank <= qlora_linear.FUSED_RANK:
+                    yield f"three of {_described(title, rule.use, size)}", qkv_call(operator, size, rule.use)
 
 
 def _described(title: str, chosen: Configuration, size: Size) -> str:

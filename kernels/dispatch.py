@@ -107,20 +107,49 @@ def configuration(operator: str, device: torch.device, dtype: torch.dtype, rows:
 
 def launcher(operator: str, chosen: Configuration) -> Callable[..., Any]:
     """Triton's function for ``operator`` with a configuration; it takes the operator's arguments."""
-    from harlora.kernels.triton import qlora_linear
+    from harlora.kernels.triton import qlora_linear, qlora_qkv
 
-    return partial(getattr(qlora_linear, operator), configuration=chosen)
+    module = qlora_qkv if operator.startswith("qlora_qkv") else qlora_linear
+    return partial(getattr(module, operator), configuration=chosen)
 
 
 def serves(operator: str, chosen: Configuration, *arguments: Any) -> bool:
     """Whether a configuration is right for such arguments, as found out the first time; warns once if it is not."""
     wide, in_features, _, quantized, rank = _sizes(operator, arguments)
-    absmax_is_nested, quant_type, blocksize = quantized[2] is not None, quantized[4], quantized[5]
-    probe = _Probe(
-        operator, chosen, wide.device, wide.dtype, in_features % blocksize == 0, in_features % 2 == 0,
-        quant_type, blocksize, absmax_is_nested, 0 if not rank else max(16, 1 << (rank - 1).bit_length()),
+    return _proven(_probe(operator, chosen, wide.device, wide.dtype, in_features, quantized, rank))
+
+
+def _probe(
+    operator: str,
+    chosen: Configuration,
+    device: torch.device,
+    dtype: torch.dtype,
+    in_features: int,
+    quantized: tuple[Any, ...],
+    rank: int,
+) -> "_Probe":
+    nested, quant_type, blocksize = quantized[2] is not None, quantized[4], quantized[5]
+    return _Probe(
+        operator, chosen, device, dtype, in_features % blocksize == 0, in_features % 2 == 0, quant_type, blocksize,
+        nested, 0 if not rank else max(16, 1 << (rank - 1).bit_length()),
     )  # fmt: skip
-    return _proven(probe)
+
+
+def group(operator: str, x: Tensor, layers: tuple[reference.Layer, ...]) -> Callable[..., Any] | None:
+    """Triton's function for ``operator`` over layers that are alike, or None where they have to run one by one.
+
+    They do where one launch would not do for the layers together, or proved wrong.
+    """
+    out_features, A = layers[0][6], layers[0][8]
+    rows, weights = x.numel() // max(1, x.shape[-1]), len(layers) * x.shape[-1] * out_features
+    forward = "qlora_linear_backward" if operator.endswith("backward") else "qlora_linear"
+    chosen = configuration(forward, x.device, x.dtype, rows, weights)
+    rank = 0 if A is None else A.shape[0]
+    if chosen.way != "direct" or not _proven(
+        _probe(operator, chosen, x.device, x.dtype, x.shape[-1], layers[0][:6], rank)
+    ):
+        return None
+    return launcher(operator, chosen)
 
 
 def _sizes(operator: str, arguments: tuple[Any, ...]) -> tuple[Tensor, int, int, tuple[Any, ...], int]:
@@ -237,6 +266,16 @@ def problem(
     seed: int = 0,
 ) -> tuple[Any, ...]:
     """Arguments of ``operator``, random, in ``dtype``, of values that ``rounded`` has."""
+    if operator.startswith("qlora_qkv"):
+        size = (rows, in_features, out_features, rank, quant_type, blocksize, nested)
+        calls = [problem("qlora_linear", device, dtype, *size, rounded=rounded, seed=3 * seed + i) for i in range(3)]
+        x, layers = calls[0][0], [call[1:] for call in calls]
+        if operator == "qlora_qkv":
+            return x, layers
+        made = partial(problem, "qlora_linear_backward", device, dtype, *size, rounded=rounded)
+        backward = [made(seed=3 * seed + i) for i in range(3)]
+        t = torch.stack([call[2] for call in backward]) if rank else x.new_empty(0)
+        return [call[0] for call in backward], x, t, layers, (True, True, rank > 0, rank > 0)
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, variance: int = 1) -> Tensor:
@@ -341,3 +380,11 @@ def select(operator: str, device: torch.device, dtype: torch.dtype) -> Callable[
         if forced == backend.name:
             raise RuntimeError(f"{ENVIRONMENT}={forced}: {operator} disagrees with the reference on {device}")
     raise AssertionError(operator)  # the reference serves everything
+
+
+@cache
+def served_by_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton's kernels serve the layer on ``device``, forward and backward."""
+    functions = {backend.function for operator in configurations.OPERATORS for backend in backends(operator)
+                 if backend.name == "triton"}  # fmt: skip
+    return all(select(operator, device, dtype) in functions for operator in configurations.OPERATORS)

@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 
 from harlora.kernels import cpp, dispatch
 from harlora.kernels.format import QUANT_TYPES, code_table, nested_code_table
+from harlora.kernels.reference import Layer as Layer
 
 _CPU = torch.device("cpu")
 _Quantized = tuple[Tensor, Tensor, Tensor, int]  # packed, absmax, code, blocksize
@@ -33,6 +34,7 @@ _served: dict[torch.dtype, bool] = {}
 def reset() -> None:
     """Forget which backend serves, after ``HARLORA_BACKEND`` was changed."""
     dispatch.select.cache_clear()
+    dispatch.served_by_triton.cache_clear()
     _served.clear()
 
 
@@ -173,10 +175,6 @@ class _Linear(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-# The arguments of the operator qlora_linear after x: one layer.
-Layer = tuple[
-    Tensor, Tensor, Tensor | None, Tensor | None, str, int, int, Tensor | None, Tensor | None, Tensor | None, float
-]
 _Description = tuple[list[Tensor], list[int], list[float]]
 
 

@@ -168,3 +168,33 @@ def qlora_linear_backward(
         assert t is not None
         grad_B = scaling * (rows.T @ t.reshape(-1, t.shape[-1]))
     return grad_x, grad_bias, grad_A, grad_B
+
+
+# The arguments of qlora_linear after x: one layer.
+Layer = tuple[
+    Tensor, Tensor, Tensor | None, Tensor | None, str, int, int, Tensor | None, Tensor | None, Tensor | None, float
+]
+
+
+def qlora_qkv(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, Tensor]:
+    """Y ``(3, …, out_features)`` and t ``(3, …, rank)`` of three layers of one size over one x."""
+    results = [qlora_linear(x, *layer) for layer in layers]
+    return torch.stack([y for y, _ in results]), torch.stack([t for _, t in results])
+
+
+def qlora_qkv_backward(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    t: Tensor,
+    layers: Sequence[Layer],
+    wanted: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """DX, the sum over the layers, and of each dbias, dA and dB, stacked; each empty unless it is wanted."""
+    sums = [
+        qlora_linear_backward(
+            grad, x, t[i] if t.numel() else None, *layer[:6], x.shape[-1], layer[8], layer[9], layer[10], wanted
+        )
+        for i, (grad, layer) in enumerate(zip(grads, layers, strict=True))
+    ]
+    grad_x, *others = (torch.stack(each) for each in zip(*sums, strict=True))
+    return grad_x.sum(0), others[0], others[1], others[2]

@@ -1,8 +1,9 @@
-"""Several layers of an encoder in one call of the compiled CPU kernels.
+"""Several layers of an encoder in one call of the compiled CPU kernels, or in one launch on a GPU.
 
 At HAR size the modules around the products cost more than the products. For inference `encode` hands all layers of an
-`Encoder` to one operator. In training `attend` takes q, k, v and attention together, `feed_forward` fc1, GELU and fc2.
-Where anything about the layers is out of the ordinary they return None and the modules run one by one.
+`Encoder` to one operator. In training `attend` takes q, k, v and attention together, `feed_forward` fc1, GELU and fc2;
+on a GPU `attend` takes q, k and v in one launch. Where anything about the layers is out of the ordinary they return
+None and the modules run one by one.
 """
 
 from itertools import chain
@@ -12,8 +13,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from harlora.kernels import eager
+from harlora.kernels import eager, grouped
 from harlora.nn.linear import LoRALinear, QLoRALinear
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -191,14 +193,23 @@ def _layers(*modules: Any) -> list[eager.Layer] | None:
 def attend(x: Tensor, q: nn.Module, k: nn.Module, v: nn.Module, heads: int) -> Tensor | None:
     """Attention of ``q(x)``, ``k(x)`` and ``v(x)``, or None where the modules have to run.
 
-    x: ``(windows, tokens, width)``, float32.
+    x: ``(windows, tokens, width)``; on a CPU float32.
     """
     # Asked first, so that no product is computed twice.
-    if torch.compiler.is_compiling() or not eager.attention_serves(x):
+    on_cpu = not torch.compiler.is_compiling() and eager.attention_serves(x)
+    if not on_cpu and not grouped.serves(x):
         return None
     layers = _layers(q, k, v)
-    projected = None if layers is None else eager.qlora_qkv(x, *layers)
-    return None if projected is None else eager.attention(*projected, heads)
+    if layers is None:
+        return None
+    if on_cpu:
+        projected = eager.qlora_qkv(x, *layers)
+        return None if projected is None else eager.attention(*projected, heads)
+    projections = grouped.qlora_qkv(x, layers[0], layers[1], layers[2])
+    if projections is None:
+        return None
+    split = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in projections)
+    return F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(-2)
 
 
 def feed_forward(x: Tensor, fc1: nn.Module, fc2: nn.Module) -> Tensor | None:

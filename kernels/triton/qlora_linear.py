@@ -50,7 +50,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _codes(
+def codes(
     packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr, row, mask, first, in_features,
     QUANT_TYPE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, PERMUTE: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK: tl.constexpr,
@@ -69,7 +69,7 @@ def _codes(
 
 
 @triton.jit
-def _forward_sums(
+def forward_sums(
     x_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr, lora_A_ptr,
     row, m, rows, out_features, in_features, rank, stride_x, begin, end,
     QUANT_TYPE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ALIGNED: tl.constexpr,
@@ -87,7 +87,7 @@ def _forward_sums(
         k_mask = k < in_features
         if ALIGNED:  # in_features is a multiple of BLOCK_K
             x = tl.load(x_ptr + (m * stride_x)[:, None] + k[None, :], m_mask[:, None], other=0.0)
-            code, scale = _codes(
+            code, scale = codes(
                 packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr, row, n_mask, first,
                 in_features, QUANT_TYPE, BLOCKSIZE, NESTED, PERMUTE, dtype, BLOCK_K,
             )  # fmt: skip
@@ -127,7 +127,7 @@ def _qlora_linear_fwd_kernel(
     nested_offset = 0.0
     if NESTED:
         nested_offset = tl.load(nested_offset_ptr)
-    acc, t = _forward_sums(
+    acc, t = forward_sums(
         x_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr, lora_A_ptr,
         n, m, rows, out_features, in_features, rank, stride_x, 0, in_features,
         QUANT_TYPE, BLOCKSIZE, NESTED, ALIGNED, WIDE, PERMUTE, RANK if FUSED else 0, PRECISION,
@@ -197,7 +197,7 @@ def _qlora_linear_fwd_split_kernel(
         if NESTED:
             nested_offset = tl.load(nested_offset_ptr)
         n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-        acc, _ = _forward_sums(
+        acc, _ = forward_sums(
             x_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr, lora_A_ptr,
             n, m, rows, out_features, in_features, rank, stride_x, begin, end,
             QUANT_TYPE, BLOCKSIZE, NESTED, ALIGNED, WIDE, PERMUTE, 0, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
@@ -216,7 +216,7 @@ def _qlora_linear_fwd_split_kernel(
 
 
 @triton.jit
-def _backward_sums(
+def backward_sums(
     grad_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr, lora_B_ptr,
     m, column, rows, out_features, in_features, rank, stride_grad, begin, end,
     QUANT_TYPE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ALIGNED: tl.constexpr,
@@ -237,7 +237,7 @@ def _backward_sums(
             grad_ptr + (m * stride_grad)[:, None] + n[None, :], (m < rows)[:, None] & n_mask[None, :], other=0.0
         )
         if ALIGNED:  # the tile is within one block of each row
-            code, scale = _codes(
+            code, scale = codes(
                 packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr, row, n_mask, column,
                 in_features, QUANT_TYPE, BLOCKSIZE, NESTED, PERMUTE, dtype, BLOCK_K,
             )  # fmt: skip
@@ -278,7 +278,7 @@ def _qlora_linear_dx_kernel(
     nested_offset = 0.0
     if NESTED:
         nested_offset = tl.load(nested_offset_ptr)
-    acc, u = _backward_sums(
+    acc, u = backward_sums(
         grad_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr, lora_B_ptr,
         m, column, rows, out_features, in_features, rank, stride_grad, 0, out_features,
         QUANT_TYPE, BLOCKSIZE, NESTED, ALIGNED, WIDE, PERMUTE, RANK if FUSED else 0, PRECISION,
@@ -326,7 +326,7 @@ def _qlora_linear_dx_split_kernel(
         if NESTED:
             nested_offset = tl.load(nested_offset_ptr)
         k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
-        acc, _ = _backward_sums(
+        acc, _ = backward_sums(
             grad_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr, lora_B_ptr,
             m, pid_k * BLOCK_K, rows, out_features, in_features, rank, stride_grad, begin, end,
             QUANT_TYPE, BLOCKSIZE, NESTED, ALIGNED, WIDE, PERMUTE, 0, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
@@ -393,17 +393,14 @@ def _add_parts_kernel(
     tl.store(out_ptr + (m * columns)[:, None] + c[None, :], cast(acc, dtype), mask)
 
 
-@triton.jit(do_not_specialize=["rows", "steps", "tiles_A"])
-def _lora_grads_kernel(
+@triton.jit
+def lora_grads_tile(
     x_ptr, u_ptr, grad_ptr, t_ptr, grad_A_ptr, grad_B_ptr, grad_bias_ptr, rows, in_features, out_features, rank,
     scaling, stride_x, stride_grad, steps, tiles_A, part_A, part_B, part_bias,
     WANT_B: tl.constexpr, WANT_BIAS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Columns of dA = uᵀ·x, or rows of dB = scaling·dYᵀ·t with those of dbias = Σ dY, over ``steps`` rows of x and dY.
-
-    Each program reads its columns of x or dY once, in order; no two write to one place.
-    """
+    """What a program of `_lora_grads_kernel` does."""
     pid = tl.program_id(0)
     begin = tl.program_id(1).to(tl.int64) * steps
     end = tl.minimum(begin + steps, rows)
@@ -452,11 +449,29 @@ def _lora_grads_kernel(
             tl.store(grad_bias_ptr + n, cast(total, grad_bias_ptr.dtype.element_ty), n < out_features)
 
 
+@triton.jit(do_not_specialize=["rows", "steps", "tiles_A"])
+def _lora_grads_kernel(
+    x_ptr, u_ptr, grad_ptr, t_ptr, grad_A_ptr, grad_B_ptr, grad_bias_ptr, rows, in_features, out_features, rank,
+    scaling, stride_x, stride_grad, steps, tiles_A, part_A, part_B, part_bias,
+    WANT_B: tl.constexpr, WANT_BIAS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Columns of dA = uᵀ·x, or rows of dB = scaling·dYᵀ·t with those of dbias = Σ dY, over ``steps`` rows of x and dY.
+
+    Each program reads its columns of x or dY once, in order; no two write to one place.
+    """
+    lora_grads_tile(
+        x_ptr, u_ptr, grad_ptr, t_ptr, grad_A_ptr, grad_B_ptr, grad_bias_ptr, rows, in_features, out_features, rank,
+        scaling, stride_x, stride_grad, steps, tiles_A, part_A, part_B, part_bias,
+        WANT_B, WANT_BIAS, RANK, PRECISION, BLOCK_M, BLOCK_C,
+    )  # fmt: skip
+
+
 # Launchers ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """What the launches of one call share."""
 
     quantized: tuple[Tensor, Tensor, Tensor | None, Tensor | None, str, int]
@@ -528,10 +543,10 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def flattened(tensor: Tensor) -> Tensor:
     """``tensor`` as ``(rows, features)`` whose rows are contiguous each."""
-    rows = tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
-    return rows if rows.stride(1) == 1 or not rows.numel() else rows.contiguous()
+    flat = tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+    return flat if flat.stride(1) == 1 or not flat.numel() else flat.contiguous()
 
 
 def qlora_linear(
@@ -551,9 +566,9 @@ def qlora_linear(
     configuration: Configuration,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.qlora_linear`."""
-    leading, in_features, flat = x.shape[:-1], x.shape[-1], _rows(x)
+    leading, in_features, flat = x.shape[:-1], x.shape[-1], flattened(x)
     rank = 0 if lora_A is None else lora_A.shape[0]
-    call = _Call(
+    call = Call(
         (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize), configuration,
         len(flat), in_features, out_features, rank, x.dtype, x.device,
     )  # fmt: skip
@@ -574,7 +589,7 @@ def qlora_linear(
 
 
 def _forward_direct(
-    call: _Call,
+    call: Call,
     x: Tensor,
     bias: Tensor | None,
     A: Tensor | None,
@@ -593,7 +608,7 @@ def _forward_direct(
 
 
 def _forward_split(
-    call: _Call,
+    call: Call,
     x: Tensor,
     bias: Tensor | None,
     A: Tensor | None,
@@ -615,7 +630,7 @@ def _forward_split(
 
 
 def _add_parts(
-    call: _Call, part: Tensor, low_part: Tensor | None, other: Tensor | None, bias: Tensor | None, out: Tensor,
+    call: Call, part: Tensor, low_part: Tensor | None, other: Tensor | None, bias: Tensor | None, out: Tensor,
     low: Tensor, before: float, after: float, strides: tuple[int, int],
 ) -> None:  # fmt: skip
     block_m, block_c = 16, 32
@@ -628,7 +643,7 @@ def _add_parts(
 
 
 def _forward_dense(
-    call: _Call, x: Tensor, bias: Tensor | None, t: Tensor, lora_B: Tensor | None, scaling: float, y: Tensor
+    call: Call, x: Tensor, bias: Tensor | None, t: Tensor, lora_B: Tensor | None, scaling: float, y: Tensor
 ) -> None:
     # [x | scaling·t | 1 | 0] · [Ŵ | lora_B | bias | 0]ᵀ, whose length is a multiple of what 16-byte loads take.
     wide = [x, scaling * t] if lora_B is not None else [x]
@@ -675,9 +690,9 @@ def qlora_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `reference.qlora_linear_backward`."""
     want_x, want_bias, want_A, want_B = output_mask
-    leading, out_features, flat = grad.shape[:-1], grad.shape[-1], _rows(grad)
+    leading, out_features, flat = grad.shape[:-1], grad.shape[-1], flattened(grad)
     rank = 0 if lora_B is None else lora_B.shape[1]
-    call = _Call(
+    call = Call(
         (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize), configuration,
         len(flat), in_features, out_features, rank, grad.dtype, grad.device,
     )  # fmt: skip
@@ -699,13 +714,19 @@ def qlora_linear_backward(
             grad_x = grad_x.view(*leading, in_features)
         if want_bias or want_A or want_B:
             grad_bias, grad_A, grad_B = _lora_grads(
-                call, flat, None if x is None else _rows(x), None if t is None else _rows(t), u, scaling, output_mask
+                call,
+                flat,
+                None if x is None else flattened(x),
+                None if t is None else flattened(t),
+                u,
+                scaling,
+                output_mask,
             )
     return grad_x, grad_bias, grad_A, grad_B
 
 
 def _dx_direct(
-    call: _Call, grad: Tensor, A: Tensor | None, B: Tensor | None, scaling: float, grad_x: Tensor, u: Tensor | None
+    call: Call, grad: Tensor, A: Tensor | None, B: Tensor | None, scaling: float, grad_x: Tensor, u: Tensor | None
 ) -> None:
     block_m, block_n, block_k = call.tile()
     tiles = triton.cdiv(call.rows, block_m) * triton.cdiv(call.in_features, block_k)
@@ -717,7 +738,7 @@ def _dx_direct(
 
 
 def _dx_split(
-    call: _Call, grad: Tensor, A: Tensor | None, B: Tensor | None, scaling: float, grad_x: Tensor, u: Tensor | None
+    call: Call, grad: Tensor, A: Tensor | None, B: Tensor | None, scaling: float, grad_x: Tensor, u: Tensor | None
 ) -> None:
     low, (block_m, block_n, block_k) = call.padded_rank if call.fused else 0, call.tile()
     tiles = triton.cdiv(call.rows, block_m) * (triton.cdiv(call.in_features, block_k) + (low > 0))
@@ -732,7 +753,7 @@ def _dx_split(
 
 
 def _dx_dense(
-    call: _Call, grad: Tensor, A: Tensor | None, B: Tensor | None, scaling: float, grad_x: Tensor, u: Tensor | None
+    call: Call, grad: Tensor, A: Tensor | None, B: Tensor | None, scaling: float, grad_x: Tensor, u: Tensor | None
 ) -> None:
     # [dY | u | 0] · [Ŵ; lora_A; 0], a chunk of columns at a time.
     left = grad
@@ -752,8 +773,22 @@ def _dx_dense(
         torch.mm(left, weight, out=grad_x[:, first:last])
 
 
+def parts_of_rows(call: Call, want_A: bool, want_wide: bool, layers: int = 1) -> tuple[int, int, int, int, int, int]:
+    """How the gradients of adapters are cut: the tile's rows and columns, tiles of dA, of all, parts, rows of a part.
+
+    Tiles of few columns alone would leave most of a GPU idle, so the rows are shared out, too.
+    """
+    block_m, block_c = 64 if call.dtype != torch.float32 else 32, 64
+    tiles_A = triton.cdiv(call.in_features, block_c) if want_A else 0
+    tiles = tiles_A + (triton.cdiv(call.out_features, block_c) if want_wide else 0)
+    steps = triton.cdiv(call.rows, block_m)
+    wanted = max(1, min(2 * multiprocessors(call.device) // max(1, layers * tiles), steps // 4))
+    each = triton.cdiv(steps, wanted)
+    return block_m, block_c, tiles_A, tiles, max(1, triton.cdiv(steps, each)) if each else 1, each * block_m
+
+
 def _lora_grads(
-    call: _Call,
+    call: Call,
     grad: Tensor,
     x: Tensor | None,
     t: Tensor | None,
@@ -770,20 +805,14 @@ def _lora_grads(
             u.T @ x if want_A and u is not None and x is not None else grad.new_empty(0),
             scaling * (grad.T @ t) if want_B and t is not None else grad.new_empty(0),
         )
-    block_m, block_c = 64 if call.dtype != torch.float32 else 32, 64
-    tiles_A = triton.cdiv(in_features, block_c) if want_A else 0
-    tiles = tiles_A + (triton.cdiv(out_features, block_c) if want_B or want_bias else 0)
-    steps = triton.cdiv(rows, block_m)
-    wanted = max(1, min(2 * multiprocessors(call.device) // tiles, steps // 4))
-    each = triton.cdiv(steps, wanted)
-    parts = triton.cdiv(steps, each)
+    block_m, block_c, tiles_A, tiles, parts, steps = parts_of_rows(call, want_A, want_B or want_bias)
     dtype = torch.float32 if parts > 1 else grad.dtype
     grad_A = torch.empty((parts, rank, in_features) if want_A else (parts, 0), dtype=dtype, device=grad.device)
     grad_B = torch.empty((parts, out_features, rank) if want_B else (parts, 0), dtype=dtype, device=grad.device)
     grad_bias = torch.empty((parts, out_features) if want_bias else (parts, 0), dtype=dtype, device=grad.device)
     _lora_grads_kernel[(tiles, parts)](
         x, u, grad, t, grad_A, grad_B, grad_bias, rows, in_features, out_features, rank, scaling,
-        0 if x is None else x.stride(0), grad.stride(0), each * block_m, tiles_A,
+        0 if x is None else x.stride(0), grad.stride(0), steps, tiles_A,
         grad_A.stride(0), grad_B.stride(0), grad_bias.stride(0), WANT_B=want_B, WANT_BIAS=want_bias,
         RANK=max(16, triton.next_power_of_2(rank)), PRECISION=precision(call.dtype), BLOCK_M=block_m, BLOCK_C=block_c,
         num_warps=4 if rank <= 64 else 8, num_stages=3,

@@ -1,0 +1,203 @@
+"""Layers that Triton's kernels take together: the numbers and gradients of each, and never where a layer differs."""
+
+import pytest
+import torch
+from test_triton import ERROR
+from torch import nn
+from torch.nn import functional as F
+
+import harlora
+from harlora import QLoRALinear
+from harlora.kernels import configurations, dispatch, eager, grouped
+from harlora.kernels.configurations import Configuration
+from harlora.models import MAE, MAEConfig, whole
+from harlora.models.mae import Attention
+
+if dispatch.load_triton():
+    pytest.skip(dispatch.load_triton(), allow_module_level=True)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
+SMALL = Configuration("direct", 16, 32, 32)
+
+
+@pytest.fixture(autouse=True)
+def _triton(monkeypatch):
+    monkeypatch.setenv("HARLORA_BACKEND", "triton")
+    eager.reset()
+    yield
+    eager.reset()
+
+
+def make(in_features, out_features, dtype=torch.float32, **options):
+    layer = QLoRALinear(in_features, out_features, **{"rank": 4, **options}).to(DEVICE)
+    for parameter in (layer.lora_B, layer.bias):
+        if parameter is not None:
+            nn.init.normal_(parameter, std=0.3)
+            parameter.requires_grad_()
+    return layer.to(dtype)
+
+
+def check(found, exact, dtype):
+    assert found.shape == exact.shape
+    if exact.numel():
+        assert (found.double() - exact).abs().max() <= ERROR[dtype] * exact.abs().max() + 1e-6
+
+
+@pytest.mark.usefixtures("nan_filled_memory")
+@pytest.mark.parametrize("dtype", list(ERROR), ids=str)
+@pytest.mark.parametrize(
+    ("shape", "features", "options"),
+    [
+        ((2, 5), (64, 40), {}),
+        ((33,), (65, 33), {"blocksize": 32, "double_quant": True, "quant_type": "fp4"}),
+        ((70,), (64, 32), {"rank": 32, "bias": False}),
+        ((3,), (192, 192), {"rank": 0}),
+        ((0,), (64, 32), {}),
+    ],
+)
+def test_three_layers_equal_each(monkeypatch, shape, features, options, dtype):
+    monkeypatch.setattr(dispatch, "configuration", lambda *_: SMALL)
+    layers = [make(*features, dtype, **options) for _ in range(3)]
+    x = torch.randn(*shape, features[0], device=DEVICE).to(dtype).requires_grad_()
+    found = grouped.qlora_qkv(x, *whole._layers(*layers))
+    leaves = [x, *(p for layer in layers for p in layer.parameters())]
+    seeds = [torch.randn_like(y) / features[1] ** 0.5 for y in found]
+    grads = torch.autograd.grad(found, leaves, seeds)
+    x64 = x.detach().double().requires_grad_()
+    others, exact = [x64], []
+    for layer in layers:
+        own = {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters()}
+        y = F.linear(x64, layer.base_weight().double(), own.get("bias"))
+        if layer.rank:
+            y = y + layer.scaling * (x64 @ own["lora_A"].T) @ own["lora_B"].T
+        exact.append(y)
+        others += [own[name] for name, _ in layer.named_parameters()]
+    for one, other in zip((*found, *grads), (*exact, *torch.autograd.grad(exact, others, [s.double() for s in seeds])),
+                          strict=True):  # fmt: skip
+        check(one, other, dtype)
+
+
+@pytest.mark.parametrize("wanted", ["x", "bias", "lora_A", "lora_B"])
+def test_only_the_gradients_that_are_needed(wanted):
+    layers = [make(64, 32) for _ in range(3)]
+    x = torch.randn(5, 64, device=DEVICE)
+    for layer in layers:
+        layer.requires_grad_(False)
+    leaf = x if wanted == "x" else getattr(layers[1], wanted)
+    leaf.requires_grad_()
+    together = sum(y.square().sum() for y in grouped.qlora_qkv(x, *whole._layers(*layers)))
+    apart = sum(layer(x).square().sum() for layer in layers)
+    (one,), (other,) = (torch.autograd.grad(loss, [leaf]) for loss in (together, apart))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_an_output_that_is_not_used_gives_no_gradient():
+    layers = [make(64, 32) for _ in range(3)]
+    x = torch.randn(5, 64, device=DEVICE)
+    grouped.qlora_qkv(x, *whole._layers(*layers))[1].sum().backward()
+    assert layers[0].lora_A.grad.abs().sum() == 0
+    assert layers[1].lora_A.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "other", [{"rank": 5}, {"bias": False}, {"blocksize": 128}, {"quant_type": "fp4"}, {"double_quant": True}]
+)
+def test_layers_that_differ_run_one_by_one(other):
+    layers = [make(64, 32), make(64, 32, **other), make(64, 32)]
+    assert grouped.qlora_qkv(torch.randn(3, 64, device=DEVICE), *whole._layers(*layers)) is None
+
+
+def test_what_is_out_of_the_ordinary_runs_one_by_one(monkeypatch):
+    layers = whole._layers(*(make(64, 32) for _ in range(3)))
+    x = torch.randn(3, 64, device=DEVICE)
+    assert grouped.qlora_qkv(x, *layers) is not None
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        assert grouped.qlora_qkv(x, *layers) is None
+    assert grouped.qlora_qkv(x.double(), *layers) is None
+    wide = whole._layers(*(make(64, 32, rank=33) for _ in range(3)))
+    assert grouped.qlora_qkv(x, *wide) is None
+    monkeypatch.setattr(dispatch, "configuration", lambda *_: Configuration("dense"))
+    assert grouped.qlora_qkv(x, *layers) is None
+    monkeypatch.undo()
+    monkeypatch.setenv("HARLORA_BACKEND", "reference")
+    eager.reset()
+    assert grouped.qlora_qkv(x, *layers) is None
+
+
+def test_a_second_derivative_is_refused():
+    layers = [make(64, 32) for _ in range(3)]
+    x = torch.randn(3, 64, device=DEVICE, requires_grad=True)
+    y = grouped.qlora_qkv(x, *whole._layers(*layers))[0]
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("operator", ["qlora_qkv", "qlora_qkv_backward"])
+def test_a_wrong_group_is_left_out_with_one_warning(monkeypatch, operator):
+    from harlora.kernels.triton import qlora_qkv as module
+
+    true = getattr(module, operator)
+
+    def wrong(*arguments, configuration):
+        *first, last = true(*arguments, configuration=configuration)
+        return *first, 1.05 * last
+
+    monkeypatch.setattr(module, operator, wrong)
+    monkeypatch.setattr(dispatch, "_wrong", {})
+    layers = whole._layers(*(make(64, 32) for _ in range(3)))
+    x = torch.randn(3, 64, device=DEVICE)
+    with pytest.warns(RuntimeWarning, match=f"of {operator} disagrees with the reference"):
+        assert grouped.qlora_qkv(x, *layers) is None
+    assert grouped.qlora_qkv(x, *layers) is None  # a second warning would be an error
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_models_attention_takes_them_together(monkeypatch, grad):
+    attention = Attention(64, 4).to(DEVICE)
+    harlora.apply_qlora(attention, ["q", "k", "v", "o"], rank=4, alpha=8)
+    x = torch.randn(2, 5, 64, device=DEVICE)
+    calls = []
+    take = grouped.qlora_qkv
+    monkeypatch.setattr(grouped, "qlora_qkv", lambda *a: calls.append(take(*a)) or calls[-1])
+    with torch.set_grad_enabled(grad):
+        together = attention(x)
+    assert len(calls) == 1
+    assert calls[0] is not None
+    q, k, v = (layer(x).unflatten(-1, (4, -1)).transpose(1, 2) for layer in (attention.q, attention.k, attention.v))
+    apart = attention.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+    seen = []
+    handle = attention.k.register_forward_hook(lambda *_: seen.append(1))
+    attention(x)
+    handle.remove()
+    assert seen == [1]
+
+
+def test_a_whole_model_computes_and_trains():
+    torch.manual_seed(0)
+    config = MAEConfig(width=64, depth=1, heads=4, ffn=64, decoder_width=32, decoder_depth=1, decoder_ffn=32)
+    encoder = MAE(config).encoder.to(DEVICE)
+    harlora.apply_qlora(encoder, ["q", "k", "v", "o", "fc1", "fc2"], rank=4, alpha=8)
+    for name, parameter in encoder.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(2, 128, 6, device=DEVICE)
+    results = []
+    for backend in ("triton", "reference"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HARLORA_BACKEND", backend)
+            eager.reset()
+            encoder.zero_grad()
+            y = encoder(x)
+            y.square().mean().backward()
+            results.append([y.detach(), *(p.grad for p in encoder.parameters() if p.grad is not None)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-4)
+
+
+def test_the_tables_of_small_models_are_direct():
+    for table in configurations.tables().values():
+        for operator in configurations.OPERATORS:
+            for rows in (16, 1024, 8192):
+                assert configurations.choose(table, operator, torch.bfloat16, rows, 3 * 192 * 192).way == "direct"
