@@ -111,6 +111,7 @@ def test_wrong_names_are_named(capsys):
     assert "rank must be at least 1" in fails(capsys, *LODO, "--ranks", "0")
     assert "--threads must be at least 0" in fails(capsys, *LODO, "--threads", "-1")
     assert "--device must be cpu, cuda or cuda:0, got 'tpu9'" in fails(capsys, *LODO, "--device", "tpu9")
+    assert "capture: on requires a CUDA device, got cpu; use auto or off" in fails(capsys, *LODO, "--capture", "on")
     assert "unknown dataset 'nope'" in fails(capsys, "data", "inspect", "nope")
     assert "unknown method" in fails(
         capsys, "finetune", "--target", "synthetic_a", "--pretrained", "x", "--method", "x"

@@ -56,9 +56,11 @@ def toy_training(state_file, *, stop_after=None, dropout=0.3, validate=True, epo
     )
     steps = 0
 
-    def batch_loss(indices):
-        noisy = x[indices] + 0.1 * torch.randn(len(indices), 5)
-        return nn.functional.cross_entropy(model(noisy), y[indices])
+    def batch(indices):
+        return x[indices] + 0.1 * torch.randn(len(indices), 5), y[indices]
+
+    def loss(noisy, truth):
+        return nn.functional.cross_entropy(model(noisy), truth)
 
     def report(done, total, note):
         nonlocal steps
@@ -70,7 +72,8 @@ def toy_training(state_file, *, stop_after=None, dropout=0.3, validate=True, epo
 
     fitted = fit(
         model,
-        batch_loss,
+        batch,
+        loss,
         torch.arange(70),
         Optimisation(epochs, 16, 1e-2, 0.01, averaged=3, **options),
         seed=3,
@@ -119,7 +122,7 @@ def test_the_best_epoch_is_kept_and_patience_ends_training(tmp_path, averaged, b
         return next(score)
 
     fitted = fit(
-        model, lambda i: model(torch.ones(len(i), 3)).square().mean(), torch.arange(40),
+        model, lambda i: (torch.ones(len(i), 3),), lambda x: model(x).square().mean(), torch.arange(40),
         Optimisation(7, 8, 0.1, 0.0, averaged=averaged, patience=3),
         seed=0, identity="x", state_file=tmp_path / "state", validate=validate,
     )  # fmt: skip
@@ -141,8 +144,8 @@ def test_a_state_of_another_run_or_a_damaged_one_is_refused(tmp_path):
 
 def test_too_few_windows_and_impossible_settings(tmp_path):
     with pytest.raises(InputError, match="requires 2 windows or more, got 1"):
-        fit(nn.Linear(1, 1), lambda i: i, torch.arange(1), Optimisation(1, 1, 1.0, 0.0), seed=0, identity="",
-            state_file=tmp_path / "s")  # fmt: skip
+        fit(nn.Linear(1, 1), lambda i: (i,), lambda i: i, torch.arange(1), Optimisation(1, 1, 1.0, 0.0), seed=0,
+            identity="", state_file=tmp_path / "s")  # fmt: skip
     with pytest.raises(InputError, match="epochs must be above 0"):
         Optimisation(0, 1, 1.0, 0.0)
 
@@ -151,8 +154,8 @@ def test_only_trainable_parameters_move(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
     model[0].requires_grad_(False)
     before = model[0].weight.clone()
-    fit(model, lambda i: model(torch.ones(len(i), 4)).sum(), torch.arange(10), Optimisation(1, 5, 0.1, 0.5), seed=0,
-        identity="", state_file=tmp_path / "s")  # fmt: skip
+    fit(model, lambda i: (torch.ones(len(i), 4),), lambda x: model(x).sum(), torch.arange(10),
+        Optimisation(1, 5, 0.1, 0.5), seed=0, identity="", state_file=tmp_path / "s")  # fmt: skip
     assert torch.equal(model[0].weight, before)
 
 
@@ -259,6 +262,25 @@ def test_a_checkpoint_of_another_kind_is_refused(data, pretrained, checkpoint, t
 
 
 # Adapting
+
+
+def test_a_capture_that_is_not_possible_is_refused_at_once(data, pretrained, tmp_path):
+    study = Study(targets=("synthetic_a",), sources=("synthetic_b",))
+    for run in (
+        lambda: pretrain(PRETRAIN, data[1:], tmp_path, device=CPU, capture="on"),
+        lambda: finetune(FINETUNE, data[0], pretrained, tmp_path, device=CPU, capture="on"),
+        lambda: lodo(study, tmp_path, tmp_path, tmp_path, device=CPU, capture="on", progress=Quiet()),
+    ):
+        with pytest.raises(InputError, match="capture: on requires a CUDA device, got cpu"):
+            run()
+    assert not list(tmp_path.iterdir())
+
+
+def test_how_steps_were_taken_is_said_and_no_part_of_the_identity(data, pretrained, tmp_path):
+    config = replace(FINETUNE, method="linear_probe", epochs=1)
+    metrics = finetune(config, data[0], pretrained, tmp_path, device=CPU)
+    assert metrics["captured"] is False
+    assert finetune(config, data[0], pretrained, tmp_path, device=CPU, capture="off") == metrics
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -22,6 +22,7 @@ from harlora.files import load_tensors, save_tensors
 from harlora.kernels.format import BLOCKSIZES, QUANT_TYPES
 from harlora.models.mae import MAE, Classifier, Encoder, MAEConfig
 from harlora.nn import adapted_layers, apply_lora, apply_qlora, save_adapter
+from harlora.train.capture import Capture, captures
 from harlora.train.fit import Optimisation, Report, fit, silent
 from harlora.train.memory import held_bytes, matrix_bytes, step_peak_bytes
 from harlora.train.metrics import macro_f1, scores
@@ -252,6 +253,7 @@ def finetune(
     *,
     sources: Sequence[Windows] = (),
     device: torch.device,
+    capture: Capture = "auto",
     report: Report = silent,
 ) -> dict[str, Any]:
     """Adapt ``pretrained`` to ``target`` and return the scores on its test part with what it cost.
@@ -261,9 +263,12 @@ def finetune(
     classifier, the metrics and, for LoRA and QLoRA, the adapter in PEFT's format.
 
     sources: for ``zero_shot``, which learns from their labels alone.
-    Raises: InputError if the encoder has seen the target's people, or a file of the run is damaged.
+    capture: as in `pretrain`.
+    Raises: InputError if the encoder has seen the target's people, a file of the run is damaged, or ``capture`` is not
+    possible.
     """
     config.check()
+    captured = captures(capture, device)
     for source in pretrained.sources:
         if domain(source) == domain(target.dataset):
             raise InputError(
@@ -295,7 +300,7 @@ def finetune(
     else:
         samples = _target_samples(config, target, parts, labels, normalizer)
     model = build_classifier(config, pretrained.encoder, len(labels)).to(device)
-    trained = _train(config, model, samples, run.identity, run.state_file, device, report)
+    trained = _train(config, model, samples, run.identity, run.state_file, device, captured, report)
 
     test = normalizer(target.signals[parts.test])
     truth = np.searchsorted([VOCABULARY.index(name) for name in labels], target.labels[parts.test])
@@ -321,6 +326,7 @@ def finetune(
         "history": trained.history,
         "config": asdict(config),
         "learning_rate": trained.learning_rate,
+        "captured": captured,
         "target": target.dataset,
         "sources": list(pretrained.sources),
         "synthetic": target.dataset.startswith("synthetic"),
@@ -358,6 +364,7 @@ def _train(
     identity: str,
     state_file: Path,
     device: torch.device,
+    captured: bool,
     report: Report,
 ) -> _Trained:
     classes = samples.classes
@@ -382,7 +389,7 @@ def _train(
     def prepared(indices: Tensor) -> Tensor:
         return inputs[indices] if frozen else samples.normalised(inputs[indices], indices)
 
-    def batch_loss(indices: Tensor) -> Tensor:
+    def batch(indices: Tensor) -> tuple[Tensor, Tensor]:
         x = inputs[indices]
         if not frozen:
             if config.turned_deg:
@@ -392,8 +399,10 @@ def _train(
             if config.rescaled:
                 x = rescale(x, config.rescaled)
             x = samples.normalised(x, indices)
-        logits = module(x.to(device))
-        return F.cross_entropy(logits, classes[indices].to(device), label_smoothing=config.label_smoothing)
+        return x, classes[indices]
+
+    def loss(x: Tensor, truth: Tensor) -> Tensor:
+        return F.cross_entropy(module(x), truth, label_smoothing=config.label_smoothing)
 
     def validate() -> float:
         part = samples.validation
@@ -403,23 +412,25 @@ def _train(
     settings = config.optimisation()
     fitted = fit(
         module,
-        batch_loss,
+        batch,
+        loss,
         samples.train,
         settings,
         seed=config.seed,
         identity=identity,
         state_file=state_file,
+        capture=captured,
         validate=validate if len(samples.validation) else None,
         report=report,
     )
     held = held_bytes(model, fitted.optimizer)
     state = {name: value.clone() for name, value in module.state_dict().items()}
-    batch = samples.train[: settings.batch_size]
+    part = samples.train[: settings.batch_size]
     module.train()
     module.zero_grad(set_to_none=True)
 
-    def step() -> None:
-        batch_loss(batch).backward()
+    def step() -> None:  # eager: a graph would hold as much for as long as it lives
+        loss(*(tensor.to(device) for tensor in batch(part))).backward()
         fitted.optimizer.step()
 
     held["step_peak"] = step_peak_bytes(step, device)

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from harlora.errors import InputError
 from harlora.files import load_tensors, save_tensors
+from harlora.train.capture import TrainingStep
 
 Report = Callable[[int, int, str], None]  # steps done, steps in all, what to show beside them
 
@@ -67,33 +69,43 @@ def silent(done: int, total: int, note: str) -> None:
     """Report nothing."""
 
 
-def make_optimizer(model: nn.Module, settings: Optimisation) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, weight decay on matrices alone."""
+def make_optimizer(model: nn.Module, settings: Optimisation, *, capturable: bool = False) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters, weight decay on matrices alone.
+
+    capturable: into a CUDA graph, which needs the learning rate as a tensor on the model's device.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
+    rate: float | Tensor = settings.learning_rate
+    if capturable:
+        rate = torch.tensor(rate, device=trainable[0].device)
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=True, capturable=capturable)
 
 
 def fit(
     model: nn.Module,
-    batch_loss: Callable[[Tensor], Tensor],
+    batch: Callable[[Tensor], tuple[Tensor, ...]],
+    loss: Callable[..., Tensor],
     samples: Tensor,
     settings: Optimisation,
     *,
     seed: int,
     identity: str,
     state_file: Path,
+    capture: bool = False,
     validate: Callable[[], float] | None = None,
     report: Report = silent,
     save_every_s: float = _SAVE_EVERY_S,
 ) -> Fitted:
     """Train ``model`` in place; with ``validate``, it ends with the weights of the best epoch.
 
-    batch_loss: the loss of a batch, given the elements of ``samples`` in it; may draw from torch's generator.
+    batch: the tensors of a batch, given the elements of ``samples`` in it; may draw from the CPU's random numbers.
+    loss: a scalar, of those tensors on the model's device.
     samples: ``(n,)``, int64.
+    capture: the steps into a CUDA graph; what that asks of ``loss`` is said at `TrainingStep`.
     validate: a score to be maximised; called in evaluation mode after each epoch.
     identity: a hash of everything that decides the result; a state of another identity is refused.
     state_file: written every ``save_every_s`` seconds, at the end of an epoch; removed at the end.
@@ -104,11 +116,11 @@ def fit(
     size = min(settings.batch_size, len(samples))
     steps = max(len(samples) // size, _STEPS_AT_LEAST)
     total = steps * settings.epochs
-    optimizer = make_optimizer(model, settings)
+    optimizer = make_optimizer(model, settings, capturable=capture)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=total + 1, pct_start=settings.warmup, cycle_momentum=False
     )
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    take_step = TrainingStep(model, loss, optimizer, clip_norm=settings.clip_norm, capture=capture)
     history: list[dict[str, float]] = []
     best: dict[str, Tensor] = {}
     best_epoch = 0
@@ -123,7 +135,7 @@ def fit(
         _load_optimizer(optimizer, saved)
         schedule.load_state_dict({**schedule.state_dict(), "last_epoch": steps * len(history)})
         for group, rate in zip(optimizer.param_groups, info["rates"], strict=True):
-            group["lr"] = rate
+            _set_rate(group, rate)
     last_save = time.monotonic()
     while len(history) < settings.epochs:
         epoch = len(history)
@@ -135,13 +147,9 @@ def fit(
         model.train()
         summed = 0.0
         for step in range(steps):
-            loss = batch_loss(samples[order[step * size : (step + 1) * size]])
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
-            optimizer.step()
+            value = take_step(*batch(samples[order[step * size : (step + 1) * size]]))
             schedule.step()
-            summed += loss.item()
+            summed += value.item()
             report(epoch * steps + step + 1, total, f"epoch {epoch + 1}, loss {summed / (step + 1):.3f}")
         entry = {"loss": summed / steps}
         if validate:
@@ -162,7 +170,7 @@ def fit(
                 "history": history,
                 "best_epoch": best_epoch,
                 "seconds": seconds,
-                "rates": [group["lr"] for group in optimizer.param_groups],
+                "rates": [float(group["lr"]) for group in optimizer.param_groups],
             }
             save_tensors(state_file, tensors, kind="training state", info=info)
             last_save = time.monotonic()
@@ -176,6 +184,13 @@ def _mean_score(history: list[dict[str, float]], settings: Optimisation) -> floa
     # On few people single scores jump about: the highest is often one early epoch's luck, and with it alone training
     # would stop before the learning rate has fallen.
     return fmean(entry["validation"] for entry in history[-settings.averaged :])
+
+
+def _set_rate(group: dict[str, Any], rate: float) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

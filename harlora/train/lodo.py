@@ -13,6 +13,7 @@ from harlora.data.windows import Windows
 from harlora.errors import InputError
 from harlora.files import write_json
 from harlora.models.mae import MAEConfig
+from harlora.train.capture import Capture, captures
 from harlora.train.finetune import METHODS, FinetuneConfig, finetune
 from harlora.train.fit import Report
 from harlora.train.pretrain import PretrainConfig, load_pretrained, pretrain
@@ -113,16 +114,26 @@ def result_file(metrics: dict[str, Any]) -> str:
 
 
 def lodo(
-    study: Study, root: Path, runs: Path, results: Path, *, device: torch.device, progress: Progress
+    study: Study,
+    root: Path,
+    runs: Path,
+    results: Path,
+    *,
+    device: torch.device,
+    capture: Capture = "auto",
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     """Run the study and return its results, which are also written to ``results``, one JSON file each.
 
     Pretraining is done once for a target and seed, and shared by its runs. What is finished under ``runs`` is not
     repeated; what was interrupted goes on.
 
-    Raises: InputError if a dataset is unknown or missing, or fewer than two domains are left.
+    capture: as in `pretrain`.
+    Raises: InputError if a dataset is unknown or missing, fewer than two domains are left, or ``capture`` is not
+    possible.
     """
     study.check()
+    captures(capture, device)
     names = [entry.name for entry in available(root)]
     sources = [dataset(name) for name in study.sources or names]
     targets = [dataset(name) for name in study.targets or names]
@@ -155,6 +166,7 @@ def lodo(
             [windows(name) for name in others],
             runs,
             device=device,
+            capture=capture,
             report=progress.run(title, done, total),
         )
         for config in configs:
@@ -167,6 +179,7 @@ def lodo(
                 runs,
                 sources=[windows(name) for name in others],
                 device=device,
+                capture=capture,
                 report=progress.run(name, done, total),
             )
             record = {"preset": study.preset, **metrics}

@@ -13,6 +13,7 @@ from harlora.data.windows import Normalizer, Windows
 from harlora.errors import InputError
 from harlora.files import load_tensors, save_tensors
 from harlora.models.mae import MAE, Encoder, MAEConfig
+from harlora.train.capture import Capture, captures
 from harlora.train.fit import Optimisation, Report, fit, silent
 from harlora.train.runs import open_run, provenance
 
@@ -72,15 +73,25 @@ def thinned(windows: Windows, most: int, seed: int) -> Windows:
 
 
 def pretrain(
-    config: PretrainConfig, sources: Sequence[Windows], out: Path, *, device: torch.device, report: Report = silent
+    config: PretrainConfig,
+    sources: Sequence[Windows],
+    out: Path,
+    *,
+    device: torch.device,
+    capture: Capture = "auto",
+    report: Report = silent,
 ) -> Path:
     """The checkpoint of an encoder pretrained on ``sources``, made anew only if ``out`` does not have it.
 
     The loss is that of `MAE`; its masked patches are drawn anew for every window and epoch. Each dataset is
     normalised with its own statistics.
 
-    Raises: InputError if there is no source, two are the same people, or a file of the run is damaged.
+    capture: the steps into a CUDA graph, as `captures` says; no part of the run's identity, since it changes the result
+        by rounding alone.
+    Raises: InputError if there is no source, two are the same people, a file of the run is damaged, or ``capture`` is
+    not possible.
     """
+    captured = captures(capture, device)
     if not sources:
         raise InputError("pretraining requires at least one source dataset, got none")
     require_apart(windows.dataset for windows in sources)
@@ -107,25 +118,29 @@ def pretrain(
     mean = torch.tensor([normalizer.mean for normalizer in normalizers])[:, None]  # (sources, 1, channels)
     std = torch.tensor([normalizer.std for normalizer in normalizers])[:, None]
 
-    def batch_loss(indices: torch.Tensor) -> torch.Tensor:
+    def batch(indices: torch.Tensor) -> tuple[torch.Tensor]:
         x = signals[indices]
         if config.rotated:
             turned = torch.rand(len(x)) < config.rotated
             x[turned] = rotate(x[turned], random_rotations(int(turned.sum())))
         if config.rescaled:
             x = rescale(x, config.rescaled)
-        x = (x - mean[origin[indices]]) / std[origin[indices]]
-        loss: torch.Tensor = model(x.to(device))[0]
-        return loss
+        return ((x - mean[origin[indices]]) / std[origin[indices]],)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        value: torch.Tensor = model(x)[0]
+        return value
 
     fitted = fit(
         model,
-        batch_loss,
+        batch,
+        loss,
         torch.arange(len(signals)),
         config.optimisation(),
         seed=config.seed,
         identity=run.identity,
         state_file=run.state_file,
+        capture=captured,
         report=report,
     )
     info = {
@@ -136,7 +151,7 @@ def pretrain(
         "seconds": fitted.seconds,
     }
     save_tensors(file, model.encoder.state_dict(), kind="encoder checkpoint", info=info)
-    run.finish({**info, "history": fitted.history, "provenance": provenance(device)})
+    run.finish({**info, "history": fitted.history, "captured": captured, "provenance": provenance(device)})
     return file
 
 
