@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from harlora.bench import peers
 from harlora.models import MAE, Classifier, MAEConfig
 from harlora.models.mae import patchify
+from harlora.train.capture import TrainingStep
 
 TARGETS = ("q", "k", "v", "o", "fc1", "fc2")
 MODELS = {"A": MAEConfig(), "B": MAEConfig(ffn=384, patch_size=16)}  # the package's default; a smaller one
@@ -31,6 +32,7 @@ BILLIONS_7 = ((4096, 4096), (4096, 14336), (14336, 4096))
 BILLIONS_70 = ((8192, 8192), (8192, 28672))
 
 DIRECTIONS = ("forward", "backward", "both")
+CAPTURED = tuple(name for name, competitor in peers.COMPETITORS.items() if competitor.captured)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Packed weights from this size on are measured on several copies in turn: a model of such layers reads each from
@@ -104,7 +106,7 @@ class Plan:
         weights = size.in_features * size.out_features
         packed_bytes = weights * 9 // 16  # codes and one float32 scale for each block of 64
         copies = min(MOST_COPIES, 1 + 2 * cache_bytes // packed_bytes) if weights >= LARGE else 1
-        names = self._chosen("dense")
+        names = self._chosen("dense", *CAPTURED)
         if size.direction != "forward" or size.dtype != "float32" or device.type != "cpu":
             names = [name for name in names if peers.COMPETITORS[name].precision == "float32"]
         made = {
@@ -135,7 +137,7 @@ class Plan:
     def _encoders(self, model: str, device: torch.device, dtype: str) -> Iterator[Case]:
         base = MAE(MODELS[model]).encoder.eval().to(device, DTYPES[dtype])
         left_out = [name for name, c in peers.COMPETITORS.items() if c.precision != "float32" and device.type != "cpu"]
-        names = self._chosen(*left_out)
+        names = self._chosen(*left_out, *CAPTURED)
         made = {name: cache(partial(_encoder, name, base)) for name in names}
         for windows in self.windows:
             x = torch.randn(windows, MODELS[model].window, MODELS[model].channels, dtype=DTYPES[dtype], device=device)
@@ -159,7 +161,7 @@ class Plan:
             "dtype": dtype, "rank": peers.RANK,
         }  # fmt: skip
         reduced = [name for name, competitor in peers.COMPETITORS.items() if competitor.precision != "float32"]
-        names = self._chosen("dense", *reduced)
+        names = self._chosen("dense", *reduced, *(CAPTURED if device.type != "cuda" else ()))
         return Case(facts, {name: partial(_step, name, base, x, labels) for name in names}, grad=True)
 
 
@@ -168,7 +170,7 @@ def plan(preset: str, device: torch.device) -> Plan:
     cuda = device.type == "cuda"
     dtype = "bfloat16" if cuda else "float32"
     reduced = tuple(name for name, competitor in peers.COMPETITORS.items() if competitor.precision != "float32")
-    everyone = tuple(name for name in peers.COMPETITORS if not (cuda and name in reduced))
+    everyone = tuple(name for name in peers.COMPETITORS if name not in (reduced if cuda else CAPTURED))
 
     def layers(shapes: Sequence[tuple[int, int]], rows: Sequence[int], *directions: str, **more: Any) -> list[Layers]:
         return [
@@ -309,8 +311,10 @@ def _step(name: str, base: Classifier, x: Tensor, labels: Tensor) -> Contender:
         classifier.train().head.requires_grad_(True)
     called = peers.compiled(name, model)
     parameters = _trainable(model)
-    found = torch.autograd.grad(F.cross_entropy(called(x), labels), parameters)
     wanted = torch.autograd.grad(F.cross_entropy(reference(x.double()), labels), _trainable(reference))
+    if peers.COMPETITORS[name].captured:
+        return _captured_step(model, x, labels, parameters, wanted)
+    found = torch.autograd.grad(F.cross_entropy(called(x), labels), parameters)
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=x.is_cuda)
 
     def step() -> None:
@@ -319,6 +323,18 @@ def _step(name: str, base: Classifier, x: Tensor, labels: Tensor) -> Contender:
         optimizer.step()
 
     return Contender(step, peers.relative_error(found, wanted))
+
+
+def _captured_step(
+    model: nn.Module, x: Tensor, labels: Tensor, parameters: list[nn.Parameter], wanted: Sequence[Tensor]
+) -> Contender:
+    """The same step as one CUDA graph; checked are the gradients of its first replay, which are at the same weights."""
+    rate = torch.tensor(1e-4, device=x.device)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, fused=True, capturable=True)
+    step = TrainingStep(model, lambda x, labels: F.cross_entropy(model(x), labels), optimizer, capture=True)
+    step(x, labels)
+    found = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return Contender(partial(step, x, labels), peers.relative_error(found, wanted))
 
 
 def _trainable(model: Any) -> list[nn.Parameter]:

@@ -37,6 +37,7 @@ class Competitor:
     packages: what it needs beyond torch.
     precision: of `harlora.inference_precision`; such a competitor takes part in inference alone.
     reduced: whether it rounds float32 inputs to fewer bits, which its error limit allows for.
+    captured: whether its training step is one CUDA graph; such a competitor takes part in that case alone.
     colour, marker: in pictures; Okabe and Ito's colours, told apart by the colour-blind, and the markers by everyone.
     """
 
@@ -46,6 +47,7 @@ class Competitor:
     packages: tuple[str, ...] = ()
     precision: str = "float32"
     reduced: bool = False
+    captured: bool = False
 
 
 COMPETITORS = {
@@ -55,6 +57,9 @@ COMPETITORS = {
     ),
     "harlora int8": Competitor(
         "the same, inference_precision('int8')", "#009e73", "v", precision="int8", reduced=True
+    ),
+    "harlora captured": Competitor(
+        "the same, its training step captured into one CUDA graph", "#f0e442", ">", captured=True
     ),
     PEER: Competitor(
         "bitsandbytes.nn.Linear4bit (NF4, blocksize 64, plain scales, compute_dtype that of x) with PEFT LoRA",
@@ -92,6 +97,8 @@ def absent(name: str) -> str:
     missing = [package for package in competitor.packages if importlib.util.find_spec(package) is None]
     if missing:
         return f"not installed: {', '.join(missing)}"
+    if competitor.captured and not torch.cuda.is_available():
+        return "CUDA graphs need an NVIDIA GPU"
     if competitor.precision != "float32":
         reason = cpp.load_extension()
         if reason or competitor.precision not in cpp.precisions():

@@ -28,7 +28,7 @@ LAYERS = ("One layer", "Share")  # titles of the tables of single layers
 LOST, FAILED = "Where harlora loses", "Not measured"
 MARKED = re.compile(r"(<!-- measured -->\n).*?(<!-- /measured -->)", re.DOTALL)
 OTHERS = [name for name in COMPETITORS if not name.startswith(OURS)]
-REDUCED = [name for name in COMPETITORS if name.startswith(f"{OURS} ")]
+VARIANTS = [name for name in COMPETITORS if name.startswith(f"{OURS} ")]
 KEYS = ("case", "in_features", "out_features", "rows", "direction", "dtype", "rank", "model", "windows")
 
 
@@ -98,7 +98,7 @@ def ratio(rows: Mapping[str, Row], over: str, of: str = OURS) -> Ratio | None:
 
 
 def ratios(result: Row) -> list[Ratio]:
-    """The lead of harlora over every other competitor of every case, and its reduced precisions' over the baseline."""
+    """The lead of harlora over every other competitor of every case, and its other variants' over the baseline."""
     found = []
     for rows in cases(result, "encoder", "step", "layer").values():
         pairs = [(OURS, name) for name in rows if not name.startswith(OURS)]
@@ -146,7 +146,7 @@ def tables(result: Row) -> list[Table]:
         groups.setdefault(kind, {}).setdefault(shape, {})[row["rows"]] = rows
     for (direction, dtype, rank), shapes in groups.items():
         counts = sorted({count for by_rows in shapes.values() for count in by_rows})
-        pairs = [(OURS, name) for name in OTHERS] + [(name, PEER) for name in REDUCED]
+        pairs = [(OURS, name) for name in OTHERS] + [(name, PEER) for name in VARIANTS]
         for of, over in pairs:
             body = [
                 [_shape(shape), *(_cell(by_rows.get(count, {}), over, of) for count in counts)]
@@ -203,11 +203,11 @@ def tables(result: Row) -> list[Table]:
 def _leads(title: str, result: Row, *kinds: str) -> list[Table]:
     body = [
         [where(rows[OURS]), _time(rows[OURS]), *(_cell(rows, name) for name in OTHERS),
-         *(_cell(rows, PEER, name) for name in REDUCED)]
+         *(_cell(rows, PEER, name) for name in VARIANTS)]
         for rows in cases(result, *kinds).values()
         if OURS in rows
     ]  # fmt: skip
-    heads = ["case", OURS, *(f"over {name}" for name in OTHERS), *(f"{name} over {PEER}" for name in REDUCED)]
+    heads = ["case", OURS, *(f"over {name}" for name in OTHERS), *(f"{name} over {PEER}" for name in VARIANTS)]
     return [_without_empty(Table(title, heads, body))] if body else []
 
 

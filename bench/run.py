@@ -69,9 +69,9 @@ METHOD = {
     " mode, forward then backward",
     "relative_error": "‖y - y64‖ / ‖y64‖, y64 in float64 with the competitor's own dequantised weights; in training"
     " the largest of those of y, dX, dA, dB; for a step: of all trainable parameters' gradients together",
-    "peak_bytes": "the most that one call holds at once through torch's allocator beyond what was there before. Scratch"
-    " of compiled CPU kernels is not seen by it; the case `memory` sees everything: bytes beyond inputs, outputs,"
-    " gradients and saved t, in a fresh process",
+    "peak_bytes": "the most that one call holds at once through torch's allocator beyond what was there before. A CUDA"
+    " graph's own memory, which stays, is not in it. Scratch of compiled CPU kernels is not seen by it; the case"
+    " `memory` sees everything: bytes beyond inputs, outputs, gradients and saved t, in a fresh process",
     "joules": f"of one call, from {ENERGY_S} s of calls, the machine's rest included",
     "taken_by_others": "share of the used cores' time that other processes or the hypervisor took during the run",
 }

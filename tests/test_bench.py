@@ -17,11 +17,14 @@ from torch import nn
 from harlora import cli
 from harlora.bench import cases, energy, machine, peers, report, run
 from harlora.errors import InputError
+from harlora.models import MAE, Classifier
+from harlora.train.capture import TrainingStep
 
 CPU = torch.device("cpu")
 UNWATCHED = machine.Watch(())
 NEEDS_COMPILER = pytest.mark.skipif(machine.shutil.which("cc") is None, reason="no C compiler here, as cc")
 OURS, PEER, DENSE, COMPILED = "harlora", "bitsandbytes + PEFT", "dense + PEFT", "dense + PEFT, compiled"
+CAPTURED = "harlora captured"
 SOME = (OURS, "harlora int8", PEER, "dequantise + matmul", DENSE, "dense")
 
 
@@ -239,6 +242,34 @@ def test_every_competitor_computes_the_layer_and_its_gradients(name):
     for parameter in cases._flat(model):
         assert parameter.requires_grad
         assert parameter.abs().sum() > 0
+
+
+def test_a_captured_step_takes_part_in_the_steps_of_a_gpu_alone():
+    cuda = torch.device("cuda")
+    plans = {(preset, device): cases.plan(preset, device) for preset in run.ROUNDS for device in (CPU, cuda)}
+    for (_, device), plan in plans.items():
+        assert (CAPTURED in plan.competitors) == (device == cuda)
+    asked = cases.Plan((cases.Layers(64, 32, (1,)),), ("B",), (1,), (OURS, CAPTURED))
+    made = list(asked.cases(CPU, 0))
+    assert asked.count() == len(made)
+    assert {name for case in made for name in case.contenders} == {OURS}
+    if not torch.cuda.is_available():
+        assert peers.absent(CAPTURED) == "CUDA graphs need an NVIDIA GPU"
+
+
+def test_the_captured_step_is_checked_by_the_gradients_of_its_first_call(monkeypatch):
+    def eager(*arguments, capture):
+        assert capture
+        return TrainingStep(*arguments)
+
+    monkeypatch.setattr(cases, "TrainingStep", eager)
+    config = cases.MODELS["B"]
+    base = Classifier(MAE(config).encoder, cases.CLASSES)
+    base.head[3].p = 0.0
+    x, labels = torch.randn(4, config.window, config.channels), torch.arange(4)
+    contender = cases._step(CAPTURED, base, x, labels)
+    assert contender.relative_error < 1e-4
+    assert contender.call().isfinite()
 
 
 def test_an_error_in_one_row_of_a_gradient_is_seen():

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from harlora.bench import cases, peers
 from harlora.errors import InputError
 from harlora.models import MAE, Classifier, MAEConfig
 from harlora.nn import QLoRALinear, apply_qlora
@@ -555,3 +556,15 @@ def test_the_loop_trains_with_captured_steps_on_a_gpu(tmp_path):
     resumed = fitted(tmp_path / "state", captured=True, device=device)[1].history
     for one, other in zip(resumed, undisturbed, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-2)
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+def test_the_bench_measures_a_captured_step_that_is_right_on_a_gpu():
+    names = ("harlora", "harlora captured")
+    (case,) = cases.Plan((), ("A",), (), names).cases(torch.device("cuda"), 0)
+    assert tuple(case.contenders) == names
+    for name, make in case.contenders.items():
+        contender = make()
+        assert contender.relative_error < peers.error_limit(name, torch.bfloat16)
+        contender.call()
