@@ -50,9 +50,9 @@ class Machine:
     """cpu, cuda or cuda:0."""
     threads: int = 0
     """CPU threads; 0 leaves the choice to torch."""
-    capture: Capture = "auto"
+    capture: Capture = "off"
     """Training steps as one CUDA graph each: auto on every GPU, on only there, off never. Results agree within
-    rounding, so a run is the same run either way."""
+    rounding, so a run is the same run either way. Off unless asked for: it has not run on a GPU yet."""
 
     def ready(self) -> tuple[Path, torch.device]:
         """The data root and the device, after checking both."""

@@ -253,7 +253,7 @@ def finetune(
     *,
     sources: Sequence[Windows] = (),
     device: torch.device,
-    capture: Capture = "auto",
+    capture: Capture = "off",
     report: Report = silent,
 ) -> dict[str, Any]:
     """Adapt ``pretrained`` to ``target`` and return the scores on its test part with what it cost.

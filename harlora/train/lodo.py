@@ -120,7 +120,7 @@ def lodo(
     results: Path,
     *,
     device: torch.device,
-    capture: Capture = "auto",
+    capture: Capture = "off",
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """Run the study and return its results, which are also written to ``results``, one JSON file each.

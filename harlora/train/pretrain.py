@@ -78,7 +78,7 @@ def pretrain(
     out: Path,
     *,
     device: torch.device,
-    capture: Capture = "auto",
+    capture: Capture = "off",
     report: Report = silent,
 ) -> Path:
     """The checkpoint of an encoder pretrained on ``sources``, made anew only if ``out`` does not have it.
