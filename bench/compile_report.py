@@ -44,7 +44,7 @@ from harlora.kernels.triton import qlora_linear, qlora_qkv
 SHARED_BYTES = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "QMMA")
 TYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8", torch.float64: "fp64",
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8", torch.int64: "i64",
 }  # fmt: skip
 META = torch.device("meta")
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
@@ -197,6 +197,47 @@ def calls(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
                     yield f"three of {_described(title, rule.use, size)}", qkv_call(operator, size, rule.use)
 
 
+def adapter_calls(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The other families of adapters: kernels of their own, and what they ask of the layer's forward, in each way."""
+    from harlora.kernels.triton import dora, lora_pool
+
+    norm: Callable[..., object] = dora.dora_norm
+    dora_layer: Callable[..., object] = dora.dora_linear
+    pool_layer: Callable[..., object] = lora_pool.lora_pool_linear
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        empty = partial(torch.empty, device=META, dtype=dtype)
+        for size in (
+            Size(1, 4096, dtype),
+            Size(1, 4096, dtype, rank=8, quant_type="fp4", nested=True),
+            Size(1, 4097, dtype, rank=32, nested=True),
+            Size(1, 4097, dtype, rank=40, nested=True),
+            Size(1, 4096, dtype, rank=128, blocksize=32),
+        ):
+            A, B = empty(size.rank, size.width), empty(size.width, size.rank)
+            quantized = _quantized(size, size.width, size.width)
+            described = f"{size.width}², rank {size.rank}, {size.quant_type}, blocks of {size.blocksize}"
+            yield f"dora_norm, {name}, {described}{', nested' * size.nested}", partial(norm, *quantized, A, B, 0.5)
+        rules = configurations.tables()[target][f"qlora_linear {8 * dtype.itemsize}"]
+        for chosen in {rule.use.way: rule for rule in reversed(rules)}.values():  # the first of each way
+            rows = chosen.rows or 8192
+            for rank, width in ((16, 4096), (64, 4096), (64, 4097)):
+                size = Size(rows, width, dtype, rank=rank)
+                x, bias = empty(rows, width), empty(width)
+                A, B = empty(rank, width), empty(width, rank)
+                layer = (x, *_quantized(size, width, width), width, bias, A, B)
+                gain, scaling = torch.empty(width, device=META), torch.empty(8, device=META)
+                offsets, index = (torch.empty(n, device=META, dtype=torch.int64) for n in (9, rows))
+                yield (
+                    _described("dora_linear", chosen.use, size),
+                    partial(dora_layer, *layer, 0.5, gain, configuration=chosen.use),
+                )
+                yield (
+                    _described("lora_pool_linear", chosen.use, size),
+                    partial(pool_layer, *layer, offsets, index, scaling, configuration=chosen.use),
+                )
+
+
 def _described(title: str, chosen: Configuration, size: Size) -> str:
     tile = f" {chosen.block_rows}×{chosen.block_out}×{chosen.block_in}" if chosen.block_rows else ""
     kind = f"{size.quant_type}, blocks of {size.blocksize}{', nested' * size.nested}"
@@ -251,6 +292,9 @@ def jobs(targets: list[str]) -> list[tuple[str, str, Launch]]:
     for target in targets:
         with patch.object(qlora_linear, "multiprocessors", lambda _, count=MULTIPROCESSORS[target]: count):
             for where, call in calls(target):
+                for launch in recorded(call):
+                    found.setdefault((target, launch), where)
+            for where, call in adapter_calls(target):
                 for launch in recorded(call):
                     found.setdefault((target, launch), where)
         for call in format_calls():

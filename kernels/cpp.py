@@ -41,10 +41,14 @@ def load_extension() -> str:
     return ""
 
 
+# Operators without a kernel of their own, and the one they are composed of.
+_COMPOSED = {"dora_norm": "dequantize_4bit", "dora_linear": "qlora_linear", "lora_pool_linear": "qlora_linear"}
+
+
 def has_kernel(operator: str, device_type: str) -> bool:
-    """Whether the loaded extension has ``operator`` for a kind of device."""
+    """Whether the loaded extension has ``operator``, or what it is composed of, for a kind of device."""
     key = {"cpu": "CPU", "cuda": "CUDA"}[device_type]
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"harlora_cpp::{operator}", key)
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"harlora_cpp::{_COMPOSED.get(operator, operator)}", key)
 
 
 def select_kernels(name: str = "") -> str:
@@ -162,3 +166,64 @@ def qlora_linear_backward(
     )  # fmt: skip
     grad_x, grad_bias, grad_A, grad_B = (grad.new_empty(0) if value is None else value for value in grads)
     return grad_x, grad_bias, grad_A, grad_B
+
+
+def dora_norm(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+) -> Tensor:
+    """As `reference.dora_norm`."""
+    shape = (len(lora_B), lora_A.shape[1])
+    weight = dequantize_4bit(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, torch.float32)
+    return reference.row_norms(weight, lora_A, lora_B, scaling)
+
+
+def dora_linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    out_features: int,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    gain: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.dora_linear`."""
+    quantized = (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize)
+    z, t = qlora_linear(x, *quantized, out_features, None, lora_A, lora_B, scaling)
+    return reference.with_gain(z, gain, bias), t
+
+
+def lora_pool_linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    out_features: int,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    offsets: Tensor,
+    index: Tensor,
+    scaling: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.lora_pool_linear`."""
+    quantized = (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize)
+    y, _ = qlora_linear(x, *quantized, out_features, bias, None, None, 1.0)
+    t = reference.lora_pool_low(x, lora_A, offsets, index, scaling)
+    return y + t @ lora_B.T, t

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +30,18 @@ from harlora.kernels.format import QUANT_TYPES
 ENVIRONMENT = "HARLORA_BACKEND"
 BACKENDS = ("reference", "cpp", "triton")
 OPERATORS = ("quantize_4bit", "dequantize_4bit", "qlora_linear", "qlora_linear_backward")
+# Which of Triton's files has an operator, and whose configurations its kernels are launched with, if any's.
+_TRITON = {
+    "quantize_4bit": ("nf4", ""),
+    "dequantize_4bit": ("nf4", ""),
+    "qlora_linear": ("qlora_linear", "qlora_linear"),
+    "qlora_linear_backward": ("qlora_linear", "qlora_linear_backward"),
+    "dora_norm": ("dora", ""),
+    "dora_linear": ("dora", "qlora_linear"),
+    "lora_pool_linear": ("lora_pool", "qlora_linear"),
+    "qlora_qkv": ("qlora_qkv", "qlora_linear"),
+    "qlora_qkv_backward": ("qlora_qkv", "qlora_linear_backward"),
+}
 
 
 @dataclass(frozen=True)
@@ -56,9 +69,10 @@ def backends(operator: str) -> tuple[Backend, ...]:
     """The backends of ``operator``, first choice first, the reference last."""
     table: list[Backend] = []
     if not load_triton():
-        function = partial(_triton, operator) if operator in configurations.OPERATORS else getattr(_nf4(), operator)
+        configured = _TRITON[operator][1] != ""
+        function = partial(_triton, operator) if configured else _launcher(operator)
         table.append(Backend("triton", function, "cuda", cpp.DTYPES if operator != "dequantize_4bit" else None))
-        if _nf4().INTERPRETED:
+        if _module("nf4").INTERPRETED:
             table.append(Backend("triton", function, "cpu", table[0].dtypes, "Triton's interpreter runs it, slowly"))
     if not cpp.load_extension():
         function = getattr(cpp, operator)
@@ -76,7 +90,7 @@ def backends(operator: str) -> tuple[Backend, ...]:
 def load_triton() -> str:
     """Import Triton's kernels; an empty string, or the reason why they do not serve."""
     try:
-        nf4 = _nf4()
+        nf4 = _module("nf4")
     except ImportError as error:
         return f"Triton cannot be imported: {error}"
     if not torch.cuda.is_available() and not nf4.INTERPRETED:
@@ -86,10 +100,14 @@ def load_triton() -> str:
     return ""
 
 
-def _nf4() -> ModuleType:
-    from harlora.kernels.triton import nf4
+def _module(name: str) -> ModuleType:
+    return import_module(f"harlora.kernels.triton.{name}")
 
-    return nf4
+
+def _launcher(operator: str) -> Callable[..., Any]:
+    """The launcher of Triton's kernels of ``operator``."""
+    function: Callable[..., Any] = getattr(_module(_TRITON[operator][0]), operator)
+    return function
 
 
 @cache
@@ -107,10 +125,7 @@ def configuration(operator: str, device: torch.device, dtype: torch.dtype, rows:
 
 def launcher(operator: str, chosen: Configuration) -> Callable[..., Any]:
     """Triton's function for ``operator`` with a configuration; it takes the operator's arguments."""
-    from harlora.kernels.triton import qlora_linear, qlora_qkv
-
-    module = qlora_qkv if operator.startswith("qlora_qkv") else qlora_linear
-    return partial(getattr(module, operator), configuration=chosen)
+    return partial(_launcher(operator), configuration=chosen)
 
 
 def serves(operator: str, chosen: Configuration, *arguments: Any) -> bool:
@@ -142,8 +157,7 @@ def group(operator: str, x: Tensor, layers: tuple[reference.Layer, ...]) -> Call
     """
     out_features, A = layers[0][6], layers[0][8]
     rows, weights = x.numel() // max(1, x.shape[-1]), len(layers) * x.shape[-1] * out_features
-    forward = "qlora_linear_backward" if operator.endswith("backward") else "qlora_linear"
-    chosen = configuration(forward, x.device, x.dtype, rows, weights)
+    chosen = configuration(_TRITON[operator][1], x.device, x.dtype, rows, weights)
     rank = 0 if A is None else A.shape[0]
     if chosen.way != "direct" or not _proven(
         _probe(operator, chosen, x.device, x.dtype, x.shape[-1], layers[0][:6], rank)
@@ -155,10 +169,10 @@ def group(operator: str, x: Tensor, layers: tuple[reference.Layer, ...]) -> Call
 def _sizes(operator: str, arguments: tuple[Any, ...]) -> tuple[Tensor, int, int, tuple[Any, ...], int]:
     """Of a call: x or dY, in_features, out_features, the quantised weight and the rank."""
     wide = arguments[0]
-    if operator == "qlora_linear":
-        in_features, out_features, quantized, A = wide.shape[-1], arguments[7], arguments[1:7], arguments[9]
-    else:
+    if operator == "qlora_linear_backward":
         in_features, out_features, quantized, A = arguments[9], wide.shape[-1], arguments[3:9], arguments[10]
+    else:
+        in_features, out_features, quantized, A = wide.shape[-1], arguments[7], arguments[1:7], arguments[9]
     return wide, in_features, out_features, quantized, 0 if A is None else A.shape[0]
 
 
@@ -166,7 +180,7 @@ def _triton(operator: str, *arguments: Any) -> Any:
     """The operator by Triton's kernels, or by the reference where their configuration proved wrong."""
     wide, in_features, out_features, *_ = _sizes(operator, arguments)
     rows = wide.numel() // max(1, wide.shape[-1])
-    chosen = configuration(operator, wide.device, wide.dtype, rows, in_features * out_features)
+    chosen = configuration(_TRITON[operator][1], wide.device, wide.dtype, rows, in_features * out_features)
     if not serves(operator, chosen, *arguments):
         return getattr(reference, operator)(*arguments)
     return launcher(operator, chosen)(*arguments)
@@ -290,11 +304,22 @@ def problem(
     quantized = (packed, *scales, quant_type, blocksize)
     if operator == "dequantize_4bit":
         return *quantized, (out_features, in_features), dtype
-    A = draw(rank, in_features, variance=in_features) if rank else None
-    B = draw(out_features, rank, variance=rank) if rank else None
+    needs_adapter = operator in ("dora_norm", "dora_linear", "lora_pool_linear")
+    A = draw(rank, in_features, variance=in_features) if rank or needs_adapter else None
+    B = draw(out_features, rank, variance=max(1, rank)) if rank or needs_adapter else None
     x, t = draw(rows, in_features), draw(rows, rank) if rank else None
     if operator == "qlora_linear":
         return x, *quantized, out_features, draw(out_features), A, B, 0.5
+    if operator == "dora_norm":
+        return *quantized, A, B, 0.5
+    if operator == "dora_linear":
+        gain = draw(out_features).to(torch.promote_types(dtype, torch.float32))
+        return x, *quantized, out_features, draw(out_features), A, B, 0.5, gain
+    if operator == "lora_pool_linear":
+        offsets = torch.tensor([0, rank // 3, rank // 3, rank], device=device)
+        index = torch.arange(-1, rows - 1, device=device) % 4 - 1  # none, and each adapter, one of which is empty
+        scaling = torch.tensor([0.5, 1.0, 2.0], device=device)
+        return x, *quantized, out_features, draw(out_features), A, B, offsets, index, scaling
     grad = draw(rows, out_features, variance=out_features)
     return grad, x if rank else None, t, *quantized, in_features, A, B, 0.5, [True, True, rank > 0, rank > 0]
 

@@ -125,7 +125,7 @@ def _plain(x: Tensor) -> bool:
     )
 
 
-def refuse_second_derivative() -> None:
+def refuse_second_derivative(function: str = "qlora_linear") -> None:
     """Raise in a backward that is to be differentiated again (``create_graph=True``).
 
     As late as `once_differentiable` raises it would be too late: dX depends on lora_A and lora_B even where dY is
@@ -133,7 +133,7 @@ def refuse_second_derivative() -> None:
     """
     if torch.is_grad_enabled():
         raise NotImplementedError(
-            "qlora_linear: a second derivative is not supported (create_graph=True); compute the layer as "
+            f"{function}: a second derivative is not supported (create_graph=True); compute the layer as "
             "F.linear(x, layer.base_weight(), layer.bias) and its adapter in plain torch"
         )
 

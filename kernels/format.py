@@ -109,6 +109,10 @@ class QuantizedWeight:
         """Bytes of the packed codes and of all scales."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, str, int]:
+        """What operators over a quantised weight take of it, in their order."""
+        return self.packed, self.absmax, self.nested_absmax, self.nested_offset, self.quant_type, self.blocksize
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors it holds, by field name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}

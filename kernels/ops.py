@@ -5,6 +5,7 @@ is traced, and asks `dispatch` for the backend. The public functions around them
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from harlora.kernels import dispatch, eager
+from harlora.kernels import dispatch, eager, reference
 from harlora.kernels.format import (
     NESTED_BLOCKSIZE,
     WEIGHT_DTYPES,
@@ -32,6 +33,11 @@ _SCHEMAS = {
     " float scaling) -> (Tensor, Tensor)",
     "qlora_linear_backward": f"(Tensor grad, Tensor? x, Tensor? t, {_QUANTIZED}, SymInt in_features, Tensor? lora_A,"
     " Tensor? lora_B, float scaling, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    "dora_norm": f"({_QUANTIZED}, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor",
+    "dora_linear": f"(Tensor x, {_QUANTIZED}, SymInt out_features, Tensor? bias, Tensor lora_A, Tensor lora_B,"
+    " float scaling, Tensor gain) -> (Tensor, Tensor)",
+    "lora_pool_linear": f"(Tensor x, {_QUANTIZED}, SymInt out_features, Tensor? bias, Tensor lora_A, Tensor lora_B,"
+    " Tensor offsets, Tensor index, Tensor scaling) -> (Tensor, Tensor)",
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"harlora::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
@@ -73,7 +79,8 @@ def _register(operator: str, arguments: type[Arguments]) -> None:
     torch.library.register_fake(f"harlora::{operator}")(fake)
 
 
-def _check_devices(function: str, first: Tensor, **others: Tensor | None) -> None:
+def check_devices(function: str, first: Tensor, **others: Tensor | None) -> None:
+    """Raise ValueError unless all tensors are on the device of the first."""
     for name, tensor in others.items():
         if tensor is not None and tensor.device != first.device:
             raise ValueError(
@@ -139,7 +146,7 @@ class _Dequantize(NamedTuple):
         function = "dequantize_4bit"
         check_format(function, quant_type, blocksize)
         check_packed(function, prod(shape), packed, absmax, nested_absmax, nested_offset, blocksize)
-        _check_devices(function, packed, absmax=absmax, nested_absmax=nested_absmax, nested_offset=nested_offset)
+        check_devices(function, packed, absmax=absmax, nested_absmax=nested_absmax, nested_offset=nested_offset)
         if dtype not in COMPUTE_DTYPES:
             raise TypeError(f"{function}: dtype must be one of {COMPUTE_DTYPES}, got {dtype}")
 
@@ -157,7 +164,7 @@ _register("dequantize_4bit", _Dequantize)
 # qlora_linear -------------------------------------------------------------------------------------------------------
 
 
-def _check_qlora(
+def check_qlora(
     function: str,
     x: Tensor,
     in_features: int,
@@ -167,6 +174,7 @@ def _check_qlora(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
 ) -> None:
+    """Raise unless the arguments of a layer over a 4-bit weight fit each other."""
     packed, absmax, nested_absmax, nested_offset, quant_type, blocksize = quantized
     if x.dtype not in COMPUTE_DTYPES:
         raise TypeError(f"{function}: x must be float32, bfloat16, float16 or float64, got {x.dtype}")
@@ -189,7 +197,7 @@ def _check_qlora(
             raise ValueError(f"{function}: {name} must have shape {shape}, got {tuple(tensor.shape)}")
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(f"{function}: {name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
-    _check_devices(
+    check_devices(
         function, x, packed=packed, absmax=absmax, nested_absmax=nested_absmax, nested_offset=nested_offset,
         bias=bias, lora_A=lora_A, lora_B=lora_B,
     )  # fmt: skip
@@ -220,7 +228,7 @@ class _Forward(NamedTuple):
     def check(self) -> None:
         if self.x.dim() == 0:
             raise ValueError("qlora_linear: x must have at least one dimension, got a scalar")
-        _check_qlora("qlora_linear", self.x, self.x.shape[-1], self.quantized, *self[7:11])
+        check_qlora("qlora_linear", self.x, self.x.shape[-1], self.quantized, *self[7:11])
 
     def run(self) -> tuple[Tensor, Tensor]:
         result: tuple[Tensor, Tensor] = dispatch.select("qlora_linear", self.x.device, self.x.dtype)(*self)
@@ -256,7 +264,7 @@ class _Backward(NamedTuple):
     def check(self) -> None:
         function, leading = "qlora_linear_backward", self.grad.shape[:-1]
         x, t, A, B = self.x, self.t, self.lora_A, self.lora_B
-        _check_qlora(function, self.grad, self.in_features, self.quantized, self.grad.shape[-1], None, A, B)
+        check_qlora(function, self.grad, self.in_features, self.quantized, self.grad.shape[-1], None, A, B)
         if self.output_mask[2] and (x is None or A is None or x.shape != (*leading, self.in_features)):
             raise ValueError(f"{function}: the gradient of lora_A requires x of shape (..., in_features) and lora_A")
         if self.output_mask[3] and (t is None or B is None or t.shape != (*leading, B.shape[1])):
@@ -313,7 +321,7 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_t: Tensor | None) -> tuple[Te
 torch.library.register_autograd("harlora::qlora_linear", _backward, setup_context=_setup_context)
 
 
-def _refuse_forward_mode(function: str, *tensors: Tensor | None) -> None:
+def refuse_forward_mode(function: str, *tensors: Tensor | None) -> None:
     # torch would drop the tangent of an operator without a rule for it, without a word.
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
@@ -321,7 +329,258 @@ def _refuse_forward_mode(function: str, *tensors: Tensor | None) -> None:
         raise NotImplementedError(f"{function}: forward-mode differentiation is not supported; use backward mode")
 
 
+# dora_norm, dora_linear ----------------------------------------------------------------------------------------------
+
+
+class _DoraNorm(NamedTuple):
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_offset: Tensor | None
+    quant_type: str
+    blocksize: int
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+
+    def check(self) -> None:
+        A, B = self.lora_A, self.lora_B
+        if A.dim() != 2 or B.dim() != 2:
+            raise ValueError(
+                "dora_norm: lora_A and lora_B must have shapes (rank, in_features) and (out_features, rank), "
+                f"got {tuple(A.shape)} and {tuple(B.shape)}"
+            )
+        check_qlora("dora_norm", A, A.shape[1], self[:6], B.shape[0], None, A, B)
+
+    def run(self) -> Tensor:
+        device = self.lora_A.device
+        known = torch.amp.is_autocast_available(device.type)
+        with torch.autocast(device.type, enabled=False) if known else nullcontext():  # some products are in float32
+            result: Tensor = dispatch.select("dora_norm", device, self.lora_A.dtype)(*self)
+        return result
+
+    def fake(self) -> Tensor:
+        return self.lora_B.new_empty((self.lora_B.shape[0],), dtype=_wide(self.lora_A.dtype))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+_register("dora_norm", _DoraNorm)
+
+
+class _DoraForward(NamedTuple):
+    x: Tensor
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_offset: Tensor | None
+    quant_type: str
+    blocksize: int
+    out_features: int
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    gain: Tensor
+
+    @property
+    def layer(self) -> _Forward:
+        """The same without the gain."""
+        return _Forward(*self[:12])
+
+    def check(self) -> None:
+        if self.x.dim() == 0:
+            raise ValueError("dora_linear: x must have at least one dimension, got a scalar")
+        check_qlora("dora_linear", self.x, self.x.shape[-1], self[1:7], *self[7:11])
+        if tuple(self.gain.shape) != (self.out_features,) or self.gain.dtype != _wide(self.x.dtype):
+            raise ValueError(
+                f"dora_linear: gain must be {_wide(self.x.dtype)} of shape ({self.out_features},), "
+                f"got {self.gain.dtype} of shape {tuple(self.gain.shape)}"
+            )
+        check_devices("dora_linear", self.x, gain=self.gain)
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = dispatch.select("dora_linear", self.x.device, self.x.dtype)(*self)
+        return result
+
+    def fake(self) -> tuple[Tensor, Tensor]:
+        return self.layer.fake()
+
+
+_register("dora_linear", _DoraForward)
+
+_DORA_DIFFERENTIABLE = tuple(_DoraForward._fields.index(name) for name in ("x", "bias", "lora_A", "lora_B", "gain"))
+
+
+def _dora_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    called, t = _DoraForward(*inputs), output[1]
+    needs_A, needs_B, needs_gain = (ctx.needs_input_grad[position] for position in _DORA_DIFFERENTIABLE[2:])
+    ctx.save_for_backward(
+        called.x if needs_A or needs_gain else None, t if needs_B else None,
+        called.packed, called.absmax, called.nested_absmax, called.nested_offset, called.lora_A, called.lora_B,
+        called.gain,
+    )  # fmt: skip
+    ctx.sizes = (called.quant_type, called.blocksize)
+    ctx.in_features = called.x.shape[-1]
+    ctx.scaling = called.scaling
+    ctx.mark_non_differentiable(t)
+    ctx.set_materialize_grads(False)
+
+
+def _dora_backward(ctx: Any, grad: Tensor | None, _grad_t: Tensor | None) -> tuple[Tensor | None, ...]:
+    eager.refuse_second_derivative("dora_linear")
+    grads: list[Tensor | None] = [None] * len(_DoraForward._fields)
+    if grad is None:
+        return tuple(grads)
+    x, t, *weight, lora_A, lora_B, gain = ctx.saved_tensors
+    quantized = (*weight, *ctx.sizes)
+    needs_x, needs_bias, needs_A, needs_B, needs_gain = (ctx.needs_input_grad[at] for at in _DORA_DIFFERENTIABLE)
+    results: list[Tensor | None] = [None] * 5
+    if needs_x or needs_A or needs_B:
+        # What reaches z = x·Ŵᵀ + scaling·t·lora_Bᵀ, rounded once.
+        inner = (grad * gain).to(grad.dtype)
+        mask = [needs_x, False, needs_A, needs_B]
+        found = torch.ops.harlora.qlora_linear_backward(
+            inner, x, t, *quantized, ctx.in_features, lora_A, lora_B, ctx.scaling, mask
+        )
+        results[:4] = [one if wanted else None for one, wanted in zip(found, mask, strict=True)]
+    if needs_bias:
+        results[1] = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
+    if needs_gain:
+        # z is computed again: kept, it would take as much memory as y; and (y - bias) / gain is lost where gain is 0.
+        z = torch.ops.harlora.qlora_linear(x, *quantized, grad.shape[-1], None, lora_A, lora_B, ctx.scaling)[0]
+        results[4] = (grad.to(gain.dtype) * z).reshape(-1, grad.shape[-1]).sum(dim=0)
+    for position, result in zip(_DORA_DIFFERENTIABLE, results, strict=True):
+        grads[position] = result
+    return tuple(grads)
+
+
+torch.library.register_autograd("harlora::dora_linear", _dora_backward, setup_context=_dora_setup_context)
+
+
+# lora_pool_linear ---------------------------------------------------------------------------------------------------
+
+
+class _Pool(NamedTuple):
+    x: Tensor
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_offset: Tensor | None
+    quant_type: str
+    blocksize: int
+    out_features: int
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    offsets: Tensor
+    adapter: Tensor  # index in the schema: a tuple has a method of that name
+    scaling: Tensor
+
+    def check(self) -> None:
+        function, x = "lora_pool_linear", self.x
+        if x.dim() == 0:
+            raise ValueError(f"{function}: x must have at least one dimension, got a scalar")
+        check_qlora(function, x, x.shape[-1], self[1:7], *self[7:11])
+        if self.scaling.dim() != 1:
+            raise ValueError(f"{function}: scaling must have shape (adapters,), got {tuple(self.scaling.shape)}")
+        adapters = self.scaling.shape[0]
+        for name, tensor, shape, dtype in (
+            ("offsets", self.offsets, (adapters + 1,), torch.int64),
+            ("index", self.adapter, tuple(x.shape[:-1]), torch.int64),
+            ("scaling", self.scaling, (adapters,), torch.float32),
+        ):
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{function}: {name} must have shape {shape}, got {tuple(tensor.shape)}")
+            if tensor.dtype != dtype:
+                raise TypeError(f"{function}: {name} must be {dtype}, got {tensor.dtype}")
+        check_devices(function, x, offsets=self.offsets, index=self.adapter, scaling=self.scaling)
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = dispatch.select("lora_pool_linear", self.x.device, self.x.dtype)(*self)
+        return result
+
+    def fake(self) -> tuple[Tensor, Tensor]:
+        x = self.x
+        return (
+            x.new_empty((*x.shape[:-1], self.out_features)),
+            x.new_empty((*x.shape[:-1], self.lora_A.shape[0])),
+        )
+
+
+_register("lora_pool_linear", _Pool)
+
+_POOL_DIFFERENTIABLE = tuple(_Pool._fields.index(name) for name in ("x", "bias", "lora_A", "lora_B"))
+
+
+def _pool_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    called, t = _Pool(*inputs), output[1]
+    needs_x, _, needs_A, needs_B = (ctx.needs_input_grad[position] for position in _POOL_DIFFERENTIABLE)
+    ctx.save_for_backward(
+        called.x if needs_A else None, t if needs_B else None,
+        called.packed, called.absmax, called.nested_absmax, called.nested_offset,
+        called.lora_A if needs_x else None, called.lora_B if needs_x or needs_A else None,
+        called.offsets, called.adapter, called.scaling,
+    )  # fmt: skip
+    ctx.sizes = (called.quant_type, called.blocksize, called.x.shape[-1])
+    ctx.mark_non_differentiable(t)
+    ctx.set_materialize_grads(False)
+
+
+def _pool_backward(ctx: Any, grad: Tensor | None, _grad_t: Tensor | None) -> tuple[Tensor | None, ...]:
+    # u = scaling·dY·lora_B in the columns of each row's adapter: dX = dY·Ŵ + u·lora_A, dA = uᵀ·x, dB = dYᵀ·t.
+    eager.refuse_second_derivative("lora_pool_linear")
+    grads: list[Tensor | None] = [None] * len(_Pool._fields)
+    if grad is None:
+        return tuple(grads)
+    x, t, *weight, lora_A, lora_B, offsets, index, scaling = ctx.saved_tensors
+    needs_x, needs_bias, needs_A, needs_B = (ctx.needs_input_grad[position] for position in _POOL_DIFFERENTIABLE)
+    rows = grad.reshape(-1, grad.shape[-1])
+    results: list[Tensor | None] = [None] * 4
+    if needs_x or needs_A:
+        u = reference.lora_pool_low(rows, lora_B.T, offsets, index.reshape(-1), scaling)
+        if needs_x:
+            base = torch.ops.harlora.qlora_linear_backward(
+                rows, None, None, *weight, *ctx.sizes, None, None, 1.0, [True, False, False, False]
+            )[0]
+            results[0] = torch.addmm(base, u, lora_A).view(*grad.shape[:-1], ctx.sizes[2])
+        if needs_A:
+            results[2] = u.T @ x.reshape(-1, x.shape[-1])
+    if needs_bias:
+        results[1] = rows.sum(dim=0)
+    if needs_B:
+        results[3] = rows.T @ t.reshape(-1, t.shape[-1])
+    for position, result in zip(_POOL_DIFFERENTIABLE, results, strict=True):
+        grads[position] = result
+    return tuple(grads)
+
+
+torch.library.register_autograd("harlora::lora_pool_linear", _pool_backward, setup_context=_pool_setup_context)
+
+
 # Public functions ---------------------------------------------------------------------------------------------------
+
+
+def check_weight(function: str, x: Tensor, weight: QuantizedWeight) -> None:
+    """Raise ValueError unless ``weight`` is a matrix that x can be multiplied by."""
+    if len(weight.shape) != 2:
+        raise ValueError(f"{function}: weight must have shape (out_features, in_features), got {weight.shape}")
+    if x.dim() == 0:
+        raise ValueError(f"{function}: x must have at least one dimension, got a scalar")
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{function}: x.shape[-1] must equal in_features={weight.shape[1]}, got x of shape {tuple(x.shape)}"
+        )
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """``x`` in autocast's dtype where that is on, as it treats the input of nn.Linear."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 def quantize_4bit(
@@ -389,22 +648,13 @@ def qlora_linear(
     Raises: ValueError or TypeError if shapes, dtypes or devices disagree.
     Source: Dettmers et al. 2023 (arXiv 2305.14314), equation 5.
     """
-    quantized = (
-        weight.packed, weight.absmax, weight.nested_absmax, weight.nested_offset, weight.quant_type, weight.blocksize,
-    )  # fmt: skip
-    if len(weight.shape) != 2:
-        raise ValueError(f"qlora_linear: weight must have shape (out_features, in_features), got {weight.shape}")
-    if x.dim() and x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"qlora_linear: x.shape[-1] must equal in_features={weight.shape[1]}, got x of shape {tuple(x.shape)}"
-        )
+    quantized = weight.arguments()
+    check_weight("qlora_linear", x, weight)
     direct = eager.qlora_linear(x, *quantized, weight.shape[0], bias, lora_A, lora_B, scaling)
     if direct is not None:
         return direct
-    _refuse_forward_mode("qlora_linear", x, bias, lora_A, lora_B)
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))  # as autocast treats nn.Linear
+    refuse_forward_mode("qlora_linear", x, bias, lora_A, lora_B)
+    x = as_autocast(x)
     bias, lora_A, lora_B = (None if tensor is None else tensor.to(x.dtype) for tensor in (bias, lora_A, lora_B))
     y: Tensor = torch.ops.harlora.qlora_linear(x, *quantized, weight.shape[0], bias, lora_A, lora_B, scaling)[0]
     return y

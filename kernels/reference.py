@@ -198,3 +198,96 @@ def qlora_qkv_backward(
     ]
     grad_x, *others = (torch.stack(each) for each in zip(*sums, strict=True))
     return grad_x.sum(0), others[0], others[1], others[2]
+
+
+# DoRA ---------------------------------------------------------------------------------------------------------------
+
+
+def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """The norm of each row of weight + scaling·lora_B·lora_A, in the dtype of ``weight``."""
+    return torch.addmm(weight, lora_B.to(weight.dtype), lora_A.to(weight.dtype), alpha=scaling).norm(dim=1)
+
+
+def dora_norm(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+) -> Tensor:
+    """‖Ŵ + scaling·lora_B·lora_A‖ of each row, float32, or float64 with adapters in it."""
+    dtype = torch.promote_types(lora_A.dtype, torch.float32)
+    shape = (len(lora_B), lora_A.shape[1])
+    weight = dequantize_4bit(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, dtype)
+    return row_norms(weight, lora_A, lora_B, scaling)
+
+
+def with_gain(z: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    """Gain·z + bias in the dtype of ``z``."""
+    return (gain * z if bias is None else torch.addcmul(bias.to(gain.dtype), gain, z.to(gain.dtype))).to(z.dtype)
+
+
+def dora_linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    out_features: int,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    gain: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Y = gain·(x·Ŵᵀ + scaling·t·lora_Bᵀ) + bias and t = x·lora_Aᵀ."""
+    quantized = (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize)
+    z, t = qlora_linear(x, *quantized, out_features, None, lora_A, lora_B, scaling)
+    return with_gain(z, gain, bias), t
+
+
+# A pool of adapters -------------------------------------------------------------------------------------------------
+
+
+def lora_pool_low(x: Tensor, lora_A: Tensor, offsets: Tensor, index: Tensor, scaling: Tensor) -> Tensor:
+    """Scaling_j·x·lora_Aᵀ in the columns of the adapter j = index of each row, 0 in all others.
+
+    Columns ``offsets[j]`` to ``offsets[j + 1]`` are those of adapter j.
+    """
+    low = x @ lora_A.T
+    if not len(scaling):
+        return torch.zeros_like(low)
+    known = (index >= 0) & (index < len(scaling))
+    adapter = torch.where(known, index, 0)
+    column = torch.arange(len(lora_A), device=x.device)
+    own = (column >= offsets[adapter][..., None]) & (column < offsets[adapter + 1][..., None]) & known[..., None]
+    return torch.where(own, low * scaling[adapter][..., None], 0.0).to(x.dtype)
+
+
+def lora_pool_linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    out_features: int,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    offsets: Tensor,
+    index: Tensor,
+    scaling: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Y = x·Ŵᵀ + bias + t·lora_Bᵀ, and t of `lora_pool_low`."""
+    quantized = (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize)
+    y, _ = qlora_linear(x, *quantized, out_features, bias, None, None, 1.0)
+    t = lora_pool_low(x, lora_A, offsets, index, scaling)
+    return y + t @ lora_B.T, t

@@ -12,6 +12,9 @@ Three ways, which a `Configuration` names:
 - ``dense``: for many rows. The weight is dequantised in chunks of bounded size, each beside lora_B and bias as further
   columns, so that one library product with [x | scaling·t | 1] writes y once.
 
+For other families of adapters the forward also takes a ``gain`` for each column of y before bias (DoRA), and a t that
+was computed elsewhere and may be zero for most of the rank (a pool of adapters).
+
 Tokens are the last dimension of the products (yᵀ = Ŵ·xᵀ), so that the decoded weight is the operand that tensor cores
 of sm_90 take from registers. In a row whose blocks do not cross rows the codes alone are multiplied, and the float32
 sum of each step scaled. A shape with odd rows or blocks across rows takes the general way: the same sums, by the index.
@@ -47,6 +50,12 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     else:
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
+
+
+@triton.jit
+def _any(tile):
+    """Whether a value of ``tile`` is not zero; NaN is not."""
+    return tl.max(tl.max((tile.to(tl.float32) != 0.0).to(tl.int32), axis=0), axis=0) > 0
 
 
 @triton.jit
@@ -111,14 +120,17 @@ def forward_sums(
 
 @triton.jit(do_not_specialize=["rows"])
 def _qlora_linear_fwd_kernel(
-    x_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, bias_ptr, lora_A_ptr,
-    lora_B_ptr, y_ptr, t_ptr, rows, out_features, in_features, rank, scaling, stride_x,
+    x_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, bias_ptr, gain_ptr,
+    lora_A_ptr, lora_B_ptr, y_ptr, t_ptr, rows, out_features, in_features, rank, scaling, stride_x,
     QUANT_TYPE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ALIGNED: tl.constexpr,
-    WIDE: tl.constexpr, PERMUTE: tl.constexpr, RANK: tl.constexpr, FUSED: tl.constexpr, BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, PERMUTE: tl.constexpr, RANK: tl.constexpr, FUSED: tl.constexpr, SPARSE: tl.constexpr,
+    BIAS: tl.constexpr, GAIN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y; with FUSED also t, which the first tile of each row writes, otherwise t is read."""
+    """One tile of y; with FUSED also t, which the first tile of each row writes, otherwise t is read.
+
+    SPARSE: steps of the rank in which the tile's t is zero are left out.
+    """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     tiles_m = tl.cdiv(rows, BLOCK_M)
     pid_n = tl.program_id(0) // tiles_m
@@ -144,11 +156,14 @@ def _qlora_linear_fwd_kernel(
                     tl.store(t_ptr + place, low, inside)
             else:
                 low = tl.load(t_ptr + place, inside, other=0.0)
-            b = tl.load(
-                lora_B_ptr + (n * rank)[:, None] + r[None, :], (n < out_features)[:, None] & (r < rank)[None, :],
-                other=0.0,
-            )  # fmt: skip
-            acc += scaling * dot(b, low, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
+            if not SPARSE or _any(low):
+                b = tl.load(
+                    lora_B_ptr + (n * rank)[:, None] + r[None, :],
+                    (n < out_features)[:, None] & (r < rank)[None, :], other=0.0,
+                )  # fmt: skip
+                acc += scaling * dot(b, low, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
+    if GAIN:
+        acc *= tl.load(gain_ptr + n, n < out_features, other=0.0)[:, None]
     if BIAS:
         acc += tl.load(bias_ptr + n, n < out_features, other=0.0).to(tl.float32)[:, None]
     tl.store(
@@ -346,14 +361,14 @@ def _qlora_linear_dx_split_kernel(
 
 @triton.jit(do_not_specialize=["rows", "parts"])
 def _add_parts_kernel(
-    part_ptr, low_part_ptr, other_ptr, bias_ptr, out_ptr, low_ptr, rows, columns, rank, before, after,
+    part_ptr, low_part_ptr, other_ptr, bias_ptr, gain_ptr, out_ptr, low_ptr, rows, columns, rank, before, after,
     stride_other_c, stride_other_r, parts,
-    RANK: tl.constexpr, FUSED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    RANK: tl.constexpr, FUSED: tl.constexpr, SPARSE: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Σ parts + after·low·otherᵀ + bias, with low = before·Σ of its own parts, or, unless FUSED, read.
+    """gain·(Σ parts + after·low·otherᵀ) + bias, with low = before·Σ of its own parts, or, unless FUSED, read.
 
-    Forward: low is t, other lora_B. Backward: low is u, other lora_Aᵀ.
+    Forward: low is t, other lora_B. Backward: low is u, other lora_Aᵀ. SPARSE: as in `_qlora_linear_fwd_kernel`.
     """
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     tiles_m = tl.cdiv(rows, BLOCK_M)
@@ -383,11 +398,14 @@ def _add_parts_kernel(
                     tl.store(low_ptr + place, low, inside)
             else:
                 low = tl.load(low_ptr + place, inside, other=0.0)
-            other = tl.load(
-                other_ptr + (c * stride_other_c)[None, :] + (r * stride_other_r)[:, None],
-                (c < columns)[None, :] & (r < rank)[:, None], other=0.0,
-            )  # fmt: skip
-            acc += after * dot(low, other, tl.zeros((BLOCK_M, BLOCK_C), tl.float32), PRECISION)
+            if not SPARSE or _any(low):
+                other = tl.load(
+                    other_ptr + (c * stride_other_c)[None, :] + (r * stride_other_r)[:, None],
+                    (c < columns)[None, :] & (r < rank)[:, None], other=0.0,
+                )  # fmt: skip
+                acc += after * dot(low, other, tl.zeros((BLOCK_M, BLOCK_C), tl.float32), PRECISION)
+    if GAIN:
+        acc *= tl.load(gain_ptr + c, c < columns, other=0.0)[None, :]
     if BIAS:
         acc += tl.load(bias_ptr + c, c < columns, other=0.0).to(tl.float32)[None, :]
     tl.store(out_ptr + (m * columns)[:, None] + c[None, :], cast(acc, dtype), mask)
@@ -482,6 +500,7 @@ class Call:
     rank: int
     dtype: torch.dtype
     device: torch.device
+    given: bool = False  # whether t is given
 
     @property
     def aligned(self) -> bool:
@@ -498,7 +517,12 @@ class Call:
     @property
     def fused(self) -> bool:
         """Whether the product with the narrow side of the adapter is computed by the kernel that needs it."""
-        return self.rank <= FUSED_RANK
+        return self.rank <= FUSED_RANK and not self.given
+
+    @property
+    def sparse(self) -> bool:
+        """Whether steps of the rank in which t is zero are left out; in the general way registers spill with it."""
+        return self.given and self.aligned
 
     @property
     def padded_rank(self) -> int:
@@ -564,34 +588,43 @@ def qlora_linear(
     scaling: float,
     *,
     configuration: Configuration,
+    gain: Tensor | None = None,
+    t: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.qlora_linear`."""
-    leading, in_features, flat = x.shape[:-1], x.shape[-1], flattened(x)
-    rank = 0 if lora_A is None else lora_A.shape[0]
+    """As `reference.qlora_linear`; with gain, y = gain·(x·Ŵᵀ + scaling·t·lora_Bᵀ) + bias.
+
+    gain: ``(out_features,)``, float32.
+    t: ``(rows, rank)`` of the dtype of x, contiguous, in place of x·lora_Aᵀ; lora_A is then None, and steps of the rank
+        in which a tile of t is zero are left out, unless the way is ``dense`` or blocks cross rows.
+    """
+    leading, in_features, flat, given = x.shape[:-1], x.shape[-1], flattened(x), t is not None
+    rank = 0 if lora_B is None else lora_B.shape[1]
     call = Call(
         (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize), configuration,
-        len(flat), in_features, out_features, rank, x.dtype, x.device,
+        len(flat), in_features, out_features, rank, x.dtype, x.device, given,
     )  # fmt: skip
     y = x.new_empty((len(flat), out_features))
-    t = x.new_empty((len(flat), rank) if lora_A is not None else 0)
+    if t is None:
+        t = x.new_empty((len(flat), rank) if lora_A is not None else 0)
     lora_A, lora_B, bias = (None if each is None else each.contiguous() for each in (lora_A, lora_B, bias))
     if y.numel():
         with nf4.on_device(x):
             if lora_A is not None and not (call.fused and configuration.way != "dense"):
                 torch.mm(flat, lora_A.T, out=t)
             if configuration.way == "dense":
-                _forward_dense(call, flat, bias, t, lora_B, scaling, y)
+                _forward_dense(call, flat, bias, gain, t, lora_B, scaling, y)
             elif configuration.way == "split":
-                _forward_split(call, flat, bias, lora_A, lora_B, scaling, y, t)
+                _forward_split(call, flat, bias, gain, lora_A, lora_B, scaling, y, t)
             else:
-                _forward_direct(call, flat, bias, lora_A, lora_B, scaling, y, t)
-    return y.view(*leading, out_features), t.view(*leading, rank) if lora_A is not None else t
+                _forward_direct(call, flat, bias, gain, lora_A, lora_B, scaling, y, t)
+    return y.view(*leading, out_features), t.view(*leading, rank) if lora_B is not None else t
 
 
 def _forward_direct(
     call: Call,
     x: Tensor,
     bias: Tensor | None,
+    gain: Tensor | None,
     A: Tensor | None,
     B: Tensor | None,
     scaling: float,
@@ -601,8 +634,9 @@ def _forward_direct(
     block_m, block_n, block_k = call.tile()
     tiles = triton.cdiv(call.rows, block_m) * triton.cdiv(call.out_features, block_n)
     _qlora_linear_fwd_kernel[(tiles,)](
-        x, *call.weight(), bias, A, B, y, t, call.rows, call.out_features, call.in_features, call.rank, scaling,
-        x.stride(0), BIAS=bias is not None, RANK=call.padded_rank, FUSED=call.fused,
+        x, *call.weight(), bias, gain, A, B, y, t, call.rows, call.out_features, call.in_features, call.rank, scaling,
+        x.stride(0), BIAS=bias is not None, GAIN=gain is not None, RANK=call.padded_rank, FUSED=call.fused,
+        SPARSE=call.sparse,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, **call.constants(),
     )  # fmt: skip
 
@@ -611,6 +645,7 @@ def _forward_split(
     call: Call,
     x: Tensor,
     bias: Tensor | None,
+    gain: Tensor | None,
     A: Tensor | None,
     B: Tensor | None,
     scaling: float,
@@ -626,26 +661,37 @@ def _forward_split(
         x, *call.weight(), A, part, t_part, call.rows, call.out_features, call.in_features, call.rank, x.stride(0),
         steps, RANK=low, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, **call.constants(),
     )  # fmt: skip
-    _add_parts(call, part, t_part, B, bias, y, t, 1.0, scaling, (call.rank, 1))
+    _add_parts(call, part, t_part, B, bias, gain, y, t, 1.0, scaling, (call.rank, 1))
 
 
 def _add_parts(
-    call: Call, part: Tensor, low_part: Tensor | None, other: Tensor | None, bias: Tensor | None, out: Tensor,
-    low: Tensor, before: float, after: float, strides: tuple[int, int],
+    call: Call, part: Tensor, low_part: Tensor | None, other: Tensor | None, bias: Tensor | None,
+    gain: Tensor | None, out: Tensor, low: Tensor, before: float, after: float, strides: tuple[int, int],
 ) -> None:  # fmt: skip
     block_m, block_c = 16, 32
     tiles = triton.cdiv(call.rows, block_m) * triton.cdiv(out.shape[1], block_c)
     _add_parts_kernel[(tiles,)](
-        part, low_part, other, bias, out, low, call.rows, out.shape[1], call.rank, before, after, *strides, len(part),
-        RANK=call.padded_rank, FUSED=call.fused, BIAS=bias is not None, PRECISION=precision(call.dtype),
-        BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4, num_stages=2,
+        part, low_part, other, bias, gain, out, low, call.rows, out.shape[1], call.rank, before, after, *strides,
+        len(part), RANK=call.padded_rank, FUSED=call.fused, SPARSE=call.sparse, BIAS=bias is not None,
+        GAIN=gain is not None, PRECISION=precision(call.dtype), BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4,
+        num_stages=2,
     )  # fmt: skip
 
 
 def _forward_dense(
-    call: Call, x: Tensor, bias: Tensor | None, t: Tensor, lora_B: Tensor | None, scaling: float, y: Tensor
+    call: Call,
+    x: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    t: Tensor,
+    lora_B: Tensor | None,
+    scaling: float,
+    y: Tensor,
 ) -> None:
     # [x | scaling·t | 1 | 0] · [Ŵ | lora_B | bias | 0]ᵀ, whose length is a multiple of what 16-byte loads take.
+    # A gain multiplies the rows of Ŵ and lora_B.
+    if gain is not None and lora_B is not None:
+        lora_B = (gain[:, None] * lora_B).to(lora_B.dtype)
     wide = [x, scaling * t] if lora_B is not None else [x]
     tall = [] if lora_B is None else [lora_B]
     if bias is not None:
@@ -665,6 +711,8 @@ def _forward_dense(
         nf4.dequantize_region(
             *call.quantized, call.in_features, first * call.in_features, weight[:, : call.in_features]
         )
+        if gain is not None:
+            weight[:, : call.in_features].mul_(gain[first:last, None])
         if right is not None:
             weight[:, call.in_features :] = right[first:last]
         torch.mm(left, weight.T, out=y[:, first:last])
@@ -749,7 +797,9 @@ def _dx_split(
         grad, *call.weight(), B, part, u_part, call.rows, call.out_features, call.in_features, call.rank,
         grad.stride(0), steps, RANK=low, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, **call.constants(),
     )  # fmt: skip
-    _add_parts(call, part, u_part, A, None, grad_x, grad_x if u is None else u, scaling, 1.0, (1, call.in_features))
+    _add_parts(
+        call, part, u_part, A, None, None, grad_x, grad_x if u is None else u, scaling, 1.0, (1, call.in_features)
+    )
 
 
 def _dx_dense(
