@@ -182,15 +182,20 @@ def calls(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
             width = 768 if rule.weights else 4096
             rows = rule.rows or 8192
             sizes = [Size(rows, width, dtypes[0])]
+            if rule.use.way != "dense":
+                sizes.append(Size(rows, width, dtypes[0], rank=40))  # not fused
             if rule.use.way not in seen:
                 seen.add(rule.use.way)
                 sizes += [Size(rows, width, dtype) for dtype in dtypes[1:]]
                 sizes += [
                     Size(rows, width, dtypes[0], rank=8, quant_type="fp4", nested=True),
                     Size(rows, width + 1, dtypes[0], rank=40, nested=True),
-                    Size(rows, width, dtypes[0], rank=128, blocksize=32),
-                    Size(rows, width, dtypes[0], rank=0, blocksize=256),
                 ]
+                if rule.use.way != "dense":
+                    sizes += [
+                        Size(rows, width, dtypes[0], rank=128, blocksize=32),
+                        Size(rows, width, dtypes[0], rank=0, blocksize=256),
+                    ]
             for size in sizes:
                 yield _described(title, rule.use, size), layer_call(operator, size, rule.use)
                 if rule.use.way == "direct" and size.rank <= qlora_linear.FUSED_RANK:
@@ -204,7 +209,7 @@ def adapter_calls(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
     norm: Callable[..., object] = dora.dora_norm
     dora_layer: Callable[..., object] = dora.dora_linear
     pool_layer: Callable[..., object] = lora_pool.lora_pool_linear
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         empty = partial(torch.empty, device=META, dtype=dtype)
         for size in (
@@ -219,9 +224,9 @@ def adapter_calls(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
             described = f"{size.width}², rank {size.rank}, {size.quant_type}, blocks of {size.blocksize}"
             yield f"dora_norm, {name}, {described}{', nested' * size.nested}", partial(norm, *quantized, A, B, 0.5)
         rules = configurations.tables()[target][f"qlora_linear {8 * dtype.itemsize}"]
-        for chosen in {rule.use.way: rule for rule in reversed(rules)}.values():  # the first of each way
+        for chosen in {rule.use.way: rule for rule in reversed(rules) if rule.use.way != "dense"}.values():  # one a way
             rows = chosen.rows or 8192
-            for rank, width in ((16, 4096), (64, 4096), (64, 4097)):
+            for rank, width in ((16, 4096), (64, 4097)):
                 size = Size(rows, width, dtype, rank=rank)
                 x, bias = empty(rows, width), empty(width)
                 A, B = empty(rank, width), empty(width, rank)

@@ -16,8 +16,9 @@ For other families of adapters the forward also takes a ``gain`` for each column
 was computed elsewhere and may be zero for most of the rank (a pool of adapters).
 
 Tokens are the last dimension of the products (yᵀ = Ŵ·xᵀ), so that the decoded weight is the operand that tensor cores
-of sm_90 take from registers. In a row whose blocks do not cross rows the codes alone are multiplied, and the float32
-sum of each step scaled. A shape with odd rows or blocks across rows takes the general way: the same sums, by the index.
+of sm_90 take from registers. Where blocks do not cross rows the codes alone are multiplied, and the float32 sum of each
+step scaled, unless there are many tokens. A shape with odd rows or blocks across rows takes the general way: the same
+sums, by the index.
 
 Numbers that change from call to call are not specialised (``do_not_specialize``): one row must not be compiled apart
 from two, which would take a second and leave what was compiled last unchecked.
@@ -100,8 +101,11 @@ def forward_sums(
                 packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr, row, n_mask, first,
                 in_features, QUANT_TYPE, BLOCKSIZE, NESTED, PERMUTE, dtype, BLOCK_K,
             )  # fmt: skip
-            part = dot(code, tl.trans(x), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
-            acc += part * scale[:, None]
+            if BLOCK_M < 128:
+                part = dot(code, tl.trans(x), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
+                acc += part * scale[:, None]
+            else:  # scaling the sums takes more instructions than scaling the codes, and their registers
+                acc = dot(cast(code.to(tl.float32) * scale[:, None], dtype), tl.trans(x), acc, PRECISION)
         else:
             x = tl.load(x_ptr + (m * stride_x)[:, None] + k[None, :], m_mask[:, None] & k_mask[None, :], other=0.0)
             weight = nf4.gather(
