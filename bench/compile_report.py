@@ -37,7 +37,7 @@ from triton.runtime.jit import JITFunction
 
 from harlora.kernels import configurations
 from harlora.kernels.configurations import Configuration
-from harlora.kernels.triton import qlora_linear, qlora_qkv
+from harlora.kernels.triton import qlora_linear, qlora_mlp, qlora_qkv
 
 # What a thread block may take: the CUDA C++ programming guide, technical specifications. sm_80's table also serves GPUs
 # of 8.6, 8.9 and 12.x, which have 99 KiB.
@@ -172,6 +172,22 @@ def qkv_call(operator: str, size: Size, chosen: Configuration) -> Callable[[], o
     )  # fmt: skip
 
 
+def mlp_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Calls of the launcher of fc1, GELU and fc2, of the sizes of a HAR encoder and the largest."""
+    launcher: Callable[..., object] = qlora_mlp.qlora_mlp
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for rows, width, hidden, rank, nested in ((16, 192, 512, 16, False), (2048, 256, 1024, 32, True)):
+            empty = partial(torch.empty, device=META, dtype=dtype)
+            size = Size(rows, width, dtype, rank, nested=nested)
+            layers = [
+                (*_quantized(size, i, o), o, empty(o), empty(rank, i), empty(o, rank), 0.5)
+                for i, o in ((width, hidden), (hidden, width))
+            ]
+            name = str(dtype).removeprefix("torch.")
+            described = f"qlora_mlp, {name}, {rows} rows, {width}→{hidden}, rank {rank}{', nested' * nested}"
+            yield described, partial(launcher, empty(rows, width), *layers, True, configuration=Configuration("direct"))
+
+
 def calls(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """Every configuration of a target's table, in each of its dtypes; and of each way, formats and shapes besides."""
     for title, rules in configurations.tables()[target].items():
@@ -299,7 +315,7 @@ def jobs(targets: list[str]) -> list[tuple[str, str, Launch]]:
             for where, call in calls(target):
                 for launch in recorded(call):
                     found.setdefault((target, launch), where)
-            for where, call in adapter_calls(target):
+            for where, call in (*adapter_calls(target), *mlp_calls()):
                 for launch in recorded(call):
                     found.setdefault((target, launch), where)
         for call in format_calls():

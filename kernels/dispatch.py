@@ -41,6 +41,7 @@ _TRITON = {
     "lora_pool_linear": ("lora_pool", "qlora_linear"),
     "qlora_qkv": ("qlora_qkv", "qlora_linear"),
     "qlora_qkv_backward": ("qlora_qkv", "qlora_linear_backward"),
+    "qlora_mlp": ("qlora_mlp", "qlora_linear"),
 }
 
 
@@ -280,6 +281,11 @@ def problem(
     seed: int = 0,
 ) -> tuple[Any, ...]:
     """Arguments of ``operator``, random, in ``dtype``, of values that ``rounded`` has."""
+    if operator == "qlora_mlp":  # whose second weight has whole blocks in its rows as well
+        made = partial(problem, "qlora_linear", device, dtype, rounded=rounded)
+        fc1 = made(rows, in_features, 2 * blocksize, rank, quant_type, blocksize, nested, seed=2 * seed)
+        fc2 = made(1, 2 * blocksize, 40, rank, quant_type, blocksize, nested, seed=2 * seed + 1)
+        return fc1[0], fc1[1:], fc2[1:], True
     if operator.startswith("qlora_qkv"):
         size = (rows, in_features, out_features, rank, quant_type, blocksize, nested)
         calls = [problem("qlora_linear", device, dtype, *size, rounded=rounded, seed=3 * seed + i) for i in range(3)]

@@ -200,6 +200,14 @@ def qlora_qkv_backward(
     return grad_x.sum(0), others[0], others[1], others[2]
 
 
+def qlora_mlp(x: Tensor, fc1: Layer, fc2: Layer, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Y = fc2(gelu(h)) of h = fc1(x); with ``keep`` also h and the t of both layers, else empty."""
+    h, t1 = qlora_linear(x, *fc1)
+    y, t2 = qlora_linear(F.gelu(h), *fc2)
+    nothing = x.new_empty(0)
+    return (y, h, t1, t2) if keep else (y, nothing, nothing, nothing)
+
+
 # DoRA ---------------------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
 """Layers that Triton's kernels take together: the numbers and gradients of each, and never where a layer differs."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from test_triton import ERROR
@@ -76,6 +78,67 @@ def test_three_layers_equal_each(monkeypatch, shape, features, options, dtype):
     for one, other in zip((*found, *grads), (*exact, *torch.autograd.grad(exact, others, [s.double() for s in seeds])),
                           strict=True):  # fmt: skip
         check(one, other, dtype)
+
+
+@pytest.mark.usefixtures("nan_filled_memory")
+@pytest.mark.parametrize("dtype", list(ERROR), ids=str)
+@pytest.mark.parametrize(
+    ("shape", "features", "options"),
+    [
+        ((2, 5), (64, 128, 40), {}),
+        ((33,), (96, 64, 33), {"blocksize": 32, "double_quant": True, "quant_type": "fp4"}),
+        ((3,), (64, 192, 20), {"rank": 32, "bias": False}),
+        ((3,), (192, 512, 192), {"rank": 0}),
+    ],
+)
+def test_the_feed_forward_layers_equal_each(shape, features, options, dtype):
+    layers = [make(i, o, dtype, **options) for i, o in pairwise(features)]
+    x = torch.randn(*shape, features[0], device=DEVICE).to(dtype).requires_grad_()
+    found = grouped.qlora_mlp(x, *whole._layers(*layers))
+    leaves = [x, *(p for layer in layers for p in layer.parameters())]
+    seed = torch.randn_like(found) / features[-1] ** 0.5
+    grads = torch.autograd.grad(found, leaves, seed)
+    exact = x64 = x.detach().double().requires_grad_()
+    others = [x64]
+    for number, layer in enumerate(layers):
+        own = {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters()}
+        entering = F.gelu(exact) if number else exact
+        exact = F.linear(entering, layer.base_weight().double(), own.get("bias"))
+        if layer.rank:
+            exact = exact + layer.scaling * (entering @ own["lora_A"].T) @ own["lora_B"].T
+        others += own.values()
+    for one, other in zip((found, *grads), (exact, *torch.autograd.grad(exact, others, seed.double())), strict=True):
+        # Rounded several times on the way, to which the bound of one layer does not apply.
+        assert (one.double() - other).abs().max() <= 2 * ERROR[dtype] * other.abs().max() + 1e-6
+    with torch.no_grad():
+        assert torch.equal(grouped.qlora_mlp(x, *whole._layers(*layers)), found)
+
+
+def test_feed_forward_layers_that_do_not_fit_run_one_by_one():
+    def take(*features, rows=3, **options):
+        layers = [make(i, o, **options) for i, o in pairwise(features)]
+        return grouped.qlora_mlp(torch.randn(rows, features[0], device=DEVICE), *whole._layers(*layers))
+
+    assert take(64, 64, 32) is not None
+    assert take(65, 64, 32) is None  # blocks across rows
+    assert take(64, 65, 32) is None
+    assert take(64, 64, 257) is None
+    assert take(64, 64, 32, rank=33) is None
+    assert take(64, 64, 32, rows=0) is None
+    assert take(64, 2048, 32) is None
+
+
+@pytest.mark.parametrize("frozen", ["x", "first", "second"])
+def test_only_the_gradients_of_the_feed_forward_layers_that_are_needed(frozen):
+    layers = [make(64, 64), make(64, 32)]
+    x = torch.randn(5, 64, device=DEVICE, requires_grad=frozen != "x")
+    for layer, name in zip(layers, ("first", "second"), strict=True):
+        layer.requires_grad_(frozen != name)
+    leaves = [leaf for leaf in (x, *(p for layer in layers for p in layer.parameters())) if leaf.requires_grad]
+    together = torch.autograd.grad(grouped.qlora_mlp(x, *whole._layers(*layers)).square().sum(), leaves)
+    apart = torch.autograd.grad(layers[1](F.gelu(layers[0](x))).square().sum(), leaves)
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("wanted", ["x", "bias", "lora_A", "lora_B"])

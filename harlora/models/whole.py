@@ -2,8 +2,8 @@
 
 At HAR size the modules around the products cost more than the products. For inference `encode` hands all layers of an
 `Encoder` to one operator. In training `attend` takes q, k, v and attention together, `feed_forward` fc1, GELU and fc2;
-on a GPU `attend` takes q, k and v in one launch. Where anything about the layers is out of the ordinary they return
-None and the modules run one by one.
+on a GPU `attend` takes q, k and v in one launch, `feed_forward` its two layers. Where anything about the layers is out
+of the ordinary they return None and the modules run one by one.
 """
 
 from itertools import chain
@@ -214,7 +214,10 @@ def attend(x: Tensor, q: nn.Module, k: nn.Module, v: nn.Module, heads: int) -> T
 
 def feed_forward(x: Tensor, fc1: nn.Module, fc2: nn.Module) -> Tensor | None:
     """``fc2(gelu(fc1(x)))``, or None where the modules have to run."""
-    if torch.compiler.is_compiling() or not eager.serves(x):
+    on_cpu = not torch.compiler.is_compiling() and eager.serves(x)
+    if not on_cpu and not grouped.serves(x):
         return None
     layers = _layers(fc1, fc2)
-    return None if layers is None else eager.qlora_mlp(x, *layers)
+    if layers is None:
+        return None
+    return (eager if on_cpu else grouped).qlora_mlp(x, *layers)
