@@ -227,7 +227,8 @@ def _proven(probe: _Probe) -> bool:
             )
             return False
         try:
-            _wrong[probe] = _disagreement(probe)
+            with torch.autocast(probe.device.type, enabled=False):  # it would round the reference
+                _wrong[probe] = _disagreement(probe)
         except Exception as error:  # what a compiler or a driver may raise is not for us to know
             _wrong[probe] = f"fails ({type(error).__name__}: {error})"
         if _wrong[probe]:

@@ -25,6 +25,7 @@ WAYS = [
 ]
 needs_triton = pytest.mark.skipif(bool(dispatch.load_triton()), reason=dispatch.load_triton())
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 
 
 @pytest.fixture(params=["reference", "cpp", "triton"])

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from harlora.kernels import configurations, dispatch, reference
+import harlora
+from harlora.kernels import configurations, dispatch, eager, reference
 from harlora.kernels.configurations import Configuration
 from harlora.kernels.format import code_table
 
@@ -291,6 +292,35 @@ def test_a_right_configuration_serves_and_is_checked_once(monkeypatch):
         y, _ = dispatch._triton("qlora_linear", *call("qlora_linear", dtype))
         assert y.shape == (3, 20)
     assert [probe.dtype for probe in checks] == [torch.float32, torch.float16]
+
+
+@pytest.mark.usefixtures("fresh")
+def test_the_first_use_may_be_under_autocast():
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        y, _ = dispatch._triton("qlora_linear", *call("qlora_linear", torch.float32))
+    assert y.dtype == torch.float32
+    assert not dispatch.wrong_configurations()
+
+
+def test_a_compiled_graph_runs_them(monkeypatch):
+    monkeypatch.setenv("HARLORA_BACKEND", "triton")
+    eager.reset()
+    try:
+        layer = harlora.QLoRALinear(64, 40, rank=4).to(DEVICE)
+        torch.nn.init.normal_(layer.lora_B)
+        x = torch.randn(5, 64, device=DEVICE, requires_grad=True)
+        results = []
+        for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+            layer.zero_grad()
+            y = call(x)
+            (grad,) = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
+            y.sum().backward()
+            results.append([y, grad, layer.lora_A.grad.clone(), layer.lora_B.grad.clone()])
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other)
+        assert dispatch.served_by_triton(DEVICE, torch.float32)
+    finally:
+        eager.reset()
 
 
 @pytest.mark.usefixtures("fresh")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from harlora.kernels.configurations import Configuration
 from harlora.kernels.triton import nf4, qlora_linear
-from harlora.kernels.triton.nf4 import cast
+from harlora.kernels.triton.nf4 import cast, cdiv, power_of_two
 from harlora.kernels.triton.qlora_linear import codes, dot
 
 # Its arithmetic is little beside decoding, so one tile serves every size. With 4 warps the sums of 64 ranks spill.
@@ -110,13 +110,13 @@ def dora_norm(
     _, block_n, block_k = call.tile()
     constants = call.constants()
     del constants["PERMUTE"]
-    step = min(_RANKS if call.aligned else _RANKS // 2, max(16, triton.next_power_of_2(rank)))
+    step = min(_RANKS if call.aligned else _RANKS // 2, max(16, power_of_two(rank)))
     if out_features:
         with nf4.on_device(lora_A):
             wide = lora_A.float()
-            _dora_norm_kernel[(triton.cdiv(out_features, block_n),)](
+            _dora_norm_kernel[(cdiv(out_features, block_n),)](
                 *call.weight(), lora_A, lora_B, wide @ wide.T, norm, out_features, in_features, rank, scaling,
-                RANK=step * max(1, triton.cdiv(rank, step)), STEP=step,
+                RANK=step * max(1, cdiv(rank, step)), STEP=step,
                 GRAM_PRECISION=qlora_linear.precision(torch.float32), BLOCK_N=block_n, BLOCK_K=block_k, **constants,
             )  # fmt: skip
     return norm

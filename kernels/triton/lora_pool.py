@@ -18,7 +18,7 @@ from torch import Tensor
 
 from harlora.kernels.configurations import Configuration
 from harlora.kernels.triton import nf4, qlora_linear
-from harlora.kernels.triton.nf4 import cast
+from harlora.kernels.triton.nf4 import cast, cdiv
 from harlora.kernels.triton.qlora_linear import dot
 
 
@@ -59,7 +59,7 @@ def lora_pool_low(x: Tensor, lora_A: Tensor, offsets: Tensor, index: Tensor, sca
     t = x.new_empty((len(flat), rank))
     if t.numel():
         block_m, block_r = 16 if len(flat) <= 16 else 32, 32
-        tiles = triton.cdiv(len(flat), block_m) * triton.cdiv(rank, block_r)
+        tiles = cdiv(len(flat), block_m) * cdiv(rank, block_r)
         with nf4.on_device(x):
             _lora_pool_kernel[(tiles,)](
                 flat, lora_A, offsets.contiguous(), index.contiguous(), scaling.contiguous(), t, len(flat),

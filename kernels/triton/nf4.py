@@ -258,6 +258,16 @@ def _quantize_4bit_kernel(
     tl.store(packed_ptr + byte, ((high << 4) | low).to(tl.uint8), 2 * byte < numel)
 
 
+def cdiv(length: int, step: int) -> int:
+    """How many steps cover a length. Triton's own takes microseconds, several of which a launch would pay for."""
+    return -(-length // step)
+
+
+def power_of_two(least: int) -> int:
+    """The smallest power of two that is not below a positive number; as with `cdiv`, Triton's own is slow."""
+    return 1 << (least - 1).bit_length()
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """A context in which kernels are launched on the device of ``tensor``, on its current stream."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
@@ -270,12 +280,12 @@ def quantize_4bit(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `reference.quantize_4bit`."""
     weight, numel = weight.contiguous(), weight.numel()
-    blocks = triton.cdiv(numel, blocksize)
+    blocks = cdiv(numel, blocksize)
     packed = torch.empty(((numel + 1) // 2, 1), dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(blocks, dtype=torch.float32, device=weight.device)
     together = max(1, 1024 // blocksize)
     with on_device(weight):
-        _quantize_4bit_kernel[(triton.cdiv(blocks, together),)](
+        _quantize_4bit_kernel[(cdiv(blocks, together),)](
             weight, packed, absmax, numel, *_BOUNDS, QUANT_TYPE=quant_type, BLOCKSIZE=blocksize, BLOCKS=together,
             enable_fp_fusion=False,
         )  # fmt: skip
@@ -321,10 +331,10 @@ def dequantize_region(
     first: the index of the rectangle's first value in the flattened weight.
     """
     rows, columns = out.shape
-    block = min(4096, max(32, triton.next_power_of_2(columns)))
+    block = min(4096, max(32, power_of_two(columns)))
     nested = nested_absmax is not None
     with on_device(packed):
-        _dequantize_4bit_kernel[(rows * triton.cdiv(columns, block),)](
+        _dequantize_4bit_kernel[(rows * cdiv(columns, block),)](
             packed, absmax, nested_absmax, nested_offset, nested_code_table(packed.device) if nested else None, out,
             first, columns, in_features, out.stride(0), QUANT_TYPE=quant_type, BLOCKSIZE=blocksize, NESTED=nested,
             PAIRS=first % 2 == 0 and (in_features % 2 == 0 or rows == 1), BLOCK=block,

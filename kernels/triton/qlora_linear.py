@@ -35,7 +35,7 @@ from torch import Tensor
 from harlora.kernels.configurations import Configuration
 from harlora.kernels.format import nested_code_table
 from harlora.kernels.triton import nf4
-from harlora.kernels.triton.nf4 import INTERPRETED, cast
+from harlora.kernels.triton.nf4 import INTERPRETED, cast, cdiv, power_of_two
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FUSED_RANK = 32  # up to this rank t is summed up in the kernel that reads x; its sums take registers
@@ -533,7 +533,7 @@ class Call:
         """The rank in the kernels: a power of two of at least 16, or a multiple of 32."""
         if not self.rank:
             return 0
-        return max(16, triton.next_power_of_2(self.rank)) if self.fused else 32 * triton.cdiv(self.rank, 32)
+        return max(16, power_of_two(self.rank)) if self.fused else 32 * cdiv(self.rank, 32)
 
     def weight(self) -> tuple[Tensor | None, ...]:
         """The tensors of the weight as kernels take them."""
@@ -555,10 +555,10 @@ class Call:
         """Into how many parts a sum of ``length`` is cut, and the length of one, a multiple of ``step``."""
         wanted = self.configuration.programs * multiprocessors(self.device) // max(1, tiles)
         room = WORKSPACE_BYTES // max(1, 4 * self.rows * columns)
-        steps = triton.cdiv(length, step)
+        steps = cdiv(length, step)
         parts = max(1, min(wanted, room, steps // 4))
-        each = triton.cdiv(steps, parts)
-        return triton.cdiv(steps, each), each * step
+        each = cdiv(steps, parts)
+        return cdiv(steps, each), each * step
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -636,7 +636,7 @@ def _forward_direct(
     t: Tensor,
 ) -> None:
     block_m, block_n, block_k = call.tile()
-    tiles = triton.cdiv(call.rows, block_m) * triton.cdiv(call.out_features, block_n)
+    tiles = cdiv(call.rows, block_m) * cdiv(call.out_features, block_n)
     _qlora_linear_fwd_kernel[(tiles,)](
         x, *call.weight(), bias, gain, A, B, y, t, call.rows, call.out_features, call.in_features, call.rank, scaling,
         x.stride(0), BIAS=bias is not None, GAIN=gain is not None, RANK=call.padded_rank, FUSED=call.fused,
@@ -657,7 +657,7 @@ def _forward_split(
     t: Tensor,
 ) -> None:
     low, (block_m, block_n, block_k) = call.padded_rank if call.fused else 0, call.tile()
-    tiles = triton.cdiv(call.rows, block_m) * (triton.cdiv(call.out_features, block_n) + (low > 0))
+    tiles = cdiv(call.rows, block_m) * (cdiv(call.out_features, block_n) + (low > 0))
     parts, steps = call.parts(tiles, call.in_features, block_k, call.out_features)
     part = torch.empty((parts, *y.shape), dtype=torch.float32, device=y.device)
     t_part = torch.empty((parts, *t.shape), dtype=torch.float32, device=y.device) if low else None
@@ -673,7 +673,7 @@ def _add_parts(
     gain: Tensor | None, out: Tensor, low: Tensor, before: float, after: float, strides: tuple[int, int],
 ) -> None:  # fmt: skip
     block_m, block_c = 16, 32
-    tiles = triton.cdiv(call.rows, block_m) * triton.cdiv(out.shape[1], block_c)
+    tiles = cdiv(call.rows, block_m) * cdiv(out.shape[1], block_c)
     _add_parts_kernel[(tiles,)](
         part, low_part, other, bias, gain, out, low, call.rows, out.shape[1], call.rank, before, after, *strides,
         len(part), RANK=call.padded_rank, FUSED=call.fused, SPARSE=call.sparse, BIAS=bias is not None,
@@ -781,7 +781,7 @@ def _dx_direct(
     call: Call, grad: Tensor, A: Tensor | None, B: Tensor | None, scaling: float, grad_x: Tensor, u: Tensor | None
 ) -> None:
     block_m, block_n, block_k = call.tile()
-    tiles = triton.cdiv(call.rows, block_m) * triton.cdiv(call.in_features, block_k)
+    tiles = cdiv(call.rows, block_m) * cdiv(call.in_features, block_k)
     _qlora_linear_dx_kernel[(tiles,)](
         grad, *call.weight(), A, B, grad_x, u, call.rows, call.out_features, call.in_features, call.rank, scaling,
         grad.stride(0), RANK=call.padded_rank, FUSED=call.fused, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
@@ -793,7 +793,7 @@ def _dx_split(
     call: Call, grad: Tensor, A: Tensor | None, B: Tensor | None, scaling: float, grad_x: Tensor, u: Tensor | None
 ) -> None:
     low, (block_m, block_n, block_k) = call.padded_rank if call.fused else 0, call.tile()
-    tiles = triton.cdiv(call.rows, block_m) * (triton.cdiv(call.in_features, block_k) + (low > 0))
+    tiles = cdiv(call.rows, block_m) * (cdiv(call.in_features, block_k) + (low > 0))
     parts, steps = call.parts(tiles, call.out_features, block_n, call.in_features)
     part = torch.empty((parts, *grad_x.shape), dtype=torch.float32, device=grad.device)
     u_part = torch.empty((parts, call.rows, call.rank), dtype=torch.float32, device=grad.device) if low else None
@@ -833,12 +833,12 @@ def parts_of_rows(call: Call, want_A: bool, want_wide: bool, layers: int = 1) ->
     Tiles of few columns alone would leave most of a GPU idle, so the rows are shared out, too.
     """
     block_m, block_c = 64 if call.dtype != torch.float32 else 32, 64
-    tiles_A = triton.cdiv(call.in_features, block_c) if want_A else 0
-    tiles = tiles_A + (triton.cdiv(call.out_features, block_c) if want_wide else 0)
-    steps = triton.cdiv(call.rows, block_m)
+    tiles_A = cdiv(call.in_features, block_c) if want_A else 0
+    tiles = tiles_A + (cdiv(call.out_features, block_c) if want_wide else 0)
+    steps = cdiv(call.rows, block_m)
     wanted = max(1, min(2 * multiprocessors(call.device) // max(1, layers * tiles), steps // 4))
-    each = triton.cdiv(steps, wanted)
-    return block_m, block_c, tiles_A, tiles, max(1, triton.cdiv(steps, each)) if each else 1, each * block_m
+    each = cdiv(steps, wanted)
+    return block_m, block_c, tiles_A, tiles, max(1, cdiv(steps, each)) if each else 1, each * block_m
 
 
 def _lora_grads(
@@ -868,7 +868,7 @@ def _lora_grads(
         x, u, grad, t, grad_A, grad_B, grad_bias, rows, in_features, out_features, rank, scaling,
         0 if x is None else x.stride(0), grad.stride(0), steps, tiles_A,
         grad_A.stride(0), grad_B.stride(0), grad_bias.stride(0), WANT_B=want_B, WANT_BIAS=want_bias,
-        RANK=max(16, triton.next_power_of_2(rank)), PRECISION=precision(call.dtype), BLOCK_M=block_m, BLOCK_C=block_c,
+        RANK=max(16, power_of_two(rank)), PRECISION=precision(call.dtype), BLOCK_M=block_m, BLOCK_C=block_c,
         num_warps=4 if rank <= 64 else 8, num_stages=3,
     )  # fmt: skip
     if parts == 1:

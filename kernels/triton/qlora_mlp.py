@@ -14,7 +14,7 @@ from harlora.kernels.configurations import Configuration
 from harlora.kernels.format import nested_code_table
 from harlora.kernels.reference import Layer
 from harlora.kernels.triton import nf4
-from harlora.kernels.triton.nf4 import INTERPRETED, cast
+from harlora.kernels.triton.nf4 import INTERPRETED, cast, cdiv, power_of_two
 from harlora.kernels.triton.qlora_linear import FUSED_RANK, codes, dot, flattened, precision
 
 MOST_OUT = 256  # y of a program is in registers
@@ -136,14 +136,14 @@ def qlora_mlp(
     nested = fc1[2] is not None or fc2[2] is not None
     block_m = 16 if len(flat) <= 1024 or x.dtype == torch.float32 else 32  # whose sums would not fit the registers
     with nf4.on_device(x):
-        _qlora_mlp_fwd_kernel[(triton.cdiv(len(flat), block_m),)](
+        _qlora_mlp_fwd_kernel[(cdiv(len(flat), block_m),)](
             flat, *pairs[:8], nested_code_table(x.device) if nested else None, *pairs[8:], y, h, t1, t2,
             len(flat), in_features, hidden, out_features, *ranks, fc1[10], fc2[10], flat.stride(0),
             QUANT1=fc1[4], QUANT2=fc2[4], BLOCKSIZE1=fc1[5], BLOCKSIZE2=fc2[5], NESTED1=fc1[2] is not None,
             NESTED2=fc2[2] is not None, BIAS1=fc1[7] is not None, BIAS2=fc2[7] is not None,
             RANK1=_padded(ranks[0]), RANK2=_padded(ranks[1]), KEEP=keep,
             PERMUTE=configuration.permute and x.dtype != torch.float32 and not INTERPRETED,
-            PRECISION=precision(x.dtype), BLOCK_M=block_m, BLOCK_N=max(16, triton.next_power_of_2(out_features)),
+            PRECISION=precision(x.dtype), BLOCK_M=block_m, BLOCK_N=max(16, power_of_two(out_features)),
             BLOCK_H=min(fc2[5], 64 if x.dtype != torch.float32 else 32), BLOCK_K=min(fc1[5], 64), num_warps=8,
             num_stages=2,
         )  # fmt: skip
@@ -151,4 +151,4 @@ def qlora_mlp(
 
 
 def _padded(rank: int) -> int:
-    return max(16, triton.next_power_of_2(rank)) if rank else 0
+    return max(16, power_of_two(rank)) if rank else 0

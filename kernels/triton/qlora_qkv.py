@@ -16,7 +16,7 @@ from harlora.kernels.configurations import Configuration
 from harlora.kernels.format import nested_code_table
 from harlora.kernels.reference import Layer
 from harlora.kernels.triton import nf4
-from harlora.kernels.triton.nf4 import cast
+from harlora.kernels.triton.nf4 import cast, cdiv, power_of_two
 from harlora.kernels.triton.qlora_linear import (
     FUSED_RANK,
     Call,
@@ -177,7 +177,8 @@ def alike(x: Tensor, layers: Sequence[Layer]) -> bool:
         for _, _, nested, offset, *facts, bias, A, _, _ in layers
     }
     rank = 0 if layers[0][8] is None else layers[0][8].shape[0]
-    return len(kinds) == 1 and rank <= FUSED_RANK and x.shape[-1] > 0
+    # A size of 1 would be a constant to the compiler, of which `pick` cannot choose one.
+    return len(kinds) == 1 and rank <= FUSED_RANK and x.shape[-1] > 1 and layers[0][6] > 1
 
 
 def _call(x: Tensor, rows: int, in_features: int, layers: Sequence[Layer], configuration: Configuration) -> Call:
@@ -204,7 +205,7 @@ def qlora_qkv(x: Tensor, layers: Sequence[Layer], *, configuration: Configuratio
     t = x.new_empty((3, *leading, call.rank) if layers[0][8] is not None else 0)
     if y.numel():
         block_m, block_n, block_k = call.tile()
-        tiles = 3 * triton.cdiv(call.rows, block_m) * triton.cdiv(call.out_features, block_n)
+        tiles = 3 * cdiv(call.rows, block_m) * cdiv(call.out_features, block_n)
         with nf4.on_device(x):
             _qlora_qkv_fwd_kernel[(tiles,)](
                 flat, *_weights(layers), *_each(layers, 7, 8, 9), y, t, call.rows, call.out_features,
@@ -244,7 +245,7 @@ def qlora_qkv_backward(
             block_m = min(block_m, 32)  # two sums at a time take the registers of a larger tile
             if x.dtype == torch.float32:
                 constants["num_warps"] = 8
-            tiles = triton.cdiv(call.rows, block_m) * triton.cdiv(in_features, block_k)
+            tiles = cdiv(call.rows, block_m) * cdiv(in_features, block_k)
             _qlora_qkv_dx_kernel[(tiles,)](
                 *wide, *_weights(layers), *_each(layers, 8, 9), grad_x, u, call.rows, out_features, in_features,
                 rank, *scalings, *strides, RANK=call.padded_rank, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
@@ -263,7 +264,7 @@ def qlora_qkv_backward(
                 flat, u, *wide, t, grad_A, grad_B, grad_bias, call.rows, in_features, out_features, rank,
                 *scalings, flat.stride(0), *strides, steps, tiles_A, grad_A.stride(1), grad_B.stride(1),
                 grad_bias.stride(1), WANT_B=want_B, WANT_BIAS=want_bias,
-                RANK=max(16, triton.next_power_of_2(rank)), PRECISION=precision(x.dtype),
+                RANK=max(16, power_of_two(rank)), PRECISION=precision(x.dtype),
                 BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4, num_stages=3,
             )  # fmt: skip
     totals = [each[:, 0] if parts == 1 else each.sum(1).to(x.dtype) for each in (grad_bias, grad_A, grad_B)]
