@@ -131,12 +131,12 @@ def gain(device: torch.device, measured: list[dict[str, Any]]) -> dict[str, dict
     found: dict[str, dict[str, float]] = {}
     for title in dict.fromkeys(case["title"] for case in measured):
         ratios = []
-        for case in measured:
-            operator, bits = case["title"].split()
-            dtype = torch.float32 if bits == "32" else torch.bfloat16
+        operator, bits = title.split()
+        dtype = torch.float32 if bits == "32" else torch.bfloat16
+        for case in (each for each in measured if each["title"] == title):
             chosen = dispatch.configuration(operator, device, dtype, case["rows"], math.prod(case["shape"]))
             before = case["times_us"].get(str(chosen))
-            if case["title"] == title and before:
+            if before:
                 ratios.append(min(case["times_us"].values()) / before)
         if ratios:
             found[f"configurations of {title}"] = {

@@ -103,16 +103,18 @@ class _MLP(torch.autograd.Function):
         needs = ctx.needs_input_grad
         (facts1, scaling1), (facts2, scaling2) = ctx.facts
         backward = dispatch.select("qlora_linear_backward", x.device, x.dtype)
-        first, second = [needs[0], *needs[3:6]], [True, *needs[7:10]]
+        first = [needs[0], *needs[3:6]]
+        second = [any(first), *needs[7:10]]
         inner, *grads2 = backward(
             grad, F.gelu(h) if second[2] else None, t2 if B2 is not None else None, *packed[4:], *facts2, h.shape[-1],
             A2, B2, scaling2, second,
         )  # fmt: skip
-        inner = torch.ops.aten.gelu_backward(inner, h)
-        grad_x, *grads1 = backward(
-            inner, x if first[2] else None, t1 if B1 is not None else None, *packed[:4], *facts1, x.shape[-1], A1, B1,
-            scaling1, first,
-        )  # fmt: skip
+        grad_x, grads1 = None, [None] * 3
+        if any(first):
+            grad_x, *grads1 = backward(
+                torch.ops.aten.gelu_backward(inner, h), x if first[2] else None, t1 if B1 is not None else None,
+                *packed[:4], *facts1, x.shape[-1], A1, B1, scaling1, first,
+            )  # fmt: skip
         results = [grad_x, None, None, *grads1, None, *grads2, None]
         return tuple(result if needed else None for result, needed in zip(results, needs, strict=True))
 

@@ -1,8 +1,7 @@
 """Triton: the 4-bit format. What a packed byte means to a kernel, and the operators that quantise and dequantise.
 
-A code is decoded by selects on its four bits, or by byte permutes in PTX (`_permute`, half the instructions of a whole
-matrix kernel, counted in sm_90 machine code). The interpreter runs no PTX, so it takes the selects; both give the same
-values, rounded to the dtype of the product.
+A code is decoded by selects on its four bits, or by byte permutes in PTX (`_permute`), which are fewer instructions.
+The interpreter runs no PTX, so it takes the selects; both give the same values, rounded to the dtype of the product.
 """
 
 import struct
