@@ -44,7 +44,9 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         return _fail("torch sees no NVIDIA GPU here; `harlora bench --device cpu` measures the CPU")
     began = time.monotonic()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BUILT), os.environ.get("PYTHONPATH", "")])}
+    # The working folder, whose harlora/ is not the one that is built, must not come first on the path.
+    paths = os.pathsep.join([str(BUILT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
     build = [
         sys.executable,
         "setup.py",

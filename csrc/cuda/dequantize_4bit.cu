@@ -93,7 +93,7 @@ void dequantize_4bit(torch::stable::Tensor packed, torch::stable::Tensor absmax,
   check(packed, absmax, code, blocksize, out);
   torch::stable::accelerator::DeviceGuard guard(out.get_device());
   void* stream_handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(out.get_device(), &stream_handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(out.get_device(), &stream_handle));
   auto* stream = static_cast<cudaStream_t>(stream_handle);
   switch (out.scalar_type()) {
     case ScalarType::Float:
