@@ -100,7 +100,7 @@ def ninja_file(torch: Path, cxx: str, cuda: Path | None, target: Path) -> str:
     common = f"-std=c++20 -O3 {STABLE_ABI} -I{SOURCES} -isystem {torch / 'include'}"
     # Scales are a product and a sum, each rounded, as in the format's definition: no contraction.
     warnings = "-Wall -Wextra -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized"  # GCC 12 about its own headers
-    libraries = "-ltorch_cpu -ltorch -lc10"
+    libraries = "-ltorch_cpu -lc10 -ldl"
     sanitizers = f" {SANITIZERS}" * SANITIZE
     lines = [
         f"cxxflags = {common} -fPIC -ffp-contract=off {warnings} -fvisibility=hidden"
@@ -111,7 +111,7 @@ def ninja_file(torch: Path, cxx: str, cuda: Path | None, target: Path) -> str:
         f"rule link\n command = {cxx} $in $ldflags $cuda -o $out",
     ]
     objects: list[str] = []
-    sources = [SOURCES / "bindings.cpp", *sorted((SOURCES / "cpu").glob("*.cpp"))]
+    sources = [SOURCES / "bindings.cpp", *sorted((SOURCES / "cpu").glob("*.cpp")), SOURCES / "gpu" / "launches.cpp"]
     for source in sources:
         if source.stem in VARIANTS and not X86:
             continue

@@ -8,6 +8,7 @@
 
 #include "cpu/operators.h"
 #include "cuda/dequantize_4bit.h"
+#include "gpu/launches.h"
 
 // A quantised weight: the tensors of QuantizedWeight and the code tables of its format. What is mostly absent comes
 // last with a default: an argument that is not passed costs a fifth of one that is.
@@ -17,7 +18,7 @@
 
 STABLE_TORCH_LIBRARY(harlora_cpp, library) {
   library.def("quantize_4bit(Tensor weight, Tensor bounds, int blocksize, bool fp4) -> (Tensor, Tensor)");
-  library.def("dequantize_4bit(" HARLORA_WEIGHT ", Tensor(a!) out, " HARLORA_NESTED ") -> ()");
+  library.def("dequantize_4bit(" HARLORA_WEIGHT ", Tensor(a!) out, " HARLORA_NESTED ", int stream=0) -> ()");
   library.def("qlora_linear(Tensor x, " HARLORA_WEIGHT
               ", int out_features, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor(a!)? t=None, "
               HARLORA_NESTED ", int precision=0) -> Tensor");
@@ -35,6 +36,9 @@ STABLE_TORCH_LIBRARY(harlora_cpp, library) {
   library.def("encoder_hold(" HARLORA_LAYERS ") -> int");
   library.def("encoder_release(int held) -> ()");
   library.def("encoder(Tensor x, int held, int precision=0) -> Tensor");
+  library.def("launches_hold(int[] facts, str driver) -> int");
+  library.def("launches_release(int held) -> ()");
+  library.def("launches_run(Tensor[] inputs, int held, int stream) -> Tensor[]");
   library.def("kernels() -> str");
   library.def("precisions() -> str");
   library.def("select_kernels(str name) -> str");
@@ -59,6 +63,9 @@ STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CompositeExplicitAutograd, library) {
   library.impl("precisions", TORCH_BOX(&harlora::cpu::precisions));
   library.impl("encoder_hold", TORCH_BOX(&harlora::cpu::encoder_hold));
   library.impl("encoder_release", TORCH_BOX(&harlora::cpu::encoder_release));
+  library.impl("launches_hold", TORCH_BOX(&harlora::gpu::launches_hold));
+  library.impl("launches_release", TORCH_BOX(&harlora::gpu::launches_release));
+  library.impl("launches_run", TORCH_BOX(&harlora::gpu::launches_run));
   library.impl("select_kernels", TORCH_BOX(&harlora::cpu::select_kernels));
 }
 

@@ -101,12 +101,15 @@ def dequantize_4bit(
 ) -> Tensor:
     """As `reference.dequantize_4bit`."""
     device = packed.device
-    if device.type != "cpu":  # its kernel takes decoded scales
-        absmax, nested_absmax, nested_offset = reference.scales(absmax, nested_absmax, nested_offset), None, None
     out = torch.empty(shape, dtype=dtype, device=device)
-    torch.ops.harlora_cpp.dequantize_4bit(
-        packed, absmax, code_table(quant_type, device), blocksize, out, *_nested(nested_absmax, nested_offset)
-    )
+    code = code_table(quant_type, device)
+    if device.type == "cpu":
+        nested = _nested(nested_absmax, nested_offset)
+        torch.ops.harlora_cpp.dequantize_4bit(packed, absmax, code, blocksize, out, *nested)
+    else:  # its kernel takes decoded scales
+        absmax = reference.scales(absmax, nested_absmax, nested_offset)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        torch.ops.harlora_cpp.dequantize_4bit(packed, absmax, code, blocksize, out, stream=stream)
     return out
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from harlora.kernels import cpp, dispatch
+from harlora.kernels import cpp, dispatch, replay
 from harlora.kernels.format import QUANT_TYPES, code_table, nested_code_table
 from harlora.kernels.reference import Layer as Layer
 
@@ -35,6 +35,7 @@ def reset() -> None:
     """Forget which backend serves, after ``HARLORA_BACKEND`` was changed."""
     dispatch.select.cache_clear()
     dispatch.served_by_triton.cache_clear()
+    replay.reset()  # with the functions of gpu.py that were chosen for each
     _served.clear()
 
 

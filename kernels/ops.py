@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from harlora.kernels import dispatch, eager, reference
+from harlora.kernels import dispatch, eager, gpu, reference
 from harlora.kernels.format import (
     NESTED_BLOCKSIZE,
     WEIGHT_DTYPES,
@@ -650,7 +650,8 @@ def qlora_linear(
     """
     quantized = weight.arguments()
     check_weight("qlora_linear", x, weight)
-    direct = eager.qlora_linear(x, *quantized, weight.shape[0], bias, lora_A, lora_B, scaling)
+    short = eager if x.is_cpu else gpu
+    direct = short.qlora_linear(x, *quantized, weight.shape[0], bias, lora_A, lora_B, scaling)
     if direct is not None:
         return direct
     refuse_forward_mode("qlora_linear", x, bias, lora_A, lora_B)

@@ -479,7 +479,7 @@ std::tuple<Tensor, Tensor> quantize_4bit(Tensor weight, Tensor bounds, int64_t b
 }
 
 void dequantize_4bit(Tensor packed, Tensor absmax, Tensor code, int64_t blocksize, Tensor out, Optional nested_absmax,
-                     Optional nested_offset, Optional nested_code) {
+                     Optional nested_offset, Optional nested_code, int64_t) {
   const int64_t n = out.numel();
   const Dtype dtype = dtype_of("out", out.scalar_type());
   const Weight w = weight_of(packed, absmax, nested_absmax, nested_offset, nested_code, code, blocksize, 1, n);

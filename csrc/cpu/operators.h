@@ -19,7 +19,7 @@ using Optional = std::optional<Tensor>;
 std::tuple<Tensor, Tensor> quantize_4bit(Tensor weight, Tensor bounds, int64_t blocksize, bool fp4);
 
 void dequantize_4bit(Tensor packed, Tensor absmax, Tensor code, int64_t blocksize, Tensor out, Optional nested_absmax,
-                     Optional nested_offset, Optional nested_code);
+                     Optional nested_offset, Optional nested_code, int64_t stream);
 
 // y, and t written into `t` where it is given. `precision`, a value of Precision: what float32 x and weight are rounded
 // to before the base product, if the kernels have such products for the layer; for inference.

@@ -11,11 +11,6 @@
 
 #include <algorithm>
 
-// Only a torch with CUDA has this symbol. Weak, so that the same library loads, without CUDA kernels being called,
-// beside a torch without.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream)
-    __attribute__((weak));
-
 namespace harlora::cuda {
 namespace {
 
@@ -86,15 +81,13 @@ void check(const torch::stable::Tensor& packed, const torch::stable::Tensor& abs
 
 void dequantize_4bit(torch::stable::Tensor packed, torch::stable::Tensor absmax, torch::stable::Tensor code,
                      int64_t blocksize, torch::stable::Tensor out, std::optional<torch::stable::Tensor> nested_absmax,
-                     std::optional<torch::stable::Tensor>,
-                     std::optional<torch::stable::Tensor>) {
+                     std::optional<torch::stable::Tensor>, std::optional<torch::stable::Tensor>,
+                     int64_t stream_handle) {
   using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(!nested_absmax.has_value(), "dequantize_4bit: nested scales must be decoded before");
   check(packed, absmax, code, blocksize, out);
   torch::stable::accelerator::DeviceGuard guard(out.get_device());
-  void* stream_handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(out.get_device(), &stream_handle));
-  auto* stream = static_cast<cudaStream_t>(stream_handle);
+  auto* stream = reinterpret_cast<cudaStream_t>(stream_handle);
   switch (out.scalar_type()) {
     case ScalarType::Float:
       return launch<float>(packed, absmax, code, blocksize, out, stream);

@@ -14,9 +14,10 @@ namespace harlora::cuda {
 //   code       (16), float32, contiguous
 //   blocksize  a power of two, 32 to 4096, so a block never begins inside a byte
 //   out        n elements, contiguous; float32, bfloat16, float16 or float64
+//   stream     the cudaStream_t; from Python, since a library that also loads beside a torch without CUDA cannot ask
 void dequantize_4bit(torch::stable::Tensor packed, torch::stable::Tensor absmax, torch::stable::Tensor code,
                      int64_t blocksize, torch::stable::Tensor out, std::optional<torch::stable::Tensor> nested_absmax,
                      std::optional<torch::stable::Tensor> nested_offset,
-                     std::optional<torch::stable::Tensor> nested_code);
+                     std::optional<torch::stable::Tensor> nested_code, int64_t stream);
 
 }  // namespace harlora::cuda

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harlora.kernels import eager, grouped
+from harlora.kernels import eager, gpu
 from harlora.nn.linear import LoRALinear, QLoRALinear
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -197,7 +197,7 @@ def attend(x: Tensor, q: nn.Module, k: nn.Module, v: nn.Module, heads: int) -> T
     """
     # Asked first, so that no product is computed twice.
     on_cpu = not torch.compiler.is_compiling() and eager.attention_serves(x)
-    if not on_cpu and not grouped.serves(x):
+    if not on_cpu and not gpu.serves(x):
         return None
     layers = _layers(q, k, v)
     if layers is None:
@@ -205,7 +205,7 @@ def attend(x: Tensor, q: nn.Module, k: nn.Module, v: nn.Module, heads: int) -> T
     if on_cpu:
         projected = eager.qlora_qkv(x, *layers)
         return None if projected is None else eager.attention(*projected, heads)
-    projections = grouped.qlora_qkv(x, layers[0], layers[1], layers[2])
+    projections = gpu.qlora_qkv(x, layers[0], layers[1], layers[2])
     if projections is None:
         return None
     split = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in projections)
@@ -215,9 +215,9 @@ def attend(x: Tensor, q: nn.Module, k: nn.Module, v: nn.Module, heads: int) -> T
 def feed_forward(x: Tensor, fc1: nn.Module, fc2: nn.Module) -> Tensor | None:
     """``fc2(gelu(fc1(x)))``, or None where the modules have to run."""
     on_cpu = not torch.compiler.is_compiling() and eager.serves(x)
-    if not on_cpu and not grouped.serves(x):
+    if not on_cpu and not gpu.serves(x):
         return None
     layers = _layers(fc1, fc2)
     if layers is None:
         return None
-    return (eager if on_cpu else grouped).qlora_mlp(x, *layers)
+    return (eager if on_cpu else gpu).qlora_mlp(x, *layers)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harlora.kernels import QuantizedWeight, dequantize_4bit, eager, qlora_linear, quantize_4bit
+from harlora.kernels import QuantizedWeight, dequantize_4bit, eager, gpu, qlora_linear, quantize_4bit
 from harlora.kernels.format import check_format
 
 
@@ -243,7 +243,7 @@ class QLoRALinear(AdaptedLinear):
             # The adapter sees another input than the base, so its branch is computed apart.
             return qlora_linear(x, self.quantized_weight(), self.bias) + self._branch(x)
         try:
-            direct = eager.qlora_linear(x, *self.operands())
+            direct = (eager if x.is_cpu else gpu).qlora_linear(x, *self.operands())
         except KeyError:  # a parametrised layer keeps its parameters elsewhere
             direct = None
         if direct is not None:

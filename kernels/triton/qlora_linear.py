@@ -24,8 +24,10 @@ Numbers that change from call to call are not specialised (``do_not_specialize``
 from two, which would take a second and leave what was compiled last unchecked.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -489,6 +491,27 @@ def _lora_grads_kernel(
     )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["parts"])
+def _add_grads_kernel(
+    part_ptr, grad_A_ptr, grad_B_ptr, grad_bias_ptr, size_A, size_B, size_bias, parts, BLOCK: tl.constexpr
+):  # fmt: skip
+    """dA, dB and dbias of each layer from the parts of their sums, which lie one after the other, in order."""
+    layer = tl.program_id(1).to(tl.int64)
+    total = size_A + size_B + size_bias
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    row = part_ptr + layer * parts * total
+    for _ in range(parts):
+        acc += tl.load(row + c, c < total, other=0.0)
+        row += total
+    value = cast(acc, grad_A_ptr.dtype.element_ty)
+    tl.store(grad_A_ptr + layer * size_A + c, value, c < size_A)
+    c -= size_A
+    tl.store(grad_B_ptr + layer * size_B + c, value, (c >= 0) & (c < size_B))
+    c -= size_B
+    tl.store(grad_bias_ptr + layer * size_bias + c, value, (c >= 0) & (c < size_bias))
+
+
 # Launchers ----------------------------------------------------------------------------------------------------------
 
 
@@ -860,17 +883,50 @@ def _lora_grads(
             scaling * (grad.T @ t) if want_B and t is not None else grad.new_empty(0),
         )
     block_m, block_c, tiles_A, tiles, parts, steps = parts_of_rows(call, want_A, want_B or want_bias)
-    dtype = torch.float32 if parts > 1 else grad.dtype
-    grad_A = torch.empty((parts, rank, in_features) if want_A else (parts, 0), dtype=dtype, device=grad.device)
-    grad_B = torch.empty((parts, out_features, rank) if want_B else (parts, 0), dtype=dtype, device=grad.device)
-    grad_bias = torch.empty((parts, out_features) if want_bias else (parts, 0), dtype=dtype, device=grad.device)
+    grads = Gradients(call, mask[1:], parts, 1)
+    grad_A, grad_B, grad_bias = grads.parts
     _lora_grads_kernel[(tiles, parts)](
         x, u, grad, t, grad_A, grad_B, grad_bias, rows, in_features, out_features, rank, scaling,
         0 if x is None else x.stride(0), grad.stride(0), steps, tiles_A,
-        grad_A.stride(0), grad_B.stride(0), grad_bias.stride(0), WANT_B=want_B, WANT_BIAS=want_bias,
+        grad_A.stride(1), grad_B.stride(1), grad_bias.stride(1), WANT_B=want_B, WANT_BIAS=want_bias,
         RANK=max(16, power_of_two(rank)), PRECISION=precision(call.dtype), BLOCK_M=block_m, BLOCK_C=block_c,
         num_warps=4 if rank <= 64 else 8, num_stages=3,
     )  # fmt: skip
-    if parts == 1:
-        return grad_bias.view(grad_bias.shape[1:]), grad_A.view(grad_A.shape[1:]), grad_B.view(grad_B.shape[1:])
-    return grad_bias.sum(0).to(grad.dtype), grad_A.sum(0).to(grad.dtype), grad_B.sum(0).to(grad.dtype)
+    grad_bias, grad_A, grad_B = grads.total()
+    return grad_bias.view(grad_bias.shape[1:]), grad_A.view(grad_A.shape[1:]), grad_B.view(grad_B.shape[1:])
+
+
+class Gradients:
+    """Memory for dbias, dA and dB of some layers, and for the parts of their sums where there is more than one.
+
+    mask: which of the three are wanted.
+    parts: of dA, dB and dbias, ``(layers, parts, …)``, for the kernels to write to.
+    """
+
+    def __init__(self, call: Call, mask: Sequence[bool], parts: int, layers: int) -> None:
+        rank, wanted = call.rank, (mask[1], mask[2], mask[0])
+        shapes = ((rank, call.in_features), (call.out_features, rank), (call.out_features,))
+        self._sizes = [math.prod(shape) if want else 0 for shape, want in zip(shapes, wanted, strict=True)]
+        new = partial(torch.empty, dtype=call.dtype, device=call.device)
+        self._grads = [
+            new((layers, *shape) if want else (layers, 0)) for shape, want in zip(shapes, wanted, strict=True)
+        ]
+        self._together: Tensor | None = None
+        if parts == 1:
+            self.parts = [grad.unsqueeze(1) for grad in self._grads]
+            return
+        self._together = torch.empty((layers, parts, sum(self._sizes)), dtype=torch.float32, device=call.device)
+        starts = (0, self._sizes[0], self._sizes[0] + self._sizes[1])
+        self.parts = [
+            self._together[:, :, start : start + size] for start, size in zip(starts, self._sizes, strict=True)
+        ]
+
+    def total(self) -> list[Tensor]:
+        """Dbias, dA and dB, ``(layers, …)``, empty where not wanted."""
+        if self._together is not None:
+            layers, parts, total = self._together.shape
+            _add_grads_kernel[(cdiv(total, 256), layers)](
+                self._together, *self._grads, *self._sizes, parts, BLOCK=256, num_warps=4
+            )
+        grad_A, grad_B, grad_bias = self._grads
+        return [grad_bias, grad_A, grad_B]

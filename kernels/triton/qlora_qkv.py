@@ -20,6 +20,7 @@ from harlora.kernels.triton.nf4 import cast, cdiv, power_of_two
 from harlora.kernels.triton.qlora_linear import (
     FUSED_RANK,
     Call,
+    Gradients,
     backward_sums,
     dot,
     flattened,
@@ -252,14 +253,9 @@ def qlora_qkv_backward(
                 **constants,
             )  # fmt: skip
         block_m, block_c, tiles_A, tiles, parts, steps = parts_of_rows(call, want_A, want_B or want_bias, layers=3)
-        dtype = torch.float32 if parts > 1 else x.dtype
-        grad_A = torch.empty((3, parts, rank, in_features) if want_A else (3, parts, 0), dtype=dtype, device=x.device)
-        grad_B = torch.empty((3, parts, out_features, rank) if want_B else (3, parts, 0), dtype=dtype, device=x.device)
-        grad_bias = torch.empty((3, parts, out_features) if want_bias else (3, parts, 0), dtype=dtype, device=x.device)
-        if not call.rows:
-            for each in (grad_A, grad_B, grad_bias):
-                each.zero_()
-        elif tiles:
+        grads_of = Gradients(call, wanted[1:], parts, 3)
+        grad_A, grad_B, grad_bias = grads_of.parts
+        if tiles and call.rows:
             _qlora_qkv_grads_kernel[(tiles, parts, 3)](
                 flat, u, *wide, t, grad_A, grad_B, grad_bias, call.rows, in_features, out_features, rank,
                 *scalings, flat.stride(0), *strides, steps, tiles_A, grad_A.stride(1), grad_B.stride(1),
@@ -267,5 +263,8 @@ def qlora_qkv_backward(
                 RANK=max(16, power_of_two(rank)), PRECISION=precision(x.dtype),
                 BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4, num_stages=3,
             )  # fmt: skip
-    totals = [each[:, 0] if parts == 1 else each.sum(1).to(x.dtype) for each in (grad_bias, grad_A, grad_B)]
+        totals = grads_of.total()
+        if not call.rows:
+            for each in totals:
+                each.zero_()
     return grad_x if want_x else grad_x.new_empty(0), totals[0], totals[1], totals[2]

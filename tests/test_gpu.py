@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import harlora
 from harlora import QLoRALinear
-from harlora.kernels import configurations, dispatch, eager, grouped
+from harlora.kernels import configurations, dispatch, eager, gpu
 from harlora.kernels.configurations import Configuration
 from harlora.models import MAE, MAEConfig, whole
 from harlora.models.mae import Attention
@@ -62,7 +62,7 @@ def test_three_layers_equal_each(monkeypatch, shape, features, options, dtype):
     monkeypatch.setattr(dispatch, "configuration", lambda *_: SMALL)
     layers = [make(*features, dtype, **options) for _ in range(3)]
     x = torch.randn(*shape, features[0], device=DEVICE).to(dtype).requires_grad_()
-    found = grouped.qlora_qkv(x, *whole._layers(*layers))
+    found = gpu.qlora_qkv(x, *whole._layers(*layers))
     leaves = [x, *(p for layer in layers for p in layer.parameters())]
     seeds = [torch.randn_like(y) / features[1] ** 0.5 for y in found]
     grads = torch.autograd.grad(found, leaves, seeds)
@@ -94,7 +94,7 @@ def test_three_layers_equal_each(monkeypatch, shape, features, options, dtype):
 def test_the_feed_forward_layers_equal_each(shape, features, options, dtype):
     layers = [make(i, o, dtype, **options) for i, o in pairwise(features)]
     x = torch.randn(*shape, features[0], device=DEVICE).to(dtype).requires_grad_()
-    found = grouped.qlora_mlp(x, *whole._layers(*layers))
+    found = gpu.qlora_mlp(x, *whole._layers(*layers))
     leaves = [x, *(p for layer in layers for p in layer.parameters())]
     seed = torch.randn_like(found) / features[-1] ** 0.5
     grads = torch.autograd.grad(found, leaves, seed)
@@ -111,13 +111,13 @@ def test_the_feed_forward_layers_equal_each(shape, features, options, dtype):
         # Rounded several times on the way, to which the bound of one layer does not apply.
         assert (one.double() - other).abs().max() <= 2 * ERROR[dtype] * other.abs().max() + 1e-6
     with torch.no_grad():
-        assert torch.equal(grouped.qlora_mlp(x, *whole._layers(*layers)), found)
+        assert torch.equal(gpu.qlora_mlp(x, *whole._layers(*layers)), found)
 
 
 def test_feed_forward_layers_that_do_not_fit_run_one_by_one():
     def take(*features, rows=3, **options):
         layers = [make(i, o, **options) for i, o in pairwise(features)]
-        return grouped.qlora_mlp(torch.randn(rows, features[0], device=DEVICE), *whole._layers(*layers))
+        return gpu.qlora_mlp(torch.randn(rows, features[0], device=DEVICE), *whole._layers(*layers))
 
     assert take(64, 64, 32) is not None
     assert take(65, 64, 32) is None  # blocks across rows
@@ -135,7 +135,7 @@ def test_only_the_gradients_of_the_feed_forward_layers_that_are_needed(frozen):
     for layer, name in zip(layers, ("first", "second"), strict=True):
         layer.requires_grad_(name not in frozen)
     leaves = [leaf for leaf in (x, *(p for layer in layers for p in layer.parameters())) if leaf.requires_grad]
-    together = torch.autograd.grad(grouped.qlora_mlp(x, *whole._layers(*layers)).square().sum(), leaves)
+    together = torch.autograd.grad(gpu.qlora_mlp(x, *whole._layers(*layers)).square().sum(), leaves)
     apart = torch.autograd.grad(layers[1](F.gelu(layers[0](x))).square().sum(), leaves)
     for one, other in zip(together, apart, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
@@ -149,7 +149,7 @@ def test_only_the_gradients_that_are_needed(wanted):
         layer.requires_grad_(False)
     leaf = x if wanted == "x" else getattr(layers[1], wanted)
     leaf.requires_grad_()
-    together = sum(y.square().sum() for y in grouped.qlora_qkv(x, *whole._layers(*layers)))
+    together = sum(y.square().sum() for y in gpu.qlora_qkv(x, *whole._layers(*layers)))
     apart = sum(layer(x).square().sum() for layer in layers)
     (one,), (other,) = (torch.autograd.grad(loss, [leaf]) for loss in (together, apart))
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
@@ -158,7 +158,7 @@ def test_only_the_gradients_that_are_needed(wanted):
 def test_an_output_that_is_not_used_gives_no_gradient():
     layers = [make(64, 32) for _ in range(3)]
     x = torch.randn(5, 64, device=DEVICE)
-    grouped.qlora_qkv(x, *whole._layers(*layers))[1].sum().backward()
+    gpu.qlora_qkv(x, *whole._layers(*layers))[1].sum().backward()
     assert layers[0].lora_A.grad.abs().sum() == 0
     assert layers[1].lora_A.grad.abs().sum() > 0
 
@@ -168,30 +168,31 @@ def test_an_output_that_is_not_used_gives_no_gradient():
 )
 def test_layers_that_differ_run_one_by_one(other):
     layers = [make(64, 32), make(64, 32, **other), make(64, 32)]
-    assert grouped.qlora_qkv(torch.randn(3, 64, device=DEVICE), *whole._layers(*layers)) is None
+    assert gpu.qlora_qkv(torch.randn(3, 64, device=DEVICE), *whole._layers(*layers)) is None
 
 
 def test_what_is_out_of_the_ordinary_runs_one_by_one(monkeypatch):
     layers = whole._layers(*(make(64, 32) for _ in range(3)))
     x = torch.randn(3, 64, device=DEVICE)
-    assert grouped.qlora_qkv(x, *layers) is not None
+    assert gpu.qlora_qkv(x, *layers) is not None
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-        assert grouped.qlora_qkv(x, *layers) is None
-    assert grouped.qlora_qkv(x.double(), *layers) is None
+        assert gpu.qlora_qkv(x, *layers) is None
+    assert gpu.qlora_qkv(x.double(), *layers) is None
     wide = whole._layers(*(make(64, 32, rank=33) for _ in range(3)))
-    assert grouped.qlora_qkv(x, *wide) is None
+    assert gpu.qlora_qkv(x, *wide) is None
     monkeypatch.setattr(dispatch, "configuration", lambda *_: Configuration("dense"))
-    assert grouped.qlora_qkv(x, *layers) is None
+    eager.reset()
+    assert gpu.qlora_qkv(x, *layers) is None
     monkeypatch.undo()
     monkeypatch.setenv("HARLORA_BACKEND", "reference")
     eager.reset()
-    assert grouped.qlora_qkv(x, *layers) is None
+    assert gpu.qlora_qkv(x, *layers) is None
 
 
 def test_a_second_derivative_is_refused():
     layers = [make(64, 32) for _ in range(3)]
     x = torch.randn(3, 64, device=DEVICE, requires_grad=True)
-    y = grouped.qlora_qkv(x, *whole._layers(*layers))[0]
+    y = gpu.qlora_qkv(x, *whole._layers(*layers))[0]
     with pytest.raises(NotImplementedError, match="second derivative"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
 
@@ -211,8 +212,8 @@ def test_a_wrong_group_is_left_out_with_one_warning(monkeypatch, operator):
     layers = whole._layers(*(make(64, 32) for _ in range(3)))
     x = torch.randn(3, 64, device=DEVICE)
     with pytest.warns(RuntimeWarning, match=f"of {operator} disagrees with the reference"):
-        assert grouped.qlora_qkv(x, *layers) is None
-    assert grouped.qlora_qkv(x, *layers) is None  # a second warning would be an error
+        assert gpu.qlora_qkv(x, *layers) is None
+    assert gpu.qlora_qkv(x, *layers) is None  # a second warning would be an error
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -221,8 +222,8 @@ def test_the_models_attention_takes_them_together(monkeypatch, grad):
     harlora.apply_qlora(attention, ["q", "k", "v", "o"], rank=4, alpha=8)
     x = torch.randn(2, 5, 64, device=DEVICE)
     calls = []
-    take = grouped.qlora_qkv
-    monkeypatch.setattr(grouped, "qlora_qkv", lambda *a: calls.append(take(*a)) or calls[-1])
+    take = gpu.qlora_qkv
+    monkeypatch.setattr(gpu, "qlora_qkv", lambda *a: calls.append(take(*a)) or calls[-1])
     with torch.set_grad_enabled(grad):
         together = attention(x)
     assert len(calls) == 1

@@ -1,0 +1,234 @@
+#include "launches.h"
+
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/headeronly/util/shim_utils.h>
+
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <utility>
+
+namespace harlora::gpu {
+namespace {
+
+using torch::stable::Tensor;
+
+struct Layout {
+  int32_t dtype;
+  std::vector<int64_t> sizes, strides;
+};
+
+enum class Kind : int64_t { input = 0, buffer = 1, bits32 = 2, bits64 = 3 };
+
+struct Parameter {
+  Kind kind;
+  int64_t value, offset;
+};
+
+struct Launch {
+  void* function;
+  unsigned grid[3];
+  unsigned threads, shared_bytes;
+  std::vector<Parameter> parameters;
+};
+
+// The part of the driver's interface that is used, whose ABI is fixed.
+struct Driver {
+  int (*launch)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**);
+  int (*current_device)(int*);
+
+  // The handle is not closed: functions of the library may be in use until the process ends.
+  static Driver load(const std::string& name) {
+    void* library = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);
+    STD_TORCH_CHECK(library, "launches_hold: ", name, " does not load: ", dlerror());
+    const auto symbol = [&](const char* function) {
+      void* found = dlsym(library, function);
+      STD_TORCH_CHECK(found, "launches_hold: ", name, " has no ", function);
+      return found;
+    };
+    return {reinterpret_cast<decltype(launch)>(symbol("cuLaunchKernel")),
+            reinterpret_cast<decltype(current_device)>(symbol("cuCtxGetDevice"))};
+  }
+};
+
+struct Recording {
+  Driver driver;
+  int32_t device_type, device_index;
+  std::vector<Layout> inputs, buffers;
+  std::vector<int64_t> outputs;
+  std::vector<Launch> launches;
+};
+
+class Reader {
+ public:
+  explicit Reader(const std::vector<int64_t>& facts) : facts_(facts) {}
+  int64_t next() {
+    STD_TORCH_CHECK(place_ < facts_.size(), "launches_hold: facts end too early");
+    return facts_[place_++];
+  }
+  int64_t below(int64_t limit) {
+    const int64_t value = next();
+    STD_TORCH_CHECK(value >= 0 && value < limit, "launches_hold: facts name ", value, " of ", limit);
+    return value;
+  }
+  bool ended() const { return place_ == facts_.size(); }
+
+ private:
+  const std::vector<int64_t>& facts_;
+  size_t place_ = 0;
+};
+
+constexpr int64_t most = 1 << 16;  // of anything that is counted
+
+Layout layout_of(Reader& facts, bool strided) {
+  Layout layout{};
+  layout.dtype = static_cast<int32_t>(facts.next());
+  layout.sizes.resize(facts.below(64));
+  for (int64_t& size : layout.sizes) size = facts.next();
+  layout.strides.resize(layout.sizes.size());
+  int64_t stride = 1;
+  for (size_t i = layout.sizes.size(); i-- > 0;) {
+    layout.strides[i] = stride;
+    stride *= layout.sizes[i] > 1 ? layout.sizes[i] : 1;
+  }
+  if (strided) {
+    for (int64_t& given : layout.strides) given = facts.next();
+  }
+  return layout;
+}
+
+Recording recording_of(const std::vector<int64_t>& numbers, const std::string& driver) {
+  Reader facts(numbers);
+  Recording recording{};
+  recording.driver = Driver::load(driver);
+  recording.device_type = static_cast<int32_t>(facts.next());
+  recording.device_index = static_cast<int32_t>(facts.next());
+  for (int64_t i = facts.below(most); i > 0; --i) recording.inputs.push_back(layout_of(facts, true));
+  for (int64_t i = facts.below(most); i > 0; --i) recording.buffers.push_back(layout_of(facts, false));
+  const auto inputs = static_cast<int64_t>(recording.inputs.size());
+  const auto buffers = static_cast<int64_t>(recording.buffers.size());
+  for (int64_t i = facts.below(most); i > 0; --i) recording.outputs.push_back(facts.below(buffers));
+  for (int64_t i = facts.below(most); i > 0; --i) {
+    Launch launch{};
+    launch.function = reinterpret_cast<void*>(facts.next());
+    for (unsigned& size : launch.grid) size = static_cast<unsigned>(facts.next());
+    launch.threads = static_cast<unsigned>(facts.next());
+    launch.shared_bytes = static_cast<unsigned>(facts.next());
+    for (int64_t j = facts.below(most); j > 0; --j) {
+      const auto kind = static_cast<Kind>(facts.below(4));
+      const int64_t value = kind == Kind::input    ? facts.below(inputs)
+                            : kind == Kind::buffer ? facts.below(buffers)
+                                                   : facts.next();
+      launch.parameters.push_back({kind, value, facts.next()});
+    }
+    recording.launches.push_back(std::move(launch));
+  }
+  STD_TORCH_CHECK(facts.ended(), "launches_hold: facts are left over");
+  return recording;
+}
+
+std::mutex recordings_lock;
+std::unordered_map<int64_t, std::shared_ptr<const Recording>> recordings;
+int64_t last_recording = 0;
+
+// Whether a tensor is as it was recorded: the kernels were compiled for such pointers, sizes and strides.
+bool fits(const Tensor& tensor, const Layout& layout, const Recording& recording, char** memory) {
+  AtenTensorHandle handle = tensor.get();
+  int32_t dtype = 0, device_type = 0, device_index = 0;
+  int64_t dim = 0;
+  int64_t *sizes = nullptr, *strides = nullptr;
+  void* data = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data));
+  *memory = static_cast<char*>(data);
+  if (dtype != layout.dtype || device_type != recording.device_type || device_index != recording.device_index ||
+      dim != static_cast<int64_t>(layout.sizes.size()) || reinterpret_cast<uintptr_t>(data) % 16 != 0) {
+    return false;
+  }
+  for (int64_t i = 0; i < dim; ++i) {
+    if (sizes[i] != layout.sizes[i] || (sizes[i] > 1 && strides[i] != layout.strides[i])) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+int64_t launches_hold(std::vector<int64_t> facts, std::string driver) {
+  auto recording = std::make_shared<const Recording>(recording_of(facts, driver));
+  const std::lock_guard<std::mutex> lock(recordings_lock);
+  recordings.emplace(++last_recording, std::move(recording));
+  return last_recording;
+}
+
+void launches_release(int64_t held) {
+  const std::lock_guard<std::mutex> lock(recordings_lock);
+  recordings.erase(held);
+}
+
+std::vector<Tensor> launches_run(std::vector<Tensor> inputs, int64_t held, int64_t stream) {
+  std::shared_ptr<const Recording> recording;
+  {
+    const std::lock_guard<std::mutex> lock(recordings_lock);
+    const auto found = recordings.find(held);
+    STD_TORCH_CHECK(found != recordings.end(), "launches_run: nothing is held under ", held);
+    recording = found->second;
+  }
+  if (inputs.size() != recording->inputs.size()) return {};
+  std::vector<char*> input_memory(inputs.size());
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    if (!fits(inputs[i], recording->inputs[i], *recording, &input_memory[i])) return {};
+  }
+  int device = -1;
+  if (recording->driver.current_device(&device) != 0 || device != recording->device_index) return {};
+
+  std::vector<Tensor> buffers;
+  std::vector<char*> buffer_memory;
+  buffers.reserve(recording->buffers.size());
+  buffer_memory.reserve(recording->buffers.size());
+  for (const Layout& layout : recording->buffers) {
+    AtenTensorHandle handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(layout.sizes.size()), layout.sizes.data(),
+                                                    layout.strides.data(), layout.dtype, recording->device_type,
+                                                    recording->device_index, &handle));
+    buffers.emplace_back(handle);
+    void* data = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data));
+    buffer_memory.push_back(static_cast<char*>(data));
+  }
+  std::vector<int64_t> values;
+  std::vector<void*> pointers;
+  for (const Launch& launch : recording->launches) {
+    values.clear();
+    pointers.clear();
+    for (const Parameter& parameter : launch.parameters) {
+      switch (parameter.kind) {
+        case Kind::input:
+          values.push_back(reinterpret_cast<int64_t>(input_memory[parameter.value] + parameter.offset));
+          break;
+        case Kind::buffer:
+          values.push_back(reinterpret_cast<int64_t>(buffer_memory[parameter.value] + parameter.offset));
+          break;
+        default:
+          values.push_back(parameter.value);  // of 32 bits, the driver reads the first four bytes: little-endian
+      }
+    }
+    for (int64_t& value : values) pointers.push_back(&value);
+    const int status =
+        recording->driver.launch(launch.function, launch.grid[0], launch.grid[1], launch.grid[2], launch.threads, 1, 1,
+                                 launch.shared_bytes, reinterpret_cast<void*>(stream), pointers.data(), nullptr);
+    STD_TORCH_CHECK(status == 0, "a GPU kernel could not be launched: CUDA driver error ", status);
+  }
+  std::vector<Tensor> outputs;
+  outputs.reserve(recording->outputs.size());
+  for (const int64_t which : recording->outputs) outputs.push_back(buffers[which]);
+  return outputs;
+}
+
+}  // namespace harlora::gpu

@@ -1,0 +1,34 @@
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+// Launches of GPU kernels that were recorded once and are repeated on other tensors: kernels/replay.py. What Python
+// takes for one launch is longer than most of the kernels run; here it is checks of sizes, allocation and the launch.
+//
+// Nothing of CUDA is needed to build this: the driver is loaded when it is first asked for.
+
+namespace harlora::gpu {
+
+// Keeps a recording until launches_release; returns its number. `facts`, in this order, lists with their lengths first:
+//
+//   device type, device index
+//   inputs:    dtype, dim, sizes, strides
+//   buffers:   dtype, dim, sizes; contiguous, allocated for each call
+//   outputs:   the buffer of each
+//   launches:  function, grid x, y, z, threads, bytes of shared memory, and the parameters:
+//              0, input, byte offset | 1, buffer, byte offset | 2, 32 bits, 0 | 3, 64 bits, 0
+//
+// `driver`: the library with cuLaunchKernel and cuCtxGetDevice.
+int64_t launches_hold(std::vector<int64_t> facts, std::string driver);
+void launches_release(int64_t held);
+
+// The outputs; none, and nothing was launched, where `inputs` are not what was recorded, are not aligned to 16 bytes,
+// or their device is not the current one.
+std::vector<torch::stable::Tensor> launches_run(std::vector<torch::stable::Tensor> inputs, int64_t held,
+                                                int64_t stream);
+
+}  // namespace harlora::gpu

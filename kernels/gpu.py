@@ -1,0 +1,314 @@
+"""The short way to Triton's kernels, for eager mode on GPUs; eager.py is its like on CPUs.
+
+Past the public operators, whose way through torch's dispatcher in Python takes longer than most of the kernels run, and
+several layers in one launch. The launches themselves are repeated by the extension (replay.py). What is compiled,
+traced, under autocast or out of the ordinary in another way is left to the public operators, layer by layer.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from harlora.kernels import dispatch, eager, replay
+from harlora.kernels.reference import Layer
+
+_Quantized = tuple[Tensor, Tensor, Tensor | None, Tensor | None, str, int]
+
+
+def serves(x: Tensor) -> bool:
+    """Whether Triton's kernels may be called for ``x`` past the public operators."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and x.dim() > 0
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and forward_ad._current_level < 0
+        and not torch.is_autocast_enabled(x.device.type)
+        and dispatch.served_by_triton(x.device, x.dtype)
+    )
+
+
+def _trains(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _present(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _of_dtype(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
+    return all(tensor is None or tensor.dtype is dtype for tensor in tensors)
+
+
+def _rank(A: Tensor | None) -> int:
+    return 0 if A is None else A.shape[0]
+
+
+# One layer ----------------------------------------------------------------------------------------------------------
+
+
+def qlora_linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    out_features: int,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+) -> Tensor | None:
+    """The output of the operator of that name, or None where only the public operator serves."""
+    if not serves(x) or not x.numel() or not _of_dtype(x.dtype, bias, lora_A, lora_B):
+        return None
+    layer = (
+        packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, out_features, bias, lora_A, lora_B,
+        scaling,
+    )  # fmt: skip
+    key = (
+        "qlora_linear", x.dtype, x.shape, quant_type, blocksize, out_features, scaling, nested_absmax is None,
+        bias is None, _rank(lora_A),
+    )  # fmt: skip
+    if not _trains(x, bias, lora_A, lora_B):
+        return _forward(key, x, layer)[0]
+    y: Tensor = _Linear.apply(key, x, bias, lora_A, lora_B, layer[:7], scaling)
+    return y
+
+
+def _forward(key: Hashable, x: Tensor, layer: Layer) -> Sequence[Tensor]:
+    """Y and t; every argument but x's sizes and the tensors is in ``key``."""
+    function = partial(_checked_forward, x, layer)
+    if not x.is_contiguous():
+        return function()
+    return replay.run(key, _present(x, *layer[:4], *layer[7:10]), function)
+
+
+def _checked_forward(x: Tensor, layer: Layer) -> Sequence[Tensor]:
+    _check(x, layer)
+    result: Sequence[Tensor] = dispatch.select("qlora_linear", x.device, x.dtype)(x, *layer)
+    return result
+
+
+def _check(x: Tensor, *layers: Layer) -> None:
+    """Raise as the public operator does, unless the arguments fit each other."""
+    from harlora.kernels import ops
+
+    for layer in layers:
+        ops.check_qlora("qlora_linear", x, x.shape[-1], layer[:6], *layer[6:10])
+
+
+def _backward(
+    grad: Tensor, x: Tensor | None, t: Tensor | None, quantized: _Quantized, in_features: int, A: Tensor | None,
+    B: Tensor | None, scaling: float, mask: Sequence[bool],
+) -> Sequence[Tensor]:  # fmt: skip
+    """The gradients of x, bias, lora_A and lora_B, each empty unless ``mask`` asks for it."""
+    grad = grad.contiguous()
+    function = partial(
+        dispatch.select("qlora_linear_backward", grad.device, grad.dtype), grad, x, t, *quantized, in_features, A, B,
+        scaling, mask,
+    )  # fmt: skip
+    if x is not None and not x.is_contiguous():
+        return function()
+    key = (
+        "qlora_linear_backward", grad.dtype, grad.shape, in_features, *quantized[4:], scaling, tuple(mask),
+        x is None, t is None, quantized[2] is None, _rank(A),
+    )  # fmt: skip
+    return replay.run(key, _present(grad, x, t, *quantized[:4], A, B), function)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, key: Hashable, x: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor | None, quantized: Any,
+        scaling: float,
+    ) -> Tensor:  # fmt: skip
+        y, t = _forward(key, x, (*quantized, bias, A, B, scaling))
+        _, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
+        # x is kept for dA alone and t for dB alone; the dequantised weight is not kept at all.
+        ctx.save_for_backward(x if needs_A else None, t if needs_B else None, A, B, *quantized[:4])
+        ctx.facts = (quantized[4:6], x.shape[-1], scaling)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        eager.refuse_second_derivative()
+        x, t, A, B, *packed = ctx.saved_tensors
+        facts, in_features, scaling = ctx.facts
+        needs = ctx.needs_input_grad[1:5]
+        grads = _backward(grad, x, t, (*packed, *facts), in_features, A, B, scaling, needs)
+        wanted = (each if needed else None for each, needed in zip(grads, needs, strict=True))
+        return None, *wanted, None, None
+
+
+# Several layers -----------------------------------------------------------------------------------------------------
+
+
+def _key(operator: str, x: Tensor, *layers: Layer) -> Hashable:
+    facts = ((*layer[4:7], layer[10], layer[2] is None, layer[7] is None, _rank(layer[8])) for layer in layers)
+    return (operator, x.dtype, x.shape, *facts)
+
+
+def _in_dtype_of(x: Tensor, *layers: Layer) -> Any:
+    dtype = x.dtype
+    if all(_of_dtype(dtype, *layer[7:10]) for layer in layers):
+        return layers
+    return tuple(
+        (*layer[:7], *(None if tensor is None else tensor.to(dtype) for tensor in layer[7:10]), layer[10])
+        for layer in layers
+    )
+
+
+def _tensors(*layers: Layer) -> list[Tensor]:
+    return [tensor for layer in layers for tensor in (*layer[:4], *layer[7:10]) if tensor is not None]
+
+
+class _QKV(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, key: Hashable, x: Tensor, quantized: Any, functions: tuple[Any, Any], *values: Any
+    ) -> tuple[Tensor, ...]:
+        layers = [(*packed, *values[4 * i : 4 * i + 4]) for i, packed in enumerate(quantized)]
+        y, t = _run(key, x, layers, partial(functions[0], x, layers))
+        adapters = [tensor for layer in layers for tensor in layer[8:10]]
+        packed = [tensor for layer in layers for tensor in layer[:4]]
+        ctx.save_for_backward(x, t, *adapters, *packed)
+        ctx.facts = [(layer[4:7], layer[10]) for layer in layers]
+        ctx.key, ctx.function = key, functions[1]
+        q, k, v = y.unbind(0)
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        eager.refuse_second_derivative()
+        x, t, *tensors = ctx.saved_tensors
+        adapters, packed = tensors[:6], tensors[6:]
+        layers = [
+            (*packed[4 * i : 4 * i + 4], *facts, None, *adapters[2 * i : 2 * i + 2], scaling)
+            for i, (facts, scaling) in enumerate(ctx.facts)
+        ]
+        needs = ctx.needs_input_grad
+        wanted = (needs[1], *(any(needs[4 + place :: 4]) for place in range(3)))
+        grads = tuple(grad.contiguous() for grad in grads)
+        function = partial(ctx.function, grads, x, t, layers, wanted)
+        inputs = [*grads, x, t, *_tensors(*layers)]
+        grad_x, *stacked = (
+            replay.run(("backward", ctx.key, wanted), inputs, function) if x.is_contiguous() else function()
+        )
+        results: list[Tensor | None] = [None, grad_x if needs[1] else None, None, None]
+        for i in range(3):
+            results += [each[i] if needs[4 + 4 * i + place] else None for place, each in enumerate(stacked)]
+            results.append(None)  # scaling
+        return tuple(results)
+
+
+_groups: dict[Hashable, tuple[Callable[..., Any], ...]] = {}
+
+
+def _together(
+    key: Hashable, x: Tensor, layers: Sequence[Layer], fit: Callable[[], bool], *operators: str
+) -> tuple[Callable[..., Any], ...] | None:
+    """Triton's functions of ``operators`` over layers, or None where they have to run one by one."""
+    if not replay.known(key):
+        if not fit():
+            return None
+        functions = tuple(dispatch.group(operator, x, tuple(layers)) for operator in operators)
+        if None in functions:
+            return None
+        _groups[key] = functions  # type: ignore[assignment]
+    return _groups[key]
+
+
+def _run(key: Hashable, x: Tensor, layers: Sequence[Layer], function: Callable[[], Any]) -> Any:
+    def checked() -> Any:
+        _check(x, *(layers if len(layers) == 3 else layers[:1]))
+        return function()
+
+    return replay.run(key, [x, *_tensors(*layers)], checked) if x.is_contiguous() else checked()
+
+
+def qlora_qkv(x: Tensor, q: Layer, k: Layer, v: Layer) -> tuple[Tensor, ...] | None:
+    """Three layers over one ``x``, or None where they have to run one by one.
+
+    The sums of `qlora_linear` for each; backward adds the three gradients of x in one launch.
+    """
+    if not serves(x):
+        return None
+    from harlora.kernels.triton.qlora_qkv import alike
+
+    layers = _in_dtype_of(x, q, k, v)
+    key = _key("qlora_qkv", x, *layers)
+    functions = _together(key, x, layers, partial(alike, x, layers), "qlora_qkv", "qlora_qkv_backward")
+    if functions is None:
+        return None
+    values = [value for layer in layers for value in layer[7:]]
+    if not _trains(x, *(value for layer in layers for value in layer[7:10])):
+        y, _ = _run(key, x, layers, partial(functions[0], x, layers))
+        together: tuple[Tensor, ...] = y.unbind(0)
+        return together
+    result: tuple[Tensor, ...] = _QKV.apply(key, x, [layer[:7] for layer in layers], functions, *values)
+    return result
+
+
+class _MLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, key: Hashable, x: Tensor, quantized: Any, function: Any, *values: Any) -> Tensor:
+        fc1, fc2 = ((*packed, *values[4 * i : 4 * i + 4]) for i, packed in enumerate(quantized))
+        y: Tensor
+        y, h, t1, t2 = _run(key, x, (fc1, fc2), partial(function, x, fc1, fc2, True))
+        ctx.save_for_backward(x, h, t1, t2, *fc1[8:10], *fc2[8:10], *fc1[:4], *fc2[:4])
+        ctx.facts = [(layer[4:6], layer[10]) for layer in (fc1, fc2)]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        eager.refuse_second_derivative()
+        x, h, t1, t2, A1, B1, A2, B2, *packed = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        (facts1, scaling1), (facts2, scaling2) = ctx.facts
+        first = [needs[1], *needs[4:7]]
+        second = [any(first), *needs[8:11]]
+        inner, *grads2 = _backward(
+            grad, F.gelu(h) if second[2] else None, t2 if B2 is not None else None, (*packed[4:], *facts2),
+            h.shape[-1], A2, B2, scaling2, second,
+        )  # fmt: skip
+        grad_x: Tensor | None = None
+        grads1: list[Tensor | None] = [None] * 3
+        if any(first):
+            grad_x, *grads1 = _backward(
+                torch.ops.aten.gelu_backward(inner, h), x if first[2] else None, t1 if B1 is not None else None,
+                (*packed[:4], *facts1), x.shape[-1], A1, B1, scaling1, first,
+            )  # fmt: skip
+        results = [None, grad_x, None, None, *grads1, None, *grads2, None]
+        return tuple(result if needed else None for result, needed in zip(results, needs, strict=True))
+
+
+def qlora_mlp(x: Tensor, fc1: Layer, fc2: Layer) -> Tensor | None:
+    """``fc2(gelu(fc1(x)))``, or None where the layers have to run one by one.
+
+    Backward keeps x, fc1(x) and x·lora_Aᵀ of both layers, and computes gelu(fc1(x)) anew.
+    """
+    if not serves(x):
+        return None
+    from harlora.kernels.triton.qlora_mlp import fits
+
+    layers = _in_dtype_of(x, fc1, fc2)
+    train = _trains(x, *(tensor for layer in layers for tensor in layer[7:10]))
+    key = (_key("qlora_mlp", x, *layers), train)
+    functions = _together(key, x, layers, partial(fits, x, *layers), "qlora_mlp")
+    if functions is None:
+        return None
+    values = [value for layer in layers for value in layer[7:]]
+    if not train:
+        result: Tensor = _run(key, x, layers, partial(functions[0], x, *layers, False))[0]
+        return result
+    trained: Tensor = _MLP.apply(key, x, [layer[:7] for layer in layers], functions[0], *values)
+    return trained

@@ -1,0 +1,226 @@
+"""Launches of Triton's kernels, recorded once and repeated on other tensors by the extension (csrc/gpu/launches.cpp).
+
+What Python takes to choose a configuration, to allocate and to launch is several times what a small layer computes for.
+It depends on sizes, strides and dtypes alone, so it is done once for each of them: `run` watches a function that
+launches kernels, keeps which kernels it launched with which tensors, and hands that to one compiled call from then on.
+A function that does anything else (a library product, a copy) is not recorded and is called every time.
+"""
+
+import struct
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from functools import cache
+from itertools import pairwise
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from harlora.kernels import cpp
+
+DRIVER = "libcuda.so.1"
+ATTEMPTS = 3  # the first call of a configuration also checks it, which is more than launches
+MOST = 4096  # recordings
+
+# As ScalarType of c10 counts them.
+_DTYPES = {
+    torch.uint8: 0, torch.int32: 3, torch.int64: 4, torch.float16: 5, torch.float32: 6, torch.float64: 7,
+    torch.bfloat16: 15,
+}  # fmt: skip
+_DEVICES = {"cpu": 0, "cuda": 1}
+_aten = torch.ops.aten
+_ALLOCATIONS = {
+    _aten.empty.memory_format, _aten.new_empty.default, _aten.empty_strided.default, _aten.empty_like.default,
+}  # fmt: skip
+_VIEWS = {
+    _aten.view.default, _aten._unsafe_view.default, _aten._reshape_alias.default, _aten.t.default,
+    _aten.transpose.int, _aten.slice.Tensor, _aten.select.int, _aten.unsqueeze.default, _aten.detach.default,
+    _aten.alias.default, _aten.as_strided.default,
+}  # fmt: skip
+
+_held: dict[Hashable, int] = {}  # the number of a recording, or minus the attempts that failed
+_needed: dict[int, Any] = {}  # what must live as long as a recording: kernels, tables
+_recording = threading.Lock()
+
+
+def reset() -> None:
+    """Forget all recordings."""
+    for number in _needed:
+        torch.ops.harlora_cpp.launches_release(number)
+    _needed.clear()
+    _held.clear()
+
+
+def known(key: Hashable) -> bool:
+    """Whether there is a recording under ``key``."""
+    return _held.get(key, 0) > 0
+
+
+def run(key: Hashable, inputs: list[Tensor], function: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+    """What ``function`` returns, new tensors, by its recording where there is one.
+
+    key: decides, with sizes, strides and dtypes of the inputs, what the function does.
+    inputs: all tensors it reads, the first of them on the device it launches on.
+    """
+    held = _held.get(key, 0)
+    if held > 0:
+        stream = torch._C._cuda_getCurrentRawStream(inputs[0].get_device())
+        found: Sequence[Tensor] = _launch()(inputs, held, stream)
+        return found or function()
+    if held <= -ATTEMPTS or not inputs[0].is_cuda or cpp.load_extension():
+        return function()
+    with _recording:
+        result, number = record(inputs, function, DRIVER)
+        if len(_held) >= MOST:
+            reset()
+        _held[key] = number or held - 1
+    return result
+
+
+@cache
+def _launch() -> Any:
+    # _op is what OpOverload.__call__ calls; without its frame a call is shorter.
+    return torch.ops.harlora_cpp.launches_run.default._op
+
+
+class _Watch(TorchDispatchMode):
+    """Sees what torch does meanwhile: what it allocates, and whether it computes anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocated: list[Tensor] = []
+        self.computed = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _ALLOCATIONS:
+            self.allocated.append(result)
+        elif func not in _VIEWS:
+            self.computed = True
+        return result
+
+
+def record(inputs: list[Tensor], function: Callable[[], Sequence[Tensor]], driver: str) -> tuple[Sequence[Tensor], int]:
+    """What ``function`` returns, and the number under which its launches are held, 0 if they cannot be repeated."""
+    from triton.runtime.jit import JITFunction
+
+    launched: list[tuple[Any, Any, tuple[Any, ...], dict[str, Any]]] = []
+    thread, original = threading.get_ident(), JITFunction.run
+
+    def run_and_note(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = original(self, *args, grid=grid, warmup=warmup, **kwargs)
+        if threading.get_ident() == thread:
+            launched.append((kernel, grid, args, kwargs))
+        return kernel
+
+    with patch.object(JITFunction, "run", run_and_note), _Watch() as watch:
+        result = function()
+    if watch.computed or not launched:
+        return result, 0
+    try:
+        facts, needed = _facts(inputs, watch.allocated, result, launched)
+    except _UnrepeatableError:
+        return result, 0
+    number: int = torch.ops.harlora_cpp.launches_hold(facts, driver)
+    _needed[number] = needed
+    return result, number
+
+
+class _UnrepeatableError(Exception):
+    """Something about the launches that the extension does not repeat."""
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The memory from a tensor's first value to its last."""
+    if not tensor.numel():
+        return 0, 0
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
+
+
+def _place(pointer: int, extents: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+    """Which of the tensors a pointer is into, and how far."""
+    for which, (begin, end) in enumerate(extents):
+        if begin <= pointer < end:
+            return which, pointer - begin
+    return None
+
+
+def _facts(
+    inputs: Sequence[Tensor], allocated: Sequence[Tensor], result: Sequence[Tensor], launched: Sequence[Any]
+) -> tuple[list[int], Any]:
+    """The recording as launches_hold reads it, and what must live as long."""
+    given = [_extent(tensor) for tensor in inputs]
+    apart = sorted(extent for extent in given if extent[1])
+    if any(end > begin for (_, end), (begin, _) in pairwise(apart)):
+        raise _UnrepeatableError  # two arguments are one tensor now and may be two in another call
+    if any(begin % 16 for begin, _ in given):
+        raise _UnrepeatableError
+    made = [_extent(tensor) for tensor in allocated]
+    needed: list[Any] = []
+    launches: list[int] = []
+    for kernel, grid, args, kwargs in launched:
+        metadata, signature = kernel.metadata, kernel.src.signature
+        if (
+            getattr(metadata, "num_ctas", 1) != 1
+            or metadata.global_scratch_size or metadata.profile_scratch_size
+            or metadata.launch_cooperative_grid or metadata.launch_pdl
+        ):  # fmt: skip
+            raise _UnrepeatableError
+        values = dict(zip(kernel.src.fn.arg_names, args, strict=False)) | kwargs
+        parameters = []
+        for name, kind in signature.items():
+            if kind != "constexpr":
+                parameters.append(_parameter(kind, values[name], given, made, needed))
+        parameters += [(3, 0, 0), (3, 0, 0)]  # Triton's own scratch memory, of which there is none
+        grid = (*grid, 1, 1)[:3]
+        launches += [kernel.function, *grid, 32 * metadata.num_warps, metadata.shared, len(parameters)]
+        launches += [number for parameter in parameters for number in parameter]
+        needed.append(kernel)
+    sizes = [tuple(tensor.shape) for tensor in allocated]
+    outputs = []
+    for tensor in result:
+        if not tensor.is_contiguous():
+            raise _UnrepeatableError
+        place = _place(tensor.data_ptr(), made) if tensor.numel() else None
+        if tensor.numel() and (place is None or place[1] or tensor.numel() != allocated[place[0]].numel()):
+            raise _UnrepeatableError
+        if place is None:
+            outputs.append(len(sizes))
+            sizes.append(tuple(tensor.shape))
+            allocated = [*allocated, tensor]
+        else:
+            outputs.append(place[0])
+            sizes[place[0]] = tuple(tensor.shape)
+    if len(set(outputs)) < len(outputs):
+        raise _UnrepeatableError
+    first = inputs[0].device
+    facts = [_DEVICES[first.type], inputs[0].get_device(), len(inputs)]
+    for tensor in inputs:
+        facts += [_DTYPES[tensor.dtype], tensor.dim(), *tensor.shape, *tensor.stride()]
+    facts.append(len(sizes))
+    for tensor, shape in zip(allocated, sizes, strict=True):
+        facts += [_DTYPES[tensor.dtype], len(shape), *shape]
+    return [*facts, len(outputs), *outputs, len(launched), *launches], needed
+
+
+def _parameter(
+    kind: str, value: Any, given: Sequence[tuple[int, int]], made: Sequence[tuple[int, int]], needed: list[Any]
+) -> tuple[int, int, int]:
+    """One parameter of a kernel as launches_hold reads it."""
+    if kind.startswith("*"):
+        pointer = value.data_ptr()
+        for which, extents in ((0, given), (1, made)):
+            if place := _place(pointer, extents):
+                return (which, *place)
+        needed.append(value)  # a table that is there for good: nothing was computed meanwhile
+        return 3, pointer, 0
+    if kind in ("i32", "u32"):
+        return 2, value & 0xFFFFFFFF, 0
+    if kind in ("i64", "u64"):
+        return 3, value, 0
+    if kind == "fp32":
+        return 2, struct.unpack("<I", struct.pack("<f", value))[0], 0
+    raise _UnrepeatableError

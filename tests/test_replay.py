@@ -1,0 +1,218 @@
+"""Launches that were recorded and are repeated: the same numbers, and never for arguments that do not fit."""
+
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+from needs import needs_extension
+from torch import nn
+
+from harlora import QLoRALinear
+from harlora.kernels import dispatch, eager, replay
+
+pytestmark = needs_extension
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+
+# A driver whose one kernel is out[i] = scale · (a[i + first] + n), and whose device is that of tensors on a CPU.
+DRIVER = """
+#include <stdint.h>
+int device = -1;
+int cuCtxGetDevice(int* d) { *d = device; return 0; }
+void set_device(int d) { device = d; }
+int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned tx, unsigned ty, unsigned tz,
+                   unsigned shared, void* stream, void** p, void** extra) {
+  if ((intptr_t)f != 77 || (intptr_t)stream != 5 || gy != 1 || gz != 1 || tx != 128 || shared != 16) return 1;
+  float* a = *(float**)p[0]; float* out = *(float**)p[1]; int n = *(int*)p[2]; float scale = *(float*)p[3];
+  for (unsigned i = 0; i < gx; ++i) out[i] = scale * (a[i] + n);
+  return *(void**)p[4] || *(void**)p[5] ? 2 : 0;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler here")
+    folder = tmp_path_factory.mktemp("driver")
+    (folder / "driver.c").write_text(DRIVER)
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", folder / "driver.so", folder / "driver.c"], check=True)
+    return str(folder / "driver.so")
+
+
+def kernel(**metadata):
+    none = {"global_scratch_size": 0, "profile_scratch_size": 0, "launch_cooperative_grid": False, "launch_pdl": False}
+    signature = {"a": "*fp32", "out": "*fp32", "n": "i32", "scale": "fp32", "BLOCK": "constexpr"}
+    return SimpleNamespace(
+        function=77, metadata=SimpleNamespace(**none | {"num_warps": 4, "shared": 16} | metadata),
+        src=SimpleNamespace(signature=signature, fn=SimpleNamespace(arg_names=list(signature))),
+    )  # fmt: skip
+
+
+def held(driver, inputs, allocated, result, launched):
+    facts, _ = replay._facts(inputs, allocated, result, launched)
+    return torch.ops.harlora_cpp.launches_hold(facts, driver)
+
+
+def test_launches_are_repeated_on_other_tensors(driver):
+    x, out, between = torch.randn(3, 8), torch.empty(20), torch.empty(24)
+    # Two launches, the second of which reads what the first wrote from its fifth value on.
+    launched = [
+        (kernel(), (24,), (x, between, -3, 0.5), {"BLOCK": 8}),
+        (kernel(), (20,), (between[4:], out, 2, 4.0), {}),
+    ]
+    number = held(driver, [x], [between, out], [out.view(4, 5)], launched)
+    run = torch.ops.harlora_cpp.launches_run
+    for _ in range(2):
+        x = torch.randn(3, 8)
+        (found,) = run([x], number, 5)
+        torch.testing.assert_close(found, 4 * (0.5 * (x.flatten()[4:].view(4, 5) - 3) + 2))
+    for other in (torch.randn(4, 8), torch.randn(3, 8).double(), torch.randn(8, 3).T, torch.randn(25)[1:].view(3, 8)):
+        assert run([other], number, 5) == []
+    assert run([x, x], number, 5) == []
+    with pytest.raises(RuntimeError, match="CUDA driver error 1"):
+        run([x], number, 6)
+    import ctypes
+
+    ctypes.CDLL(driver).set_device(0)
+    assert run([x], number, 5) == []
+    ctypes.CDLL(driver).set_device(-1)
+    torch.ops.harlora_cpp.launches_release(number)
+    with pytest.raises(RuntimeError, match="nothing is held"):
+        run([x], number, 5)
+
+
+def test_what_cannot_be_repeated_is_not_recorded():
+    x, out = torch.randn(3, 8), torch.empty(24)
+    launch = (kernel(), (24,), (x, out, 1, 1.0), {})
+    assert replay._facts([x], [out], [out], [launch])
+    unaligned = torch.randn(25)[1:]
+    for inputs, allocated, result, launched in (
+        ([x, x], [out], [out], [launch]),  # one tensor twice
+        ([x, x[1:]], [out], [out], [launch]),
+        ([unaligned], [out], [out], [(kernel(), (24,), (unaligned, out, 1, 1.0), {})]),
+        ([x], [out], [out, out], [launch]),
+        ([x], [out], [out[1:]], [launch]),
+        ([x], [out], [x], [launch]),
+        ([x], [out], [out.view(4, 6).T], [launch]),
+        ([x], [out], [out], [(kernel(launch_pdl=True), (24,), (x, out, 1, 1.0), {})]),
+        ([x], [out], [out], [(kernel(global_scratch_size=8), (24,), (x, out, 1, 1.0), {})]),
+    ):
+        with pytest.raises(replay._UnrepeatableError):
+            replay._facts(inputs, allocated, result, launched)
+
+
+def test_damaged_facts_are_refused(driver):
+    x, out = torch.randn(3, 8), torch.empty(24)
+    facts, _ = replay._facts([x], [out], [out], [(kernel(), (24,), (x, out, 1, 1.0), {})])
+    for damaged in (facts[:-1], [*facts, 0], [*facts[:2], -1, *facts[3:]]):
+        with pytest.raises(RuntimeError, match="launches_hold: facts"):
+            torch.ops.harlora_cpp.launches_hold(damaged, driver)
+    with pytest.raises(RuntimeError, match="does not load"):
+        torch.ops.harlora_cpp.launches_hold(facts, "/nowhere/libcuda.so.1")
+
+
+def test_computing_functions_are_seen():
+    x = torch.randn(3, 8)
+    with replay._Watch() as watch:
+        y = x.new_empty((2, 3)).view(3, 2)
+        torch.empty_like(x)
+    assert not watch.computed
+    assert len(watch.allocated) == 2
+    with replay._Watch() as watch:
+        torch.mm(x, x.T, out=y.new_empty(3, 3))
+    assert watch.computed
+    with replay._Watch() as watch:
+        x.T.contiguous()
+    assert watch.computed
+
+
+# On a GPU -----------------------------------------------------------------------------------------------------------
+
+
+def layer_of(dtype, **options):
+    layer = QLoRALinear(128, 192, **options).to("cuda", dtype)
+    for parameter in (layer.lora_A, layer.lora_B, layer.bias):
+        if parameter is not None:
+            parameter.data = torch.randn_like(parameter, dtype=dtype) / 8
+            parameter.requires_grad_()
+    return layer
+
+
+def public(layer, x):
+    """By the operator itself, which is never a repetition."""
+    return torch.ops.harlora.qlora_linear(x, *layer.operands())[0]
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@pytest.mark.usefixtures("nan_filled_memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 70])
+@pytest.mark.parametrize("options", [{}, {"rank": 0}, {"rank": 40}, {"bias": False}, {"double_quant": True}], ids=str)
+def test_layers_repeat_on_a_gpu(dtype, rows, options):
+    if dispatch.load_triton():
+        pytest.skip(dispatch.load_triton())
+    eager.reset()
+    layers = [layer_of(dtype, **options) for _ in range(2)]
+    for turn in range(6):
+        layer = layers[turn % 2]
+        x = torch.randn(rows, 128, device="cuda", dtype=dtype, requires_grad=turn != 3)
+        leaves = [tensor for tensor in (x, *layer.parameters()) if tensor.requires_grad]
+        if not leaves:
+            continue
+        seed = torch.randn(rows, 192, device="cuda", dtype=dtype)
+        found, wanted = layer(x), public(layer, x)
+        assert torch.equal(found, wanted)
+        pairs = zip(torch.autograd.grad(found, leaves, seed), torch.autograd.grad(wanted, leaves, seed), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+        with torch.no_grad():
+            assert torch.equal(layer(x), wanted)
+    if options.get("rank") != 40:  # beyond the rank that is fused t is a library product
+        assert sum(number > 0 for number in replay._held.values()) >= 2
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+def test_what_does_not_fit_a_recording_is_computed_all_the_same_on_a_gpu():
+    eager.reset()
+    layer = layer_of(torch.bfloat16)
+    x = torch.randn(70, 128, device="cuda", dtype=torch.bfloat16)
+    for _ in range(4):
+        layer(x)
+    assert any(number > 0 for number in replay._held.values())
+    base = torch.randn(70 * 128 + 1, device="cuda", dtype=torch.bfloat16)
+    for other in (base[1:].view(70, 128), x.T.contiguous().T, torch.randn(70, 256, device="cuda").bfloat16()[:, ::2]):
+        torch.testing.assert_close(layer(other), public(layer, other.contiguous()), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="in_features"):
+        layer(x[:, :64].contiguous())
+    layer.lora_A = nn.Parameter(layer.lora_A.detach()[:4].clone())
+    with pytest.raises(ValueError, match="lora_B must have shape"):
+        layer(x)
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+def test_repetitions_are_captured_and_follow_the_stream_on_a_gpu():
+    eager.reset()
+    layer = layer_of(torch.bfloat16)
+    x = torch.randn(70, 128, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        for _ in range(4):
+            layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        x.normal_()
+        graph.replay()
+        assert torch.equal(y, public(layer, x))
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10**7)
+            x.normal_()
+            found = layer(x)
+        stream.synchronize()
+        assert torch.equal(found, public(layer, x))
