@@ -281,7 +281,7 @@ class _MLP(torch.autograd.Function):
             h.shape[-1], A2, B2, scaling2, second,
         )  # fmt: skip
         grad_x: Tensor | None = None
-        grads1: list[Tensor | None] = [None] * 3
+        grads1: Sequence[Tensor | None] = [None] * 3
         if any(first):
             grad_x, *grads1 = _backward(
                 torch.ops.aten.gelu_backward(inner, h), x if first[2] else None, t1 if B1 is not None else None,
