@@ -131,8 +131,8 @@ def launcher(operator: str, chosen: Configuration) -> Callable[..., Any]:
 
 def serves(operator: str, chosen: Configuration, *arguments: Any) -> bool:
     """Whether a configuration is right for such arguments, as found out the first time; warns once if it is not."""
-    wide, in_features, _, quantized, rank = _sizes(operator, arguments)
-    return _proven(_probe(operator, chosen, wide.device, wide.dtype, in_features, quantized, rank))
+    wide, in_features, _, quantized, A = _sizes(operator, arguments)
+    return _proven(_probe(operator, chosen, wide.device, wide.dtype, in_features, quantized, A))
 
 
 def _probe(
@@ -142,12 +142,13 @@ def _probe(
     dtype: torch.dtype,
     in_features: int,
     quantized: tuple[Any, ...],
-    rank: int,
+    A: Tensor | None,
 ) -> "_Probe":
+    rank = 0 if A is None else A.shape[0]
     nested, quant_type, blocksize = quantized[2] is not None, quantized[4], quantized[5]
     return _Probe(
         operator, chosen, device, dtype, in_features % blocksize == 0, in_features % 2 == 0, quant_type, blocksize,
-        nested, 0 if not rank else max(16, 1 << (rank - 1).bit_length()),
+        nested, 0 if not rank else max(16, 1 << (rank - 1).bit_length()), dtype if A is None else A.dtype,
     )  # fmt: skip
 
 
@@ -159,22 +160,21 @@ def group(operator: str, x: Tensor, layers: tuple[reference.Layer, ...]) -> Call
     out_features, A = layers[0][6], layers[0][8]
     rows, weights = x.numel() // max(1, x.shape[-1]), len(layers) * x.shape[-1] * out_features
     chosen = configuration(_TRITON[operator][1], x.device, x.dtype, rows, weights)
-    rank = 0 if A is None else A.shape[0]
     if chosen.way != "direct" or not _proven(
-        _probe(operator, chosen, x.device, x.dtype, x.shape[-1], layers[0][:6], rank)
+        _probe(operator, chosen, x.device, x.dtype, x.shape[-1], layers[0][:6], A)
     ):
         return None
     return launcher(operator, chosen)
 
 
-def _sizes(operator: str, arguments: tuple[Any, ...]) -> tuple[Tensor, int, int, tuple[Any, ...], int]:
-    """Of a call: x or dY, in_features, out_features, the quantised weight and the rank."""
+def _sizes(operator: str, arguments: tuple[Any, ...]) -> tuple[Tensor, int, int, tuple[Any, ...], Tensor | None]:
+    """Of a call: x or dY, in_features, out_features, the quantised weight and lora_A."""
     wide = arguments[0]
     if operator == "qlora_linear_backward":
         in_features, out_features, quantized, A = arguments[9], wide.shape[-1], arguments[3:9], arguments[10]
     else:
         in_features, out_features, quantized, A = wide.shape[-1], arguments[7], arguments[1:7], arguments[9]
-    return wide, in_features, out_features, quantized, 0 if A is None else A.shape[0]
+    return wide, in_features, out_features, quantized, A
 
 
 def _triton(operator: str, *arguments: Any) -> Any:
@@ -183,8 +183,21 @@ def _triton(operator: str, *arguments: Any) -> Any:
     rows = wide.numel() // max(1, wide.shape[-1])
     chosen = configuration(_TRITON[operator][1], wide.device, wide.dtype, rows, in_features * out_features)
     if not serves(operator, chosen, *arguments):
-        return getattr(reference, operator)(*arguments)
+        return _by_reference(operator, *arguments)
     return launcher(operator, chosen)(*arguments)
+
+
+def _by_reference(operator: str, *arguments: Any) -> Any:
+    """The reference, for which float32 adapters beside a half-precision x are rounded first, and dA and dB widened."""
+    wide, *_, A = _sizes(operator, arguments)
+    function = getattr(reference, operator)
+    if A is None or A.dtype == wide.dtype:
+        return function(*arguments)
+    backward = operator == "qlora_linear_backward"
+    first = 10 if backward else 9
+    adapters = (each.to(wide.dtype) for each in arguments[first : first + 2])
+    result = function(*arguments[:first], *adapters, *arguments[first + 2 :])
+    return (*result[:2], *(each.to(A.dtype) for each in result[2:])) if backward else result
 
 
 @dataclass(frozen=True)
@@ -201,6 +214,7 @@ class _Probe:
     blocksize: int
     nested: bool
     rank: int
+    adapter_dtype: torch.dtype
 
 
 _wrong: dict[_Probe, str] = {}
@@ -253,7 +267,9 @@ def _disagreement(probe: _Probe) -> str:
     expected = getattr(reference, probe.operator)(
         *problem(probe.operator, probe.device, torch.float32, *size, rounded=probe.dtype)
     )
-    found = launcher(probe.operator, chosen)(*problem(probe.operator, probe.device, probe.dtype, *size))
+    found = launcher(probe.operator, chosen)(
+        *problem(probe.operator, probe.device, probe.dtype, *size, adapter_dtype=probe.adapter_dtype)
+    )
     # Sums of products rounded to the dtype: an error of several units in its last place. A wrong index is of order 1.
     allowed = 1e-3 if probe.dtype == torch.float32 else 16 * torch.finfo(probe.dtype).eps
     for which, (one, other) in enumerate(zip(expected, found, strict=True)):
@@ -279,24 +295,13 @@ def problem(
     nested: bool,
     *,
     rounded: torch.dtype | None = None,
+    adapter_dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> tuple[Any, ...]:
-    """Arguments of ``operator``, random, in ``dtype``, of values that ``rounded`` has."""
-    if operator == "qlora_mlp":  # whose second weight has whole blocks in its rows as well
-        made = partial(problem, "qlora_linear", device, dtype, rounded=rounded)
-        fc1 = made(rows, in_features, 2 * blocksize, rank, quant_type, blocksize, nested, seed=2 * seed)
-        fc2 = made(1, 2 * blocksize, 40, rank, quant_type, blocksize, nested, seed=2 * seed + 1)
-        return fc1[0], fc1[1:], fc2[1:], True
-    if operator.startswith("qlora_qkv"):
-        size = (rows, in_features, out_features, rank, quant_type, blocksize, nested)
-        calls = [problem("qlora_linear", device, dtype, *size, rounded=rounded, seed=3 * seed + i) for i in range(3)]
-        x, layers = calls[0][0], [call[1:] for call in calls]
-        if operator == "qlora_qkv":
-            return x, layers
-        made = partial(problem, "qlora_linear_backward", device, dtype, *size, rounded=rounded)
-        backward = [made(seed=3 * seed + i) for i in range(3)]
-        t = torch.stack([call[2] for call in backward]) if rank else x.new_empty(0)
-        return [call[0] for call in backward], x, t, layers, (True, True, rank > 0, rank > 0)
+    """Arguments of ``operator``, random, in ``dtype``, A and B in ``adapter_dtype``, of values that ``rounded`` has."""
+    size = (rows, in_features, out_features, rank, quant_type, blocksize, nested)
+    if operator.startswith(("qlora_mlp", "qlora_qkv")):
+        return _problem_of_several(operator, device, dtype, *size, seed, rounded=rounded, adapter_dtype=adapter_dtype)
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, variance: int = 1) -> Tensor:
@@ -314,6 +319,8 @@ def problem(
     needs_adapter = operator in ("dora_norm", "dora_linear", "lora_pool_linear")
     A = draw(rank, in_features, variance=in_features) if rank or needs_adapter else None
     B = draw(out_features, rank, variance=max(1, rank)) if rank or needs_adapter else None
+    if adapter_dtype is not None and A is not None and B is not None:
+        A, B = A.to(adapter_dtype), B.to(adapter_dtype)
     x, t = draw(rows, in_features), draw(rows, rank) if rank else None
     if operator == "qlora_linear":
         return x, *quantized, out_features, draw(out_features), A, B, 0.5
@@ -329,6 +336,26 @@ def problem(
         return x, *quantized, out_features, draw(out_features), A, B, offsets, index, scaling
     grad = draw(rows, out_features, variance=out_features)
     return grad, x if rank else None, t, *quantized, in_features, A, B, 0.5, [True, True, rank > 0, rank > 0]
+
+
+def _problem_of_several(
+    operator: str, device: torch.device, dtype: torch.dtype, rows: int, in_features: int, out_features: int, rank: int,
+    quant_type: str, blocksize: int, nested: bool, seed: int, **given: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """As `problem`, of operators over several layers."""
+    made = partial(problem, "qlora_linear", device, dtype, **given)
+    if operator == "qlora_mlp":  # whose second weight has whole blocks in its rows as well
+        fc1 = made(rows, in_features, 2 * blocksize, rank, quant_type, blocksize, nested, seed=2 * seed)
+        fc2 = made(1, 2 * blocksize, 40, rank, quant_type, blocksize, nested, seed=2 * seed + 1)
+        return fc1[0], fc1[1:], fc2[1:], True
+    size = (rows, in_features, out_features, rank, quant_type, blocksize, nested)
+    calls = [made(*size, seed=3 * seed + i) for i in range(3)]
+    x, layers = calls[0][0], [call[1:] for call in calls]
+    if operator == "qlora_qkv":
+        return x, layers
+    backward = [problem("qlora_linear_backward", device, dtype, *size, **given, seed=3 * seed + i) for i in range(3)]
+    t = torch.stack([call[2] for call in backward]) if rank else x.new_empty(0)
+    return [call[0] for call in backward], x, t, layers, (True, True, rank > 0, rank > 0)
 
 
 def _problems(operator: str, device: torch.device) -> list[tuple[Any, ...]]:

@@ -42,12 +42,15 @@ def _present(*tensors: Tensor | None) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def _of_dtype(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
-    return all(tensor is None or tensor.dtype is dtype for tensor in tensors)
+def _readable(dtype: torch.dtype, bias: Tensor | None, A: Tensor | None, B: Tensor | None) -> bool:
+    """Whether kernels of ``dtype`` read these as they are: an adapter may be float32, as it is by default."""
+    if bias is not None and bias.dtype is not dtype:
+        return False
+    return A is None or B is None or (A.dtype is B.dtype and A.dtype in (dtype, torch.float32))
 
 
-def _rank(A: Tensor | None) -> int:
-    return 0 if A is None else A.shape[0]
+def _adapter(A: Tensor | None) -> Hashable:
+    return None if A is None else (A.shape[0], A.dtype)
 
 
 # One layer ----------------------------------------------------------------------------------------------------------
@@ -68,7 +71,7 @@ def qlora_linear(
     scaling: float,
 ) -> Tensor | None:
     """The output of the operator of that name, or None where only the public operator serves."""
-    if not serves(x) or not x.numel() or not _of_dtype(x.dtype, bias, lora_A, lora_B):
+    if not serves(x) or not x.numel() or not _readable(x.dtype, bias, lora_A, lora_B):
         return None
     layer = (
         packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, out_features, bias, lora_A, lora_B,
@@ -76,7 +79,7 @@ def qlora_linear(
     )  # fmt: skip
     key = (
         "qlora_linear", x.dtype, x.shape, quant_type, blocksize, out_features, scaling, nested_absmax is None,
-        bias is None, _rank(lora_A),
+        bias is None, _adapter(lora_A),
     )  # fmt: skip
     if not _trains(x, bias, lora_A, lora_B):
         return _forward(key, x, layer)[0]
@@ -103,7 +106,7 @@ def _check(x: Tensor, *layers: Layer) -> None:
     from harlora.kernels import ops
 
     for layer in layers:
-        ops.check_qlora("qlora_linear", x, x.shape[-1], layer[:6], *layer[6:10])
+        ops.check_qlora("qlora_linear", x, x.shape[-1], layer[:6], *layer[6:10], wide_adapter=True)
 
 
 def _backward(
@@ -120,7 +123,7 @@ def _backward(
         return function()
     key = (
         "qlora_linear_backward", grad.dtype, grad.shape, in_features, *quantized[4:], scaling, tuple(mask),
-        x is None, t is None, quantized[2] is None, _rank(A),
+        x is None, t is None, quantized[2] is None, _adapter(A),
     )  # fmt: skip
     return replay.run(key, _present(grad, x, t, *quantized[:4], A, B), function)
 
@@ -153,13 +156,13 @@ class _Linear(torch.autograd.Function):
 
 
 def _key(operator: str, x: Tensor, *layers: Layer) -> Hashable:
-    facts = ((*layer[4:7], layer[10], layer[2] is None, layer[7] is None, _rank(layer[8])) for layer in layers)
+    facts = ((*layer[4:7], layer[10], layer[2] is None, layer[7] is None, _adapter(layer[8])) for layer in layers)
     return (operator, x.dtype, x.shape, *facts)
 
 
 def _in_dtype_of(x: Tensor, *layers: Layer) -> Any:
     dtype = x.dtype
-    if all(_of_dtype(dtype, *layer[7:10]) for layer in layers):
+    if all(_readable(dtype, *layer[7:10]) for layer in layers):
         return layers
     return tuple(
         (*layer[:7], *(None if tensor is None else tensor.to(dtype) for tensor in layer[7:10]), layer[10])

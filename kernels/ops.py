@@ -173,8 +173,9 @@ def check_qlora(
     bias: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
+    wide_adapter: bool = False,
 ) -> None:
-    """Raise unless the arguments of a layer over a 4-bit weight fit each other."""
+    """Raise unless the arguments of a layer over a 4-bit weight fit each other; a wide adapter may be float32."""
     packed, absmax, nested_absmax, nested_offset, quant_type, blocksize = quantized
     if x.dtype not in COMPUTE_DTYPES:
         raise TypeError(f"{function}: x must be float32, bfloat16, float16 or float64, got {x.dtype}")
@@ -195,7 +196,8 @@ def check_qlora(
     ):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{function}: {name} must have shape {shape}, got {tuple(tensor.shape)}")
-        if tensor is not None and tensor.dtype != x.dtype:
+        wide = wide_adapter and name != "bias" and tensor is not None and tensor.dtype == torch.float32
+        if tensor is not None and tensor.dtype != x.dtype and not wide:
             raise TypeError(f"{function}: {name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
     check_devices(
         function, x, packed=packed, absmax=absmax, nested_absmax=nested_absmax, nested_offset=nested_offset,

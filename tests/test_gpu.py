@@ -265,3 +265,42 @@ def test_the_tables_of_small_models_are_direct():
         for operator in configurations.OPERATORS:
             for rows in (16, 1024, 8192):
                 assert configurations.choose(table, operator, torch.bfloat16, rows, 3 * 192 * 192).way == "direct"
+
+
+@pytest.mark.usefixtures("nan_filled_memory")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rank", [4, 40, 130])
+@pytest.mark.parametrize("way", ["direct", "split", "dense"])
+def test_float32_adapters_are_read_as_they_are(monkeypatch, way, rank, dtype):
+    chosen = Configuration("dense") if way == "dense" else Configuration(way, 16, 32, 32)
+    monkeypatch.setattr(dispatch, "configuration", lambda *_: chosen)
+    layer = make(64, 48, dtype, rank=rank)
+    A, B = (nn.Parameter(torch.randn_like(p, dtype=torch.float32) / 4) for p in (layer.lora_A, layer.lora_B))
+    x = torch.randn(21, 64, device=DEVICE).to(dtype).requires_grad_()
+    seed = torch.randn(21, 48, device=DEVICE).to(dtype)
+    *base, scaling = (*layer.operands()[:7], layer.bias, layer.scaling)
+    wide = gpu.qlora_linear(x, *base, A, B, scaling)
+    narrow = gpu.qlora_linear(x, *base, A.to(dtype), B.to(dtype), scaling)
+    assert torch.equal(wide, narrow)
+    leaves = [x, layer.bias, A, B]
+    found, rounded = (torch.autograd.grad(y, leaves, seed) for y in (wide, narrow))
+    for one, other in zip(found, rounded, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
+    assert torch.equal(found[0], rounded[0])
+    if rank <= 128:  # sums that leave the kernel in float32
+        assert not torch.equal(found[2], found[2].to(dtype).float())
+
+
+def test_float32_adapters_of_several_layers_are_read_as_they_are():
+    layers = [make(64, 32, torch.bfloat16) for _ in range(3)]
+    mlp = [make(64, 128, torch.bfloat16), make(128, 64, torch.bfloat16)]
+    x = torch.randn(9, 64, device=DEVICE).bfloat16()
+    for function, group in ((gpu.qlora_qkv, layers), (gpu.qlora_mlp, mlp)):
+        narrow = function(x, *whole._layers(*group))
+        for layer in group:
+            layer.lora_A, layer.lora_B = (nn.Parameter(p.detach().float()) for p in (layer.lora_A, layer.lora_B))
+        wide = function(x, *whole._layers(*group))
+        assert all(torch.equal(one, other) for one, other in zip(wide, narrow, strict=True))
+        sum(y.float().square().sum() for y in wide).backward()
+        assert all(layer.lora_A.grad.dtype == torch.float32 for layer in group)

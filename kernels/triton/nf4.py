@@ -23,8 +23,13 @@ _CPU = torch.device("cpu")
 
 @triton.jit
 def cast(value, DTYPE: tl.constexpr):
-    """Float32 ``value`` rounded to the nearest of ``DTYPE``; Triton's interpreter truncates to bfloat16."""
-    if INTERPRETED and tl.bfloat16 == DTYPE:
+    """``value``, of ``DTYPE`` or float32, rounded to the nearest of ``DTYPE``.
+
+    Triton's interpreter truncates to bfloat16.
+    """
+    if value.dtype == DTYPE:
+        rounded = value
+    elif INTERPRETED and tl.bfloat16 == DTYPE:
         bits = value.to(tl.uint32, bitcast=True)
         bits = tl.where(value == value, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
         rounded = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)

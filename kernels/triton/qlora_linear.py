@@ -27,7 +27,6 @@ from two, which would take a second and leave what was compiled last unchecked.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import triton
@@ -120,7 +119,7 @@ def forward_sums(
             a = tl.load(
                 lora_A_ptr + (r * in_features)[:, None] + k[None, :], (r < rank)[:, None] & k_mask[None, :], other=0.0
             )
-            t = dot(a, tl.trans(x), t, PRECISION)
+            t = dot(cast(a, dtype), tl.trans(x), t, PRECISION)
     return acc, t
 
 
@@ -167,7 +166,7 @@ def _qlora_linear_fwd_kernel(
                     lora_B_ptr + (n * rank)[:, None] + r[None, :],
                     (n < out_features)[:, None] & (r < rank)[None, :], other=0.0,
                 )  # fmt: skip
-                acc += scaling * dot(b, low, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
+                acc += scaling * dot(cast(b, dtype), low, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
     if GAIN:
         acc *= tl.load(gain_ptr + n, n < out_features, other=0.0)[:, None]
     if BIAS:
@@ -194,7 +193,7 @@ def _low_rank_sums(
             low_ptr + (r * stride_low_r)[:, None] + (c.to(tl.int64) * stride_low_c)[None, :],
             (r < rank)[:, None] & mask[None, :], other=0.0,
         )  # fmt: skip
-        acc = dot(low, tl.trans(x), acc, PRECISION)
+        acc = dot(cast(low, x_ptr.dtype.element_ty), tl.trans(x), acc, PRECISION)
     return acc
 
 
@@ -277,7 +276,7 @@ def backward_sums(
             b = tl.load(
                 lora_B_ptr + (row * rank)[:, None] + r[None, :], n_mask[:, None] & (r < rank)[None, :], other=0.0
             )
-            u = dot(tl.trans(b), tl.trans(grad), u, PRECISION)
+            u = dot(tl.trans(cast(b, dtype)), tl.trans(grad), u, PRECISION)
     return acc, u
 
 
@@ -320,7 +319,7 @@ def _qlora_linear_dx_kernel(
                 lora_A_ptr + (r * in_features)[:, None] + k[None, :],
                 (r < rank)[:, None] & (k < in_features)[None, :], other=0.0,
             )  # fmt: skip
-            acc = dot(tl.trans(a), low, acc, PRECISION)
+            acc = dot(tl.trans(cast(a, dtype)), low, acc, PRECISION)
     tl.store(
         grad_x_ptr + (m * in_features)[None, :] + k[:, None], cast(acc, dtype),
         (m < rows)[None, :] & (k < in_features)[:, None],
@@ -409,7 +408,7 @@ def _add_parts_kernel(
                     other_ptr + (c * stride_other_c)[None, :] + (r * stride_other_r)[:, None],
                     (c < columns)[None, :] & (r < rank)[:, None], other=0.0,
                 )  # fmt: skip
-                acc += after * dot(low, other, tl.zeros((BLOCK_M, BLOCK_C), tl.float32), PRECISION)
+                acc += after * dot(low, cast(other, dtype), tl.zeros((BLOCK_M, BLOCK_C), tl.float32), PRECISION)
     if GAIN:
         acc *= tl.load(gain_ptr + c, c < columns, other=0.0)[None, :]
     if BIAS:
@@ -504,12 +503,13 @@ def _add_grads_kernel(
     for _ in range(parts):
         acc += tl.load(row + c, c < total, other=0.0)
         row += total
-    value = cast(acc, grad_A_ptr.dtype.element_ty)
-    tl.store(grad_A_ptr + layer * size_A + c, value, c < size_A)
+    tl.store(grad_A_ptr + layer * size_A + c, cast(acc, grad_A_ptr.dtype.element_ty), c < size_A)
     c -= size_A
-    tl.store(grad_B_ptr + layer * size_B + c, value, (c >= 0) & (c < size_B))
+    tl.store(grad_B_ptr + layer * size_B + c, cast(acc, grad_B_ptr.dtype.element_ty), (c >= 0) & (c < size_B))
     c -= size_B
-    tl.store(grad_bias_ptr + layer * size_bias + c, value, (c >= 0) & (c < size_bias))
+    tl.store(
+        grad_bias_ptr + layer * size_bias + c, cast(acc, grad_bias_ptr.dtype.element_ty), (c >= 0) & (c < size_bias)
+    )
 
 
 # Launchers ----------------------------------------------------------------------------------------------------------
@@ -620,6 +620,7 @@ def qlora_linear(
 ) -> tuple[Tensor, Tensor]:
     """As `reference.qlora_linear`; with gain, y = gain·(x·Ŵᵀ + scaling·t·lora_Bᵀ) + bias.
 
+    lora_A, lora_B: of the dtype of x, or float32, which is rounded to it as it is read.
     gain: ``(out_features,)``, float32.
     t: ``(rows, rank)`` of the dtype of x, contiguous, in place of x·lora_Aᵀ; lora_A is then None, and steps of the rank
         in which a tile of t is zero are left out, unless the way is ``dense`` or blocks cross rows.
@@ -637,8 +638,9 @@ def qlora_linear(
     if y.numel():
         with nf4.on_device(x):
             if lora_A is not None and not (call.fused and configuration.way != "dense"):
-                torch.mm(flat, lora_A.T, out=t)
+                torch.mm(flat, lora_A.to(x.dtype).T, out=t)
             if configuration.way == "dense":
+                lora_B = None if lora_B is None else lora_B.to(x.dtype)
                 _forward_dense(call, flat, bias, gain, t, lora_B, scaling, y)
             elif configuration.way == "split":
                 _forward_split(call, flat, bias, gain, lora_A, lora_B, scaling, y, t)
@@ -763,7 +765,7 @@ def qlora_linear_backward(
     *,
     configuration: Configuration,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `reference.qlora_linear_backward`."""
+    """As `reference.qlora_linear_backward`; dA and dB are of the dtype of lora_A and lora_B, as in `qlora_linear`."""
     want_x, want_bias, want_A, want_B = output_mask
     leading, out_features, flat = grad.shape[:-1], grad.shape[-1], flattened(grad)
     rank = 0 if lora_B is None else lora_B.shape[1]
@@ -777,7 +779,7 @@ def qlora_linear_backward(
     with nf4.on_device(grad):
         inside = want_x and call.fused and configuration.way != "dense" and flat.numel() > 0
         if u is not None and lora_B is not None and not inside:
-            torch.mm(flat, lora_B, out=u).mul_(scaling)
+            torch.mm(flat, lora_B.to(grad.dtype), out=u).mul_(scaling)
         if want_x:
             grad_x = grad.new_empty((len(flat), in_features))
             if not out_features:
@@ -795,6 +797,7 @@ def qlora_linear_backward(
                 None if t is None else flattened(t),
                 u,
                 scaling,
+                grad.dtype if lora_A is None else lora_A.dtype,
                 output_mask,
             )
     return grad_x, grad_bias, grad_A, grad_B
@@ -871,6 +874,7 @@ def _lora_grads(
     t: Tensor | None,
     u: Tensor | None,
     scaling: float,
+    adapter_dtype: torch.dtype,
     mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dbias, dA and dB, each empty unless ``mask`` asks for it."""
@@ -879,11 +883,11 @@ def _lora_grads(
     if rank > 128 or not rows or not rank or not out_features:  # sums of such tiles do not fit the registers
         return (
             grad.sum(dim=0) if want_bias else grad.new_empty(0),
-            u.T @ x if want_A and u is not None and x is not None else grad.new_empty(0),
-            scaling * (grad.T @ t) if want_B and t is not None else grad.new_empty(0),
+            (u.T @ x).to(adapter_dtype) if want_A and u is not None and x is not None else grad.new_empty(0),
+            (scaling * (grad.T @ t)).to(adapter_dtype) if want_B and t is not None else grad.new_empty(0),
         )
     block_m, block_c, tiles_A, tiles, parts, steps = parts_of_rows(call, want_A, want_B or want_bias)
-    grads = Gradients(call, mask[1:], parts, 1)
+    grads = Gradients(call, adapter_dtype, mask[1:], parts, 1)
     grad_A, grad_B, grad_bias = grads.parts
     _lora_grads_kernel[(tiles, parts)](
         x, u, grad, t, grad_A, grad_B, grad_bias, rows, in_features, out_features, rank, scaling,
@@ -903,13 +907,14 @@ class Gradients:
     parts: of dA, dB and dbias, ``(layers, parts, …)``, for the kernels to write to.
     """
 
-    def __init__(self, call: Call, mask: Sequence[bool], parts: int, layers: int) -> None:
+    def __init__(self, call: Call, adapter_dtype: torch.dtype, mask: Sequence[bool], parts: int, layers: int) -> None:
         rank, wanted = call.rank, (mask[1], mask[2], mask[0])
         shapes = ((rank, call.in_features), (call.out_features, rank), (call.out_features,))
+        dtypes = (adapter_dtype, adapter_dtype, call.dtype)
         self._sizes = [math.prod(shape) if want else 0 for shape, want in zip(shapes, wanted, strict=True)]
-        new = partial(torch.empty, dtype=call.dtype, device=call.device)
         self._grads = [
-            new((layers, *shape) if want else (layers, 0)) for shape, want in zip(shapes, wanted, strict=True)
+            torch.empty((layers, *shape) if want else (layers, 0), dtype=dtype, device=call.device)
+            for shape, dtype, want in zip(shapes, dtypes, wanted, strict=True)
         ]
         self._together: Tensor | None = None
         if parts == 1:

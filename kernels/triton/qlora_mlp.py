@@ -56,7 +56,7 @@ def _qlora_mlp_fwd_kernel(
             k = first + tl.arange(0, BLOCK_K)
             x = tl.load(x_ptr + (m * stride_x)[:, None] + k[None, :], m_mask[:, None], other=0.0)
             a = tl.load(A1 + (r1 * in_features)[:, None] + k[None, :], (r1 < rank1)[:, None], other=0.0)
-            t1 = dot(a, tl.trans(x), t1, PRECISION)
+            t1 = dot(cast(a, dtype), tl.trans(x), t1, PRECISION)
     low1 = cast(t1, dtype)
     if RANK1 > 0 and KEEP:
         tl.store(t1_ptr + (m * rank1)[None, :] + r1[:, None], low1, m_mask[None, :] & (r1 < rank1)[:, None])
@@ -77,7 +77,7 @@ def _qlora_mlp_fwd_kernel(
             h += dot(code, tl.trans(x), tl.zeros((BLOCK_H, BLOCK_M), tl.float32), PRECISION) * scale[:, None]
         if RANK1 > 0:
             b = tl.load(B1 + (f * rank1)[:, None] + r1[None, :], f_mask[:, None] & (r1 < rank1)[None, :], other=0.0)
-            h += scaling1 * dot(b, low1, tl.zeros((BLOCK_H, BLOCK_M), tl.float32), PRECISION)
+            h += scaling1 * dot(cast(b, dtype), low1, tl.zeros((BLOCK_H, BLOCK_M), tl.float32), PRECISION)
         if BIAS1:
             h += tl.load(bias1 + f, f_mask, other=0.0).to(tl.float32)[:, None]
         if KEEP:
@@ -90,13 +90,13 @@ def _qlora_mlp_fwd_kernel(
         y += dot(code, active, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION) * scale[:, None]
         if RANK2 > 0:
             a = tl.load(A2 + (r2 * hidden)[:, None] + f[None, :], (r2 < rank2)[:, None] & f_mask[None, :], other=0.0)
-            t2 = dot(a, active, t2, PRECISION)
+            t2 = dot(cast(a, dtype), active, t2, PRECISION)
     if RANK2 > 0:
         low2 = cast(t2, dtype)
         if KEEP:
             tl.store(t2_ptr + (m * rank2)[None, :] + r2[:, None], low2, m_mask[None, :] & (r2 < rank2)[:, None])
         b = tl.load(B2 + (n * rank2)[:, None] + r2[None, :], n_mask[:, None] & (r2 < rank2)[None, :], other=0.0)
-        y += scaling2 * dot(b, low2, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
+        y += scaling2 * dot(cast(b, dtype), low2, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
     if BIAS2:
         y += tl.load(bias2 + n, n_mask, other=0.0).to(tl.float32)[:, None]
     tl.store(y_ptr + (m * out_features)[None, :] + n[:, None], cast(y, dtype), m_mask[None, :] & n_mask[:, None])

@@ -85,7 +85,7 @@ def _qlora_qkv_fwd_kernel(
             (n < out_features)[:, None] & (r < rank)[None, :], other=0.0,
         )  # fmt: skip
         acc += pick(which, scaling_q, scaling_k, scaling_v) * dot(
-            b, low, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION
+            cast(b, dtype), low, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION
         )
     if BIAS:
         bias = tl.load(pick(which, bias_q, bias_k, bias_v) + n, n < out_features, other=0.0)
@@ -140,7 +140,7 @@ def _qlora_qkv_dx_kernel(
                 pick(which, A_q, A_k, A_v) + (r * in_features)[:, None] + k[None, :],
                 (r < rank)[:, None] & (k < in_features)[None, :], other=0.0,
             )  # fmt: skip
-            acc = dot(tl.trans(a), low, acc, PRECISION)
+            acc = dot(tl.trans(cast(a, dtype)), low, acc, PRECISION)
     tl.store(
         grad_x_ptr + (m * in_features)[None, :] + k[:, None], cast(acc, dtype),
         (m < rows)[None, :] & (k < in_features)[:, None],
@@ -174,7 +174,7 @@ def _qlora_qkv_grads_kernel(
 def alike(x: Tensor, layers: Sequence[Layer]) -> bool:
     """Whether layers over one x differ in nothing but their values, so that one launch serves them."""
     kinds = {
-        (nested is None, offset is None, *facts, bias is None, None if A is None else A.shape)
+        (nested is None, offset is None, *facts, bias is None, None if A is None else (A.shape, A.dtype))
         for _, _, nested, offset, *facts, bias, A, _, _ in layers
     }
     rank = 0 if layers[0][8] is None else layers[0][8].shape[0]
@@ -253,7 +253,8 @@ def qlora_qkv_backward(
                 **constants,
             )  # fmt: skip
         block_m, block_c, tiles_A, tiles, parts, steps = parts_of_rows(call, want_A, want_B or want_bias, layers=3)
-        grads_of = Gradients(call, wanted[1:], parts, 3)
+        A = layers[0][8]
+        grads_of = Gradients(call, x.dtype if A is None else A.dtype, wanted[1:], parts, 3)
         grad_A, grad_B, grad_bias = grads_of.parts
         if tiles and call.rows:
             _qlora_qkv_grads_kernel[(tiles, parts, 3)](
