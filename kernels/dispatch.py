@@ -343,7 +343,7 @@ def _problem_of_several(
     quant_type: str, blocksize: int, nested: bool, seed: int, **given: Any,
 ) -> tuple[Any, ...]:  # fmt: skip
     """As `problem`, of operators over several layers."""
-    made = partial(problem, "qlora_linear", device, dtype, **given)
+    made: Callable[..., Any] = partial(problem, "qlora_linear", device, dtype, **given)
     if operator == "qlora_mlp":  # whose second weight has whole blocks in its rows as well
         fc1 = made(rows, in_features, 2 * blocksize, rank, quant_type, blocksize, nested, seed=2 * seed)
         fc2 = made(1, 2 * blocksize, 40, rank, quant_type, blocksize, nested, seed=2 * seed + 1)
