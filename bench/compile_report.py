@@ -338,6 +338,13 @@ def format_calls() -> Iterator[Callable[[], object]]:
             yield partial(dequantize, *quantized, (width, width), torch.bfloat16)
             region: Callable[..., object] = nf4.dequantize_region
             yield partial(region, *quantized, width, 0, torch.empty(8, 80, device=META, dtype=torch.bfloat16))
+        for nested in (False, True):
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                for blocksize in (32, 64, 4096):
+                    size = Size(1, 4096, dtype, quant_type=quant_type, blocksize=blocksize, nested=nested)
+                    quantized = _quantized(size, 8192, 4096)
+                    yield partial(dequantize, *quantized, (4096, 8192), dtype)
+                    yield partial(region, *quantized, 8192, 4096, torch.empty(4096, 4096, device=META, dtype=dtype))
 
 
 def main() -> int:

@@ -26,7 +26,7 @@ class Configuration:
 
     way: ``"direct"``, ``"split"`` or ``"dense"``, as triton/qlora_linear.py describes them.
     block_rows, block_out, block_in: the tile of rows of x, out_features and in_features that is in registers.
-    permute: decode by byte permutes in PTX, with 16-bit dtypes.
+    permute: decode by byte permutes in PTX; in float32 only with up to 16 rows.
     programs: with ``"split"``, how many programs there should be, at most, for each multiprocessor.
     """
 

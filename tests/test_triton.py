@@ -153,14 +153,33 @@ def test_strides_and_offsets(monkeypatch):
     monkeypatch.setattr(qlora_linear, "CHUNK_BYTES", 64 * 4 * 150)
     check(DENSE, 7, 128, 190, 4, torch.float32)
     check(DENSE, 7, 320, 66, 4, torch.float32)
+    check(DENSE, 7, 320, 190, 0, torch.float32)
+    check(DENSE, 7, 512, 30, 4, torch.float32, blocksize=256)  # chunks of dX's columns are of whole blocks
+    check(DENSE, 7, 512, 66, 4, torch.float32, blocksize=256)  # and here too small for that
+
+
+@pytest.mark.usefixtures("nan_filled_memory")
+def test_dense_with_and_without_each_addend():
+    q = quantized(64, 48, "nf4", 64, False)
+    x, bias, A, B = (torch.randn(*shape, device=DEVICE) for shape in ((9, 64), (48,), (4, 64), (48, 4)))
+    gain = torch.randn(48, device=DEVICE)
+    for bias_ in (None, bias):
+        for adapter in ((None, None), (A[:0], B[:, :0]), (A, B)):
+            expected = reference.qlora_linear(x, *q, 48, bias_, *adapter, 0.5)
+            found = qlora_linear.qlora_linear(x, *q, 48, bias_, *adapter, 0.5, configuration=DENSE)
+            torch.testing.assert_close(found, expected)
+            z, _ = reference.qlora_linear(x, *q, 48, None, *adapter, 0.5)
+            y, _ = qlora_linear.qlora_linear(x, *q, 48, bias_, *adapter, 0.5, configuration=DENSE, gain=gain)
+            torch.testing.assert_close(y, reference.with_gain(z, gain, bias_))
 
 
 # The bytes that PTX permutes -----------------------------------------------------------------------------------------
 
 
 def execute(ptx, byte):
-    """Run the few PTX instructions of `nf4._permutation` on four packed bytes; the words $0 to $3."""
-    registers = {"$4": byte}
+    """Run the few PTX instructions of `nf4._permutation` on four packed bytes; the words of the results."""
+    results = ptx.count("prmt.b32 $")
+    registers = {f"${results}": byte}
 
     def value(text):
         return int(text, 0) if text[0].isdigit() else registers[text]
@@ -188,22 +207,55 @@ def execute(ptx, byte):
         else:
             raise AssertionError(operation)
         registers[target] = result & 0xFFFFFFFF
-    return [registers[f"${i}"] for i in range(4)]
+    return [registers[f"${i}"] for i in range(results)]
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", list(ERROR), ids=str)
 def test_permutes_decode_every_byte_in_every_place(quant_type, dtype):
     ptx = nf4._permutation(code_table(quant_type, torch.device("cpu")).tolist(), dtype)
-    pattern = code_table(quant_type, torch.device("cpu")).to(dtype).view(torch.int16).tolist()
+    size = dtype.itemsize
+    pattern = code_table(quant_type, torch.device("cpu")).to(dtype).view(torch.uint8).view(16, size).tolist()
+    pattern = [int.from_bytes(bytes(each), "little") for each in pattern]
     for byte in range(256):
         for place in range(4):
             four = [(byte if i == place else 37 * byte + 11 * i & 255) for i in range(4)]
-            first0, first1, second0, second1 = execute(ptx, sum(b << 8 * i for i, b in enumerate(four)))
-            first = [first0 & 0xFFFF, first0 >> 16, first1 & 0xFFFF, first1 >> 16]
-            second = [second0 & 0xFFFF, second0 >> 16, second1 & 0xFFFF, second1 >> 16]
-            assert first == [pattern[b >> 4] & 0xFFFF for b in four]
-            assert second == [pattern[b & 15] & 0xFFFF for b in four]
+            words = execute(ptx, sum(b << 8 * i for i, b in enumerate(four)))
+            assert len(words) == 2 * size
+            stream = b"".join(word.to_bytes(4, "little") for word in words)
+            codes = [int.from_bytes(stream[i : i + size], "little") for i in range(0, 8 * size, size)]
+            assert codes[:4] == [pattern[b >> 4] for b in four]
+            assert codes[4:] == [pattern[b & 15] for b in four]
+
+
+# Regions of a weight -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("nan_filled_memory")
+@pytest.mark.parametrize("dtype", list(ERROR), ids=str)
+@pytest.mark.parametrize(
+    ("shape", "blocksize", "rows", "columns"),
+    [
+        ((96, 192), 64, (0, 96), (0, 192)),  # all, more than one program
+        ((33, 96), 32, (5, 32), (0, 96)),  # whole rows
+        ((6, 40), 32, (0, 4), (0, 40)),  # whole blocks, which cross rows
+        ((41, 256), 64, (0, 41), (64, 192)),  # whole blocks of each row
+        ((3, 8192), 4096, (1, 3), (4096, 8192)),
+        ((7, 128), 32, (1, 7), (16, 80)),  # blocks that begin outside
+        ((9, 65), 32, (1, 8), (3, 40)),
+        ((1, 4096), 1024, (0, 1), (1024, 1056)),
+    ],
+)
+def test_regions_are_dequantised_bit_for_bit(shape, blocksize, rows, columns, dtype):
+    for quant_type, nested in (("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True)):
+        q = quantized(shape[1], shape[0], quant_type, blocksize, nested)
+        part = reference.dequantize_4bit(*q, shape, dtype)[slice(*rows), slice(*columns)]
+        for room in (0, 1, 16):  # between the rows of what is written
+            wide = torch.empty(len(part), part.shape[1] + room, dtype=dtype, device=DEVICE)
+            found = wide[:, : part.shape[1]]
+            nf4.dequantize_region(*q, shape[1], rows[0] * shape[1] + columns[0], found)
+            assert torch.equal(found, part)
+            assert wide[:, part.shape[1] :].isnan().all()
 
 
 # The choice of a configuration ---------------------------------------------------------------------------------------

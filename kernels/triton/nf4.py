@@ -39,42 +39,62 @@ def cast(value, DTYPE: tl.constexpr):
 
 
 def _permutation(values: Sequence[float], dtype: torch.dtype) -> str:
-    """PTX that decodes four packed bytes, $4, to four first codes ($0, $1) and four second codes ($2, $3).
+    """PTX that decodes four packed bytes, the last operand, to four first codes and four second codes.
 
-    The 16 values as 16-bit patterns are split into a table of low and one of high bytes. ``prmt`` looks up four codes
-    in eight bytes at once; codes of 8 and more come from a second table and are chosen by a mask made of bit 3.
+    Codes of 16 bits are two to an operand ($0 and $1 the first codes, $2 and $3 the second), those of 32 bits one
+    ($0 to $3, $4 to $7). The patterns of the 16 values are split into a table for each of their bytes. ``prmt`` looks
+    up four codes in eight bytes at once; codes of 8 and more come from a second table and are chosen by a mask made of
+    bit 3, unless both tables are the same.
     """
-    pattern = torch.tensor(values, dtype=dtype).view(torch.int16).tolist()
-    planes = [bytes((p >> shift) & 255 for p in pattern) for shift in (0, 8)]
-    words = [[f"{word:#010x}" for word in struct.unpack("<4I", plane)] for plane in planes]
+    pattern = torch.tensor(values, dtype=dtype).view(torch.uint8).view(16, dtype.itemsize)  # little-endian
+    planes = [struct.unpack("<4I", bytes(plane)) for plane in pattern.T.tolist()]
+    names = [f"plane{i}" for i in range(len(planes))]
+    packed = f"${2 * len(planes)}"
     lines = [
-        ".reg .b32 code, third, mask, below, above, low, high;",
-        "and.b32 code, $4, 0x77777777;",
-        "shr.u32 third, $4, 3;",
+        f".reg .b32 code, third, mask, below, above, {', '.join(names)}, near0, near1, far0, far1;",
+        f"and.b32 code, {packed}, 0x77777777;",
+        f"shr.u32 third, {packed}, 3;",
         "and.b32 third, third, 0x11111111;",
     ]
     for half in (0, 1):
         if half:
             lines += ["shr.u32 code, code, 16;", "shr.u32 third, third, 16;"]
         lines.append("prmt.b32 mask, 0x0000ff00, 0, third;")
-        for plane, name in zip(words, ("low", "high"), strict=True):
+        for plane, name in zip(planes, names, strict=True):
+            words = [f"{word:#010x}" for word in plane]
+            if plane[:2] == plane[2:]:
+                lines.append(f"prmt.b32 {name}, {words[0]}, {words[1]}, code;")
+                continue
             lines += [
-                f"prmt.b32 below, {plane[0]}, {plane[1]}, code;",
-                f"prmt.b32 above, {plane[2]}, {plane[3]}, code;",
+                f"prmt.b32 below, {words[0]}, {words[1]}, code;",
+                f"prmt.b32 above, {words[2]}, {words[3]}, code;",
                 f"lop3.b32 {name}, below, above, mask, 0xd8;",  # mask ? above : below
             ]
-        # Nibbles lie in the order second, first, second, first; of each, its low and its high byte.
-        lines += [f"prmt.b32 ${half}, low, high, 0x7351;", f"prmt.b32 ${2 + half}, low, high, 0x6240;"]
+        # Nibbles lie in the order second, first, second, first; of each, its bytes from low to high.
+        if len(planes) == 2:
+            lines += [f"prmt.b32 ${half}, plane0, plane1, 0x7351;", f"prmt.b32 ${2 + half}, plane0, plane1, 0x6240;"]
+            continue
+        for name, low, high in (("near", "plane0", "plane1"), ("far", "plane2", "plane3")):
+            lines += [f"prmt.b32 {name}0, {low}, {high}, 0x5140;", f"prmt.b32 {name}1, {low}, {high}, 0x7362;"]
+        for i in (0, 1):
+            lines += [
+                f"prmt.b32 ${4 + 2 * half + i}, near{i}, far{i}, 0x5410;",
+                f"prmt.b32 ${2 * half + i}, near{i}, far{i}, 0x7632;",
+            ]
     return "{\n" + "\n".join(lines) + "\n}"
 
 
 _VALUES = {name: code_table(name, _CPU).tolist() for name in ("nf4", "fp4")}
 _NF4: tl.constexpr = tl.constexpr(tuple(_VALUES["nf4"]))
 _FP4: tl.constexpr = tl.constexpr(tuple(_VALUES["fp4"]))
+_NF4_FLOAT32: tl.constexpr = tl.constexpr(_permutation(_VALUES["nf4"], torch.float32))
 _NF4_BFLOAT16: tl.constexpr = tl.constexpr(_permutation(_VALUES["nf4"], torch.bfloat16))
 _NF4_FLOAT16: tl.constexpr = tl.constexpr(_permutation(_VALUES["nf4"], torch.float16))
+_FP4_FLOAT32: tl.constexpr = tl.constexpr(_permutation(_VALUES["fp4"], torch.float32))
 _FP4_BFLOAT16: tl.constexpr = tl.constexpr(_permutation(_VALUES["fp4"], torch.bfloat16))
 _FP4_FLOAT16: tl.constexpr = tl.constexpr(_permutation(_VALUES["fp4"], torch.float16))
+
+_EIGHT: tl.constexpr = tl.constexpr(8 * "=&f," + "r")
 
 
 @triton.jit
@@ -111,8 +131,17 @@ def _value(code, QUANT_TYPE: tl.constexpr):
 
 @triton.jit
 def _permute(byte, QUANT_TYPE: tl.constexpr, DTYPE: tl.constexpr):
-    """The values of both codes of each byte in ``DTYPE``, which has 16 bits."""
-    if tl.bfloat16 == DTYPE:
+    """The values of both codes of each byte in ``DTYPE``."""
+    if tl.float32 == DTYPE:
+        if QUANT_TYPE == "nf4":
+            both = tl.inline_asm_elementwise(
+                _NF4_FLOAT32, _EIGHT, [byte], dtype=(tl.float32, tl.float32), is_pure=True, pack=4
+            )
+        else:
+            both = tl.inline_asm_elementwise(
+                _FP4_FLOAT32, _EIGHT, [byte], dtype=(tl.float32, tl.float32), is_pure=True, pack=4
+            )
+    elif tl.bfloat16 == DTYPE:
         if QUANT_TYPE == "nf4":
             both = tl.inline_asm_elementwise(
                 _NF4_BFLOAT16, "=&r,=&r,=&r,=&r,r", [byte], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
@@ -225,6 +254,64 @@ def _dequantize_4bit_kernel(
     tl.store(out_ptr + row * stride_out + column, cast(values, out_ptr.dtype.element_ty), column < columns)
 
 
+@triton.jit
+def _blocks(
+    packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr, out_ptr, start, first, blocks, columns,
+    stride_weight, stride_out,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, FLAT: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Packed bytes and scales of ``GROUPS`` blocks of a region from block ``start`` on; where they go, and a mask."""
+    group = tl.arange(0, GROUPS)
+    mask = group < blocks - start
+    if FLAT:
+        block = first + start + group
+        packed_ptr += (first + start).to(tl.int64) * (BLOCKSIZE // 2)
+        byte = group * (BLOCKSIZE // 2)
+        out_ptr += start.to(tl.int64) * BLOCKSIZE
+        place = group * BLOCKSIZE
+    else:
+        row = (start + group) // columns
+        column = (start + group) - row * columns
+        block = first + row * stride_weight + column
+        byte = block.to(tl.int64) * (BLOCKSIZE // 2)
+        place = row.to(tl.int64) * stride_out + column * BLOCKSIZE
+    packed = tl.load(packed_ptr + byte[:, None] + tl.arange(0, BLOCKSIZE // 2)[None, :], mask[:, None], other=0)
+    scale = scales(absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr, block, mask, NESTED)
+    return packed, scale, out_ptr + place[:, None] + tl.arange(0, BLOCKSIZE)[None, :], mask
+
+
+@triton.jit(do_not_specialize=["first", "blocks", "columns", "stride_weight"])
+def _dequantize_blocks_kernel(
+    packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, out_ptr, first, blocks, columns,
+    stride_weight, stride_out,
+    QUANT_TYPE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, FLAT: tl.constexpr,
+    PERMUTE: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Twice ``GROUPS`` whole blocks of a region of ``blocks``, numbered row by row.
+
+    All but ``stride_out`` is counted in blocks: the compiler then knows how addresses are aligned without specialising.
+    FLAT: the region is contiguous, in the weight and where it is written.
+    """
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    nested_offset = 0.0
+    if NESTED:
+        nested_offset = tl.load(nested_offset_ptr)
+    start = tl.program_id(0) * (2 * GROUPS)
+    # Both halves are read before either is written, which might be to the same place for all that the compiler knows.
+    byte0, scale0, out0, mask0 = _blocks(
+        packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr, out_ptr, start, first, blocks,
+        columns, stride_weight, stride_out, BLOCKSIZE, NESTED, FLAT, GROUPS,
+    )  # fmt: skip
+    byte1, scale1, out1, mask1 = _blocks(
+        packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr, out_ptr, start + GROUPS, first,
+        blocks, columns, stride_weight, stride_out, BLOCKSIZE, NESTED, FLAT, GROUPS,
+    )  # fmt: skip
+    value = decode(byte0, QUANT_TYPE, tl.float32, PERMUTE) * scale0[:, None]
+    tl.store(out0, cast(value, dtype), mask0[:, None])
+    value = decode(byte1, QUANT_TYPE, tl.float32, PERMUTE) * scale1[:, None]
+    tl.store(out1, cast(value, dtype), mask1[:, None])
+
+
 @triton.jit(do_not_specialize=["numel"])
 def _quantize_4bit_kernel(
     weight_ptr,
@@ -298,6 +385,8 @@ def quantize_4bit(
         return packed, *reference.quantize_scales(absmax)
 
 
+_TILE = 1024  # values: of each thread's 8, the bytes are loaded as 4 and 16-bit results stored as 16
+
 _BOUNDS = tuple(tuple(reference.bounds(name, _CPU).tolist()) for name in ("nf4", "fp4"))
 
 
@@ -335,12 +424,24 @@ def dequantize_region(
     first: the index of the rectangle's first value in the flattened weight.
     """
     rows, columns = out.shape
-    block = min(4096, max(32, power_of_two(columns)))
-    nested = nested_absmax is not None
+    stride_out, nested = out.stride(0), nested_absmax is not None
+    flat = rows == 1 or columns == in_features == stride_out
+    if flat:
+        rows, columns = 1, rows * columns
+    weight = (packed, absmax, nested_absmax, nested_offset, nested_code_table(packed.device) if nested else None, out)
     with on_device(packed):
+        whole = columns % blocksize == 0 and first % blocksize == 0 and (flat or in_features % blocksize == 0)
+        if whole and absmax.numel() < 2**30:  # blocks are counted in 32 bits
+            groups, blocks = max(1, _TILE // blocksize), rows * columns // blocksize
+            _dequantize_blocks_kernel[(cdiv(blocks, 2 * groups),)](
+                *weight, first // blocksize, blocks, columns // blocksize, in_features // blocksize, stride_out,
+                QUANT_TYPE=quant_type, BLOCKSIZE=blocksize, NESTED=nested, FLAT=flat, PERMUTE=not INTERPRETED,
+                GROUPS=groups, num_warps=groups * blocksize // 256, enable_fp_fusion=False,
+            )  # fmt: skip
+            return
+        block = min(4096, max(32, power_of_two(columns)))
         _dequantize_4bit_kernel[(rows * cdiv(columns, block),)](
-            packed, absmax, nested_absmax, nested_offset, nested_code_table(packed.device) if nested else None, out,
-            first, columns, in_features, out.stride(0), QUANT_TYPE=quant_type, BLOCKSIZE=blocksize, NESTED=nested,
-            PAIRS=first % 2 == 0 and (in_features % 2 == 0 or rows == 1), BLOCK=block,
+            *weight, first, columns, in_features, stride_out, QUANT_TYPE=quant_type, BLOCKSIZE=blocksize,
+            NESTED=nested, PAIRS=first % 2 == 0 and (in_features % 2 == 0 or rows == 1), BLOCK=block,
             enable_fp_fusion=False,
         )  # fmt: skip

@@ -9,8 +9,8 @@ Three ways, which a `Configuration` names:
   bias and adapter before it writes; t (or u) is summed up beside it from the same x (or dY).
 - ``split``: for few rows. The programs share the sum among them as well, t being one more tile, and write float32
   parts; a second launch adds them in order, so that the result does not depend on which program was first.
-- ``dense``: for many rows. The weight is dequantised in chunks of bounded size, each beside lora_B and bias as further
-  columns, so that one library product with [x | scaling·t | 1] writes y once.
+- ``dense``: for many rows. The library's products write bias + scaling·t·lora_Bᵀ (or u·lora_A), rounded to the dtype of
+  y, and add to it x·Ŵᵀ (or dY·Ŵ), for which the weight is dequantised in chunks of bounded size.
 
 For other families of adapters the forward also takes a ``gain`` for each column of y before bias (DoRA), and a t that
 was computed elsewhere and may be zero for most of the rank (a pool of adapters).
@@ -41,6 +41,7 @@ from harlora.kernels.triton.nf4 import INTERPRETED, cast, cdiv, power_of_two
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FUSED_RANK = 32  # up to this rank t is summed up in the kernel that reads x; its sums take registers
 CHUNK_BYTES = 2**25  # of dequantised weight: what stays in the last cache of the large GPUs
+CHUNK_STEP = 128  # rows or columns: what of y and dX a chunk writes begins at whole tiles of the library's products
 WORKSPACE_BYTES = 2**26  # of parts of sums
 
 
@@ -558,6 +559,12 @@ class Call:
             return 0
         return max(16, power_of_two(self.rank)) if self.fused else 32 * cdiv(self.rank, 32)
 
+    @property
+    def permute(self) -> bool:
+        """Whether codes are decoded by byte permutes; in float32 with more rows registers of some tiles spill then."""
+        few = self.dtype != torch.float32 or self.configuration.block_rows <= 16
+        return self.configuration.permute and few and not INTERPRETED
+
     def weight(self) -> tuple[Tensor | None, ...]:
         """The tensors of the weight as kernels take them."""
         packed, absmax, nested_absmax, nested_offset, *_ = self.quantized
@@ -570,7 +577,7 @@ class Call:
             "QUANT_TYPE": self.quantized[4], "BLOCKSIZE": self.quantized[5], "NESTED": self.quantized[2] is not None,
             "ALIGNED": self.aligned, "WIDE": self.in_features * self.out_features >= 2**31,
             "PRECISION": precision(self.dtype),
-            "PERMUTE": self.configuration.permute and self.dtype != torch.float32 and not INTERPRETED,
+            "PERMUTE": self.permute,
             "num_warps": self.configuration.num_warps, "num_stages": self.configuration.num_stages,
         }  # fmt: skip
 
@@ -717,34 +724,35 @@ def _forward_dense(
     scaling: float,
     y: Tensor,
 ) -> None:
-    # [x | scaling·t | 1 | 0] · [Ŵ | lora_B | bias | 0]ᵀ, whose length is a multiple of what 16-byte loads take.
-    # A gain multiplies the rows of Ŵ and lora_B.
-    if gain is not None and lora_B is not None:
-        lora_B = (gain[:, None] * lora_B).to(lora_B.dtype)
-    wide = [x, scaling * t] if lora_B is not None else [x]
-    tall = [] if lora_B is None else [lora_B]
-    if bias is not None:
-        wide.append(x.new_ones((call.rows, 1)))
-        tall.append(bias[:, None])
-    length = call.in_features + sum(each.shape[1] for each in tall)
-    if padding := -length % 8:
-        wide.append(x.new_zeros((call.rows, padding)))
-        tall.append(y.new_zeros((call.out_features, padding)))
-    left = torch.cat(wide, dim=1) if tall else x
-    right = torch.cat(tall, dim=1) if tall else None
-    together = max(1, min(call.out_features, CHUNK_BYTES // (left.shape[1] * x.element_size())))
-    chunk = x.new_empty((together, left.shape[1]))
+    # A gain multiplies the rows of Ŵ and lora_B. Bias alone is left to the product, which adds it as it writes.
+    if not call.rank:
+        lora_B = None
+    if lora_B is not None:
+        if gain is not None:
+            lora_B = (gain[:, None] * lora_B).to(lora_B.dtype)
+        if bias is None:
+            y.addmm_(t, lora_B.T, beta=0, alpha=scaling)  # with beta 0 what y holds is not read
+        else:
+            torch.addmm(bias, t, lora_B.T, alpha=scaling, out=y)
+    together = _chunk(call.out_features, call.in_features * x.element_size(), CHUNK_STEP)
+    chunk = x.new_empty((together, call.in_features))
     for first in range(0, call.out_features, together):
         weight = chunk[: min(together, call.out_features - first)]
         last = first + len(weight)
-        nf4.dequantize_region(
-            *call.quantized, call.in_features, first * call.in_features, weight[:, : call.in_features]
-        )
+        nf4.dequantize_region(*call.quantized, call.in_features, first * call.in_features, weight)
         if gain is not None:
-            weight[:, : call.in_features].mul_(gain[first:last, None])
-        if right is not None:
-            weight[:, call.in_features :] = right[first:last]
-        torch.mm(left, weight.T, out=y[:, first:last])
+            weight.mul_(gain[first:last, None])
+        if lora_B is not None:
+            y[:, first:last].addmm_(x, weight.T)
+        elif bias is not None:
+            torch.addmm(bias[first:last], x, weight.T, out=y[:, first:last])
+        else:
+            torch.mm(x, weight.T, out=y[:, first:last])
+
+
+def _chunk(length: int, size: int, step: int) -> int:
+    """How many rows or columns of the weight, of ``size`` bytes each, a chunk has: a multiple of ``step``, or all."""
+    return max(1, min(length, max(step, CHUNK_BYTES // max(1, size) // step * step)))
 
 
 def qlora_linear_backward(
@@ -835,22 +843,22 @@ def _dx_split(
 def _dx_dense(
     call: Call, grad: Tensor, A: Tensor | None, B: Tensor | None, scaling: float, grad_x: Tensor, u: Tensor | None
 ) -> None:
-    # [dY | u | 0] · [Ŵ; lora_A; 0], a chunk of columns at a time.
-    left = grad
-    padding = -(call.out_features + call.rank) % 8
-    if call.rank and u is not None:
-        left = torch.cat([grad, u, grad.new_zeros((call.rows, padding))], dim=1)
-    columns = CHUNK_BYTES // (left.shape[1] * grad.element_size())
-    together = max(1, min(call.in_features, max(64, columns // 64 * 64)))
-    chunk = grad.new_empty((left.shape[1], together))
+    adapter = (u, A) if u is not None and A is not None and call.rank else None
+    if adapter is not None:
+        torch.mm(*adapter, out=grad_x)
+    size, blocksize = call.out_features * grad.element_size(), call.quantized[5]
+    # Whole blocks are dequantised fastest; a chunk has them unless one column of blocks is larger than that.
+    step = max(CHUNK_STEP, blocksize) if blocksize * size <= CHUNK_BYTES else CHUNK_STEP
+    together = _chunk(call.in_features, size, step)
+    chunk = grad.new_empty((call.out_features, together))
     for first in range(0, call.in_features, together):
         last = min(first + together, call.in_features)
         weight = chunk[:, : last - first]
-        nf4.dequantize_region(*call.quantized, call.in_features, first, weight[: call.out_features])
-        if A is not None and left is not grad:
-            weight[call.out_features : call.out_features + call.rank] = A[:, first:last]
-            weight[call.out_features + call.rank :] = 0
-        torch.mm(left, weight, out=grad_x[:, first:last])
+        nf4.dequantize_region(*call.quantized, call.in_features, first, weight)
+        if adapter is not None:
+            grad_x[:, first:last].addmm_(grad, weight)
+        else:
+            torch.mm(grad, weight, out=grad_x[:, first:last])
 
 
 def parts_of_rows(call: Call, want_A: bool, want_wide: bool, layers: int = 1) -> tuple[int, int, int, int, int, int]:
