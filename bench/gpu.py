@@ -64,8 +64,10 @@ def main() -> int:
     # Their files alone: others import what the machine may lack.
     marked = [str(file) for file in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in file.read_text()]
     # Most of the time of the tests is compilation, on one core each.
-    workers = min(8, os.cpu_count() or 1) if importlib.util.find_spec("xdist") else 0
-    many = ["-n", str(workers)] if workers > 1 else []
+    workers = min(14, os.cpu_count() or 1) if importlib.util.find_spec("xdist") else 0
+    many = ["-p", "xdist.plugin", "-n", str(workers)] if workers > 1 else []
+    # Others' plugins have warnings of their own, which the tests' settings make errors.
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *many, *marked]
     statuses["tests"] = subprocess.run(tests, cwd=ROOT, env=environment, check=False).returncode
     print(f"[{time.monotonic() - began:5.0f} s] tests done", flush=True)

@@ -169,7 +169,7 @@ def adapt(name: str, model: nn.Module, targets: Sequence[str], rank: int = RANK)
     for lora_A, lora_B in adapters(model):
         for parameter, std in ((lora_A, lora_A.shape[1] ** -0.5), (lora_B, 0.1)):
             # The branch then weighs about as much as the base. Drawn on the CPU, so that devices agree.
-            drawn = torch.empty(parameter.shape).normal_(std=std, generator=generator)
+            drawn = torch.empty(parameter.shape, device="cpu").normal_(std=std, generator=generator)
             # PEFT and harlora make them float32 over a half-precision weight; all competitors' have the dtype of x.
             parameter.data = drawn.to(parameter.device, dtype)
     return model
@@ -251,7 +251,8 @@ class _Torchao(nn.Module):
 
 class _Dense(nn.Linear):
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
+        device = linear.weight.device
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device=device)
         self.load_state_dict(linear.state_dict())
 
     def dense(self) -> Tensor:

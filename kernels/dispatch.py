@@ -179,12 +179,16 @@ def _sizes(operator: str, arguments: tuple[Any, ...]) -> tuple[Tensor, int, int,
 
 def _triton(operator: str, *arguments: Any) -> Any:
     """The operator by Triton's kernels, or by the reference where their configuration proved wrong."""
+    function = proven_function(operator, *arguments)
+    return _by_reference(operator, *arguments) if function is None else function(*arguments)
+
+
+def proven_function(operator: str, *arguments: Any) -> Callable[..., Any] | None:
+    """Triton's function for such arguments, or None where their configuration proved wrong or cannot be proven now."""
     wide, in_features, out_features, *_ = _sizes(operator, arguments)
     rows = wide.numel() // max(1, wide.shape[-1])
     chosen = configuration(_TRITON[operator][1], wide.device, wide.dtype, rows, in_features * out_features)
-    if not serves(operator, chosen, *arguments):
-        return _by_reference(operator, *arguments)
-    return launcher(operator, chosen)(*arguments)
+    return launcher(operator, chosen) if serves(operator, chosen, *arguments) else None
 
 
 def _by_reference(operator: str, *arguments: Any) -> Any:

@@ -35,7 +35,7 @@ def reset() -> None:
     """Forget which backend serves, after ``HARLORA_BACKEND`` was changed."""
     dispatch.select.cache_clear()
     dispatch.served_by_triton.cache_clear()
-    replay.reset()  # with the functions of gpu.py that were chosen for each
+    replay.reset()
     _served.clear()
 
 

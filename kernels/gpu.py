@@ -78,8 +78,8 @@ def qlora_linear(
         scaling,
     )  # fmt: skip
     key = (
-        "qlora_linear", x.dtype, x.shape, quant_type, blocksize, out_features, scaling, nested_absmax is None,
-        bias is None, _adapter(lora_A),
+        "qlora_linear", x.get_device(), x.dtype, x.shape, quant_type, blocksize, out_features, scaling,
+        nested_absmax is None, bias is None, _adapter(lora_A),
     )  # fmt: skip
     if not _trains(x, bias, lora_A, lora_B):
         return _forward(key, x, layer)[0]
@@ -89,16 +89,30 @@ def qlora_linear(
 
 def _forward(key: Hashable, x: Tensor, layer: Layer) -> Sequence[Tensor]:
     """Y and t; every argument but x's sizes and the tensors is in ``key``."""
-    function = partial(_checked_forward, x, layer)
+    function = partial(_checked_forward, key, x, layer)
     if not x.is_contiguous():
         return function()
     return replay.run(key, _present(x, *layer[:4], *layer[7:10]), function)
 
 
-def _checked_forward(x: Tensor, layer: Layer) -> Sequence[Tensor]:
-    _check(x, layer)
-    result: Sequence[Tensor] = dispatch.select("qlora_linear", x.device, x.dtype)(x, *layer)
-    return result
+def _checked_forward(key: Hashable, x: Tensor, layer: Layer) -> Sequence[Tensor]:
+    shapes = [None if tensor is None else tensor.shape for tensor in (*layer[:4], *layer[7:10])]
+    known = replay.remembered.get((key, "shapes"))
+    if known != shapes:
+        _check(x, layer)
+        replay.remember((key, "shapes"), shapes)
+    return _function(key, "qlora_linear", x, *layer)(x, *layer)
+
+
+def _function(key: Hashable, operator: str, *arguments: Any) -> Callable[..., Sequence[Tensor]]:
+    """What computes the operator for arguments of which all that decides is in ``key``."""
+    found: Callable[..., Sequence[Tensor]] | None = replay.remembered.get((key, "function"))
+    if found is None:
+        found = dispatch.proven_function(operator, *arguments)
+        if found is None:
+            return dispatch.select(operator, arguments[0].device, arguments[0].dtype)
+        replay.remember((key, "function"), found)
+    return found
 
 
 def _check(x: Tensor, *layers: Layer) -> None:
@@ -115,16 +129,17 @@ def _backward(
 ) -> Sequence[Tensor]:  # fmt: skip
     """The gradients of x, bias, lora_A and lora_B, each empty unless ``mask`` asks for it."""
     grad = grad.contiguous()
-    function = partial(
-        dispatch.select("qlora_linear_backward", grad.device, grad.dtype), grad, x, t, *quantized, in_features, A, B,
-        scaling, mask,
+    key = (
+        "qlora_linear_backward", grad.get_device(), grad.dtype, grad.shape, in_features, *quantized[4:], scaling,
+        tuple(mask), x is None, t is None, quantized[2] is None, _adapter(A),
     )  # fmt: skip
+    arguments = (grad, x, t, *quantized, in_features, A, B, scaling, mask)
+
+    def function() -> Sequence[Tensor]:
+        return _function(key, "qlora_linear_backward", *arguments)(*arguments)
+
     if x is not None and not x.is_contiguous():
         return function()
-    key = (
-        "qlora_linear_backward", grad.dtype, grad.shape, in_features, *quantized[4:], scaling, tuple(mask),
-        x is None, t is None, quantized[2] is None, _adapter(A),
-    )  # fmt: skip
     return replay.run(key, _present(grad, x, t, *quantized[:4], A, B), function)
 
 
@@ -157,7 +172,7 @@ class _Linear(torch.autograd.Function):
 
 def _key(operator: str, x: Tensor, *layers: Layer) -> Hashable:
     facts = ((*layer[4:7], layer[10], layer[2] is None, layer[7] is None, _adapter(layer[8])) for layer in layers)
-    return (operator, x.dtype, x.shape, *facts)
+    return (operator, x.get_device(), x.dtype, x.shape, *facts)
 
 
 def _in_dtype_of(x: Tensor, *layers: Layer) -> Any:
@@ -213,21 +228,20 @@ class _QKV(torch.autograd.Function):
         return tuple(results)
 
 
-_groups: dict[Hashable, tuple[Callable[..., Any], ...]] = {}
-
-
 def _together(
     key: Hashable, x: Tensor, layers: Sequence[Layer], fit: Callable[[], bool], *operators: str
 ) -> tuple[Callable[..., Any], ...] | None:
     """Triton's functions of ``operators`` over layers, or None where they have to run one by one."""
-    if not replay.known(key):
+    remembered: tuple[Callable[..., Any], ...] | None = replay.remembered.get(key)
+    if remembered is None or not replay.known(key):
         if not fit():
             return None
-        functions = tuple(dispatch.group(operator, x, tuple(layers)) for operator in operators)
+        functions = [dispatch.group(operator, x, tuple(layers)) for operator in operators]
         if None in functions:
             return None
-        _groups[key] = functions  # type: ignore[assignment]
-    return _groups[key]
+        remembered = tuple(function for function in functions if function is not None)
+        replay.remember(key, remembered)
+    return remembered
 
 
 def _run(key: Hashable, x: Tensor, layers: Sequence[Layer], function: Callable[[], Any]) -> Any:

@@ -40,9 +40,10 @@ _VIEWS = {
     _aten.alias.default, _aten.as_strided.default,
 }  # fmt: skip
 
+remembered: dict[Hashable, Any] = {}  # what callers know of their keys, until `reset`
 _held: dict[Hashable, int] = {}  # the number of a recording, or minus the attempts that failed
 _needed: dict[int, Any] = {}  # what must live as long as a recording: kernels, tables
-_recording = threading.Lock()
+_recording = threading.RLock()  # a function that is watched may itself repeat others
 
 
 def reset() -> None:
@@ -51,6 +52,14 @@ def reset() -> None:
         torch.ops.harlora_cpp.launches_release(number)
     _needed.clear()
     _held.clear()
+    remembered.clear()
+
+
+def remember(key: Hashable, value: Any) -> None:
+    """Keep ``value`` in `remembered`."""
+    if len(remembered) >= 4 * MOST:
+        remembered.clear()
+    remembered[key] = value
 
 
 def known(key: Hashable) -> bool:

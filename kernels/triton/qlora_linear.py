@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from harlora.kernels import replay
 from harlora.kernels.configurations import Configuration
 from harlora.kernels.format import nested_code_table
 from harlora.kernels.triton import nf4
@@ -735,11 +736,13 @@ def _forward_dense(
         else:
             torch.addmm(bias, t, lora_B.T, alpha=scaling, out=y)
     together = _chunk(call.out_features, call.in_features * x.element_size(), CHUNK_STEP)
-    chunk = x.new_empty((together, call.in_features))
+    whole = _whole(call) if together == call.out_features else None
+    chunk = x.new_empty((together, call.in_features)) if whole is None else whole
     for first in range(0, call.out_features, together):
         weight = chunk[: min(together, call.out_features - first)]
         last = first + len(weight)
-        nf4.dequantize_region(*call.quantized, call.in_features, first * call.in_features, weight)
+        if whole is None:
+            nf4.dequantize_region(*call.quantized, call.in_features, first * call.in_features, weight)
         if gain is not None:
             weight.mul_(gain[first:last, None])
         if lora_B is not None:
@@ -748,6 +751,14 @@ def _forward_dense(
             torch.addmm(bias[first:last], x, weight.T, out=y[:, first:last])
         else:
             torch.mm(x, weight.T, out=y[:, first:last])
+
+
+def _whole(call: Call) -> Tensor:
+    """The dequantised weight, a new tensor."""
+    shape, facts = (call.out_features, call.in_features), call.quantized[4:]
+    tensors = [tensor for tensor in call.quantized[:4] if tensor is not None]
+    key = ("dequantize", call.device, call.dtype, shape, facts, len(tensors))
+    return replay.run(key, tensors, lambda: [nf4.dequantize_4bit(*call.quantized, shape, call.dtype)])[0]
 
 
 def _chunk(length: int, size: int, step: int) -> int:
@@ -843,18 +854,20 @@ def _dx_split(
 def _dx_dense(
     call: Call, grad: Tensor, A: Tensor | None, B: Tensor | None, scaling: float, grad_x: Tensor, u: Tensor | None
 ) -> None:
-    adapter = (u, A) if u is not None and A is not None and call.rank else None
+    adapter = (u, A.to(grad.dtype)) if u is not None and A is not None and call.rank else None
     if adapter is not None:
         torch.mm(*adapter, out=grad_x)
     size, blocksize = call.out_features * grad.element_size(), call.quantized[5]
     # Whole blocks are dequantised fastest; a chunk has them unless one column of blocks is larger than that.
     step = max(CHUNK_STEP, blocksize) if blocksize * size <= CHUNK_BYTES else CHUNK_STEP
     together = _chunk(call.in_features, size, step)
-    chunk = grad.new_empty((call.out_features, together))
+    whole = _whole(call) if together == call.in_features else None
+    chunk = grad.new_empty((call.out_features, together)) if whole is None else whole
     for first in range(0, call.in_features, together):
         last = min(first + together, call.in_features)
         weight = chunk[:, : last - first]
-        nf4.dequantize_region(*call.quantized, call.in_features, first, weight)
+        if whole is None:
+            nf4.dequantize_region(*call.quantized, call.in_features, first, weight)
         if adapter is not None:
             grad_x[:, first:last].addmm_(grad, weight)
         else:

@@ -142,7 +142,7 @@ def qlora_mlp(
             QUANT1=fc1[4], QUANT2=fc2[4], BLOCKSIZE1=fc1[5], BLOCKSIZE2=fc2[5], NESTED1=fc1[2] is not None,
             NESTED2=fc2[2] is not None, BIAS1=fc1[7] is not None, BIAS2=fc2[7] is not None,
             RANK1=_padded(ranks[0]), RANK2=_padded(ranks[1]), KEEP=keep,
-            PERMUTE=configuration.permute and x.dtype != torch.float32 and not INTERPRETED,
+            PERMUTE=configuration.permute and not INTERPRETED,
             PRECISION=precision(x.dtype), BLOCK_M=block_m, BLOCK_N=max(16, power_of_two(out_features)),
             BLOCK_H=min(fc2[5], 64 if x.dtype != torch.float32 else 32), BLOCK_K=min(fc1[5], 64), num_warps=8,
             num_stages=2,
