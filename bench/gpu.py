@@ -77,15 +77,20 @@ def main() -> int:
 
 
 def _bench(options: argparse.Namespace, statuses: dict[str, int], minutes: float) -> int:
+    import torch
     from rich.console import Console
 
     from harlora.bench import report
-    from harlora.bench.run import RESULT, Options, measure
+    from harlora.bench.cases import plan
+    from harlora.bench.run import RESULT, Options, Preset, measure
     from harlora.errors import InputError
     from harlora.files import write_json
 
     folder = options.out or ROOT / "runs" / "bench" / time.strftime("gpu-%Y%m%dT%H%M%SZ", time.gmtime())
-    chosen = Options("quick" if options.quick else "standard", options.device, minutes=minutes, command="make gpu")
+    preset: Preset = "quick" if options.quick else "standard"
+    cases = plan(preset, torch.device(options.device)).count()
+    seconds = max(0.3, min(2.4, 0.6 * 60 * minutes / cases))  # the rest is for making and checking the competitors
+    chosen = Options(preset, options.device, minutes=minutes, seconds=seconds, command="make gpu")
     try:
         result = measure(chosen, folder / RESULT, Console(stderr=True))
     except InputError as error:
