@@ -379,7 +379,17 @@ def test_a_compiled_graph_runs_them(monkeypatch):
 def test_what_was_not_checked_is_not_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     probe = dispatch._Probe(
-        "qlora_linear", DIRECT, torch.device("cuda", 0), torch.float32, True, True, "nf4", 64, False, 16
+        "qlora_linear",
+        DIRECT,
+        torch.device("cuda", 0),
+        torch.float32,
+        True,
+        True,
+        "nf4",
+        64,
+        False,
+        16,
+        torch.float32,
     )
     with pytest.warns(RuntimeWarning, match="Run the model once before capturing"):
         assert not dispatch._proven(probe)
