@@ -140,8 +140,8 @@ def _quantized(size: Size, in_features: int, out_features: int) -> tuple[Any, ..
     return packed, absmax, nested, torch.empty((), device=META), size.quant_type, size.blocksize
 
 
-def layer_call(operator: str, size: Size, chosen: Configuration) -> Callable[[], object]:
-    """A call of the layer's launcher on tensors without memory."""
+def layer_call(operator: str, size: Size, chosen: Configuration, train_A: bool = True) -> Callable[[], object]:
+    """A call of the layer's launcher on tensors without memory; lora_A may be frozen."""
     empty = partial(torch.empty, device=META, dtype=size.dtype)
     A = empty(size.rank, size.width) if size.rank else None
     B = empty(size.width, size.rank) if size.rank else None
@@ -150,9 +150,9 @@ def layer_call(operator: str, size: Size, chosen: Configuration) -> Callable[[],
     launcher: Callable[..., object] = getattr(qlora_linear, operator)
     if operator == "qlora_linear":
         return partial(launcher, x, *quantized, size.width, bias, A, B, 0.5, configuration=chosen)
-    mask = [True, True, size.rank > 0, size.rank > 0]
+    mask = [True, True, size.rank > 0 and train_A, size.rank > 0]
     return partial(
-        launcher, empty(size.rows, size.width), x, t, *quantized, size.width, A, B, 0.5,
+        launcher, empty(size.rows, size.width), x if train_A else None, t, *quantized, size.width, A, B, 0.5,
         mask, configuration=chosen,
     )  # fmt: skip
 
@@ -190,6 +190,9 @@ def mlp_calls() -> Iterator[tuple[str, Callable[[], object]]]:
 
 def calls(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """Every configuration of a target's table, in each of its dtypes; and of each way, formats and shapes besides."""
+    for dtype in (torch.float32, torch.bfloat16):
+        frozen = layer_call("qlora_linear_backward", Size(512, 768, dtype), Configuration("dense"), train_A=False)
+        yield f"qlora_linear_backward with lora_A frozen, {str(dtype).removeprefix('torch.')}", frozen
     for title, rules in configurations.tables()[target].items():
         operator, bits = title.split()
         dtypes = [torch.float32] if bits == "32" else [torch.bfloat16, torch.float16]

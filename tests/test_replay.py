@@ -170,8 +170,8 @@ def test_layers_repeat_on_a_gpu(dtype, rows, options):
         assert all(torch.equal(one, other) for one, other in pairs)
         with torch.no_grad():
             assert torch.equal(layer(x), wanted)
-    if options.get("rank") != 40:  # beyond the rank that is fused t is a library product
-        assert sum(number > 0 for number in replay._held.values()) >= 2
+    # Beyond the rank that is fused t is a library product; without an adapter dbias is, and so is all of backward.
+    assert sum(number > 0 for number in replay._held.values()) >= {40: 0, 0: 1}.get(layers[0].rank, 2)
 
 
 @pytest.mark.gpu

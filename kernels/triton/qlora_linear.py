@@ -910,8 +910,9 @@ def _lora_grads(
     block_m, block_c, tiles_A, tiles, parts, steps = parts_of_rows(call, want_A, want_B or want_bias)
     grads = Gradients(call, adapter_dtype, mask[1:], parts, 1)
     grad_A, grad_B, grad_bias = grads.parts
+    # Where dA is not wanted no program reads x and u, but the compiler needs pointers.
     _lora_grads_kernel[(tiles, parts)](
-        x, u, grad, t, grad_A, grad_B, grad_bias, rows, in_features, out_features, rank, scaling,
+        grad if x is None else x, grad if u is None else u, grad, t, grad_A, grad_B, grad_bias, rows, in_features, out_features, rank, scaling,
         0 if x is None else x.stride(0), grad.stride(0), steps, tiles_A,
         grad_A.stride(1), grad_B.stride(1), grad_bias.stride(1), WANT_B=want_B, WANT_BIAS=want_bias,
         RANK=max(16, power_of_two(rank)), PRECISION=precision(call.dtype), BLOCK_M=block_m, BLOCK_C=block_c,
