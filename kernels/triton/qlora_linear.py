@@ -912,7 +912,8 @@ def _lora_grads(
     grad_A, grad_B, grad_bias = grads.parts
     # Where dA is not wanted no program reads x and u, but the compiler needs pointers.
     _lora_grads_kernel[(tiles, parts)](
-        grad if x is None else x, grad if u is None else u, grad, t, grad_A, grad_B, grad_bias, rows, in_features, out_features, rank, scaling,
+        grad if x is None else x, grad if u is None else u, grad, t, grad_A, grad_B, grad_bias,
+        rows, in_features, out_features, rank, scaling,
         0 if x is None else x.stride(0), grad.stride(0), steps, tiles_A,
         grad_A.stride(1), grad_B.stride(1), grad_bias.stride(1), WANT_B=want_B, WANT_BIAS=want_bias,
         RANK=max(16, power_of_two(rank)), PRECISION=precision(call.dtype), BLOCK_M=block_m, BLOCK_C=block_c,
