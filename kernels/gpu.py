@@ -49,6 +49,11 @@ def _readable(dtype: torch.dtype, bias: Tensor | None, A: Tensor | None, B: Tens
     return A is None or B is None or (A.dtype is B.dtype and A.dtype in (dtype, torch.float32))
 
 
+def _arithmetic(x: Tensor) -> tuple[Hashable, ...]:
+    """The dtype, and whether products of float32 are TF32, which may be switched between calls."""
+    return x.dtype, x.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
+
+
 def _adapter(A: Tensor | None) -> Hashable:
     return None if A is None else (A.shape[0], A.dtype)
 
@@ -56,29 +61,13 @@ def _adapter(A: Tensor | None) -> Hashable:
 # One layer ----------------------------------------------------------------------------------------------------------
 
 
-def qlora_linear(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    out_features: int,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-) -> Tensor | None:
+def qlora_linear(x: Tensor, *layer: *Layer) -> Tensor | None:
     """The output of the operator of that name, or None where only the public operator serves."""
+    _, _, nested_absmax, _, quant_type, blocksize, out_features, bias, lora_A, lora_B, scaling = layer
     if not serves(x) or not x.numel() or not _readable(x.dtype, bias, lora_A, lora_B):
         return None
-    layer = (
-        packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, out_features, bias, lora_A, lora_B,
-        scaling,
-    )  # fmt: skip
     key = (
-        "qlora_linear", x.get_device(), x.dtype, x.shape, quant_type, blocksize, out_features, scaling,
+        "qlora_linear", x.get_device(), *_arithmetic(x), x.shape, quant_type, blocksize, out_features, scaling,
         nested_absmax is None, bias is None, _adapter(lora_A),
     )  # fmt: skip
     if not _trains(x, bias, lora_A, lora_B):
@@ -96,11 +85,13 @@ def _forward(key: Hashable, x: Tensor, layer: Layer) -> Sequence[Tensor]:
 
 
 def _checked_forward(key: Hashable, x: Tensor, layer: Layer) -> Sequence[Tensor]:
-    shapes = [None if tensor is None else tensor.shape for tensor in (*layer[:4], *layer[7:10])]
-    known = replay.remembered.get((key, "shapes"))
-    if known != shapes:
-        _check(x, layer)
-        replay.remember((key, "shapes"), shapes)
+    facts = [
+        tensor if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        for tensor in (*layer[:4], *layer[7:10])
+    ]
+    if replay.remembered.get((key, "checked")) != facts:
+        _check(x, x.shape[-1], layer)
+        replay.remember((key, "checked"), facts)
     return _function(key, "qlora_linear", x, *layer)(x, *layer)
 
 
@@ -115,12 +106,11 @@ def _function(key: Hashable, operator: str, *arguments: Any) -> Callable[..., Se
     return found
 
 
-def _check(x: Tensor, *layers: Layer) -> None:
+def _check(x: Tensor, in_features: int, layer: Layer) -> None:
     """Raise as the public operator does, unless the arguments fit each other."""
     from harlora.kernels import ops
 
-    for layer in layers:
-        ops.check_qlora("qlora_linear", x, x.shape[-1], layer[:6], *layer[6:10], wide_adapter=True)
+    ops.check_qlora("qlora_linear", x, in_features, layer[:6], *layer[6:10], wide_adapter=True)
 
 
 def _backward(
@@ -130,8 +120,8 @@ def _backward(
     """The gradients of x, bias, lora_A and lora_B, each empty unless ``mask`` asks for it."""
     grad = grad.contiguous()
     key = (
-        "qlora_linear_backward", grad.get_device(), grad.dtype, grad.shape, in_features, *quantized[4:], scaling,
-        tuple(mask), x is None, t is None, quantized[2] is None, _adapter(A),
+        "qlora_linear_backward", grad.get_device(), *_arithmetic(grad), grad.shape, in_features, *quantized[4:],
+        scaling, tuple(mask), x is None, t is None, quantized[2] is None, _adapter(A),
     )  # fmt: skip
     arguments = (grad, x, t, *quantized, in_features, A, B, scaling, mask)
 
@@ -172,7 +162,7 @@ class _Linear(torch.autograd.Function):
 
 def _key(operator: str, x: Tensor, *layers: Layer) -> Hashable:
     facts = ((*layer[4:7], layer[10], layer[2] is None, layer[7] is None, _adapter(layer[8])) for layer in layers)
-    return (operator, x.get_device(), x.dtype, x.shape, *facts)
+    return (operator, x.get_device(), *_arithmetic(x), x.shape, *facts)
 
 
 def _in_dtype_of(x: Tensor, *layers: Layer) -> Any:
@@ -195,7 +185,7 @@ class _QKV(torch.autograd.Function):
         ctx: Any, key: Hashable, x: Tensor, quantized: Any, functions: tuple[Any, Any], *values: Any
     ) -> tuple[Tensor, ...]:
         layers = [(*packed, *values[4 * i : 4 * i + 4]) for i, packed in enumerate(quantized)]
-        y, t = _run(key, x, layers, partial(functions[0], x, layers))
+        y, t = _run(key, x, layers, 3 * x.shape[-1:], partial(functions[0], x, layers))
         adapters = [tensor for layer in layers for tensor in layer[8:10]]
         packed = [tensor for layer in layers for tensor in layer[:4]]
         ctx.save_for_backward(x, t, *adapters, *packed)
@@ -244,9 +234,12 @@ def _together(
     return remembered
 
 
-def _run(key: Hashable, x: Tensor, layers: Sequence[Layer], function: Callable[[], Any]) -> Any:
+def _run(
+    key: Hashable, x: Tensor, layers: Sequence[Layer], in_features: Sequence[int], function: Callable[[], Any]
+) -> Any:
     def checked() -> Any:
-        _check(x, *(layers if len(layers) == 3 else layers[:1]))
+        for layer, width in zip(layers, in_features, strict=True):
+            _check(x, width, layer)
         return function()
 
     return replay.run(key, [x, *_tensors(*layers)], checked) if x.is_contiguous() else checked()
@@ -268,7 +261,7 @@ def qlora_qkv(x: Tensor, q: Layer, k: Layer, v: Layer) -> tuple[Tensor, ...] | N
         return None
     values = [value for layer in layers for value in layer[7:]]
     if not _trains(x, *(value for layer in layers for value in layer[7:10])):
-        y, _ = _run(key, x, layers, partial(functions[0], x, layers))
+        y, _ = _run(key, x, layers, 3 * x.shape[-1:], partial(functions[0], x, layers))
         together: tuple[Tensor, ...] = y.unbind(0)
         return together
     result: tuple[Tensor, ...] = _QKV.apply(key, x, [layer[:7] for layer in layers], functions, *values)
@@ -280,7 +273,7 @@ class _MLP(torch.autograd.Function):
     def forward(ctx: Any, key: Hashable, x: Tensor, quantized: Any, function: Any, *values: Any) -> Tensor:
         fc1, fc2 = ((*packed, *values[4 * i : 4 * i + 4]) for i, packed in enumerate(quantized))
         y: Tensor
-        y, h, t1, t2 = _run(key, x, (fc1, fc2), partial(function, x, fc1, fc2, True))
+        y, h, t1, t2 = _run(key, x, (fc1, fc2), (x.shape[-1], fc1[6]), partial(function, x, fc1, fc2, True))
         ctx.save_for_backward(x, h, t1, t2, *fc1[8:10], *fc2[8:10], *fc1[:4], *fc2[:4])
         ctx.facts = [(layer[4:6], layer[10]) for layer in (fc1, fc2)]
         return y
@@ -325,7 +318,8 @@ def qlora_mlp(x: Tensor, fc1: Layer, fc2: Layer) -> Tensor | None:
         return None
     values = [value for layer in layers for value in layer[7:]]
     if not train:
-        result: Tensor = _run(key, x, layers, partial(functions[0], x, *layers, False))[0]
+        widths = (x.shape[-1], layers[0][6])
+        result: Tensor = _run(key, x, layers, widths, partial(functions[0], x, *layers, False))[0]
         return result
     trained: Tensor = _MLP.apply(key, x, [layer[:7] for layer in layers], functions[0], *values)
     return trained

@@ -43,16 +43,30 @@ _VIEWS = {
 remembered: dict[Hashable, Any] = {}  # what callers know of their keys, until `reset`
 _held: dict[Hashable, int] = {}  # the number of a recording, or minus the attempts that failed
 _needed: dict[int, Any] = {}  # what must live as long as a recording: kernels, tables
+_outdated: list[int] = []  # recordings without a key, which another thread may still be about to repeat
 _recording = threading.RLock()  # a function that is watched may itself repeat others
 
 
 def reset() -> None:
     """Forget all recordings."""
-    for number in _needed:
-        torch.ops.harlora_cpp.launches_release(number)
-    _needed.clear()
+    _forget(list(_needed))
+    _outdated.clear()
     _held.clear()
     remembered.clear()
+
+
+def _forget(numbers: Sequence[int]) -> None:
+    for number in numbers:
+        torch.ops.harlora_cpp.launches_release(number)
+        del _needed[number]
+
+
+def _make_room() -> None:
+    """Before there are more recordings than `MOST`, forget those that were outdated the last time, and outdate all."""
+    if len(_held) >= MOST:
+        _forget(_outdated)
+        _outdated[:] = _needed
+        _held.clear()
 
 
 def remember(key: Hashable, value: Any) -> None:
@@ -81,9 +95,8 @@ def run(key: Hashable, inputs: list[Tensor], function: Callable[[], Sequence[Ten
     if held <= -ATTEMPTS or not inputs[0].is_cuda or cpp.load_extension():
         return function()
     with _recording:
+        _make_room()
         result, number = record(inputs, function, DRIVER)
-        if len(_held) >= MOST:
-            reset()
         _held[key] = number or held - 1
     return result
 
@@ -130,9 +143,10 @@ def record(inputs: list[Tensor], function: Callable[[], Sequence[Tensor]], drive
         return result, 0
     try:
         facts, needed = _facts(inputs, watch.allocated, result, launched)
-    except _UnrepeatableError:
+        number: int = torch.ops.harlora_cpp.launches_hold(facts, driver)
+    except (_UnrepeatableError, AttributeError, KeyError, RuntimeError):
+        # The last three: another version of Triton describes its kernels in another way; there is no such driver.
         return result, 0
-    number: int = torch.ops.harlora_cpp.launches_hold(facts, driver)
     _needed[number] = needed
     return result, number
 

@@ -216,3 +216,21 @@ def test_repetitions_are_captured_and_follow_the_stream_on_a_gpu():
             found = layer(x)
         stream.synchronize()
         assert torch.equal(found, public(layer, x))
+
+
+def test_there_are_never_more_recordings_than_twice_the_most(monkeypatch, driver):
+    eager.reset()
+    monkeypatch.setattr(replay, "MOST", 2)
+    x, out = torch.randn(3, 8), torch.empty(24)
+    for key in range(7):
+        facts, needed = replay._facts([x], [out], [out], [(kernel(), (24,), (x, out, 1, 1.0), {})])
+        replay._make_room()
+        number = torch.ops.harlora_cpp.launches_hold(facts, driver)
+        replay._needed[number] = needed
+        replay._held[key] = number
+        assert len(replay._needed) <= 4
+        assert len(torch.ops.harlora_cpp.launches_run([x], number, 5)) == 1
+    eager.reset()
+    assert not replay._needed
+    with pytest.raises(RuntimeError, match="nothing is held"):
+        torch.ops.harlora_cpp.launches_run([x], number, 5)
