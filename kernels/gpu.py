@@ -29,8 +29,8 @@ def serves(x: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
         and forward_ad._current_level < 0
-        and not torch.is_autocast_enabled(x.device.type)
         and dispatch.served_by_triton(x.device, x.dtype)
+        and not torch.is_autocast_enabled(x.device.type)  # which devices without autocast refuse to say
     )
 
 
