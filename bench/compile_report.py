@@ -127,6 +127,7 @@ class Size:
     quant_type: str = "nf4"
     blocksize: int = 64
     nested: bool = False
+    dropout: float = 0.0
 
 
 def _quantized(size: Size, in_features: int, out_features: int) -> tuple[Any, ...]:
@@ -148,12 +149,13 @@ def layer_call(operator: str, size: Size, chosen: Configuration, train_A: bool =
     x, bias, t = empty(size.rows, size.width), empty(size.width), empty(size.rows, size.rank)
     quantized = _quantized(size, size.width, size.width)
     launcher: Callable[..., object] = getattr(qlora_linear, operator)
+    drop = (size.dropout, torch.empty((), device=META, dtype=torch.int64)) if size.dropout else ()
     if operator == "qlora_linear":
-        return partial(launcher, x, *quantized, size.width, bias, A, B, 0.5, configuration=chosen)
+        return partial(launcher, x, *quantized, size.width, bias, A, B, 0.5, *drop, configuration=chosen)
     mask = [True, True, size.rank > 0 and train_A, size.rank > 0]
     return partial(
         launcher, empty(size.rows, size.width), x if train_A else None, t, *quantized, size.width, A, B, 0.5,
-        mask, configuration=chosen,
+        mask, *drop, configuration=chosen,
     )  # fmt: skip
 
 
@@ -200,7 +202,8 @@ def calls(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
         for rule in rules:
             width = 768 if rule.weights else 4096
             rows = rule.rows or 8192
-            sizes = [Size(rows, width, dtypes[0])]
+            # With dropout of a size at which t is fused, where it ever is.
+            sizes = [Size(rows, width, dtypes[0]), Size(rows, 192, dtypes[0], dropout=0.1)]
             if rule.use.way != "dense":
                 sizes.append(Size(rows, width, dtypes[0], rank=40))  # not fused
             if rule.use.way not in seen:
@@ -209,6 +212,8 @@ def calls(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
                 sizes += [
                     Size(rows, width, dtypes[0], rank=8, quant_type="fp4", nested=True),
                     Size(rows, width + 1, dtypes[0], rank=40, nested=True),
+                    Size(rows, 193, dtypes[0], dropout=0.1),
+                    Size(rows, width, dtypes[0], rank=128, dropout=0.1),
                 ]
                 if rule.use.way != "dense":
                     sizes += [
@@ -217,7 +222,7 @@ def calls(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
                     ]
             for size in sizes:
                 yield _described(title, rule.use, size), layer_call(operator, size, rule.use)
-                if rule.use.way == "direct" and size.rank <= qlora_linear.FUSED_RANK:
+                if rule.use.way == "direct" and size.rank <= qlora_linear.FUSED_RANK and not size.dropout:
                     yield f"three of {_described(title, rule.use, size)}", qkv_call(operator, size, rule.use)
 
 
@@ -264,7 +269,7 @@ def adapter_calls(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
 
 def _described(title: str, chosen: Configuration, size: Size) -> str:
     tile = f" {chosen.block_rows}×{chosen.block_out}×{chosen.block_in}" if chosen.block_rows else ""
-    kind = f"{size.quant_type}, blocks of {size.blocksize}{', nested' * size.nested}"
+    kind = f"{size.quant_type}, blocks of {size.blocksize}{', nested' * size.nested}{', dropout' * (size.dropout > 0)}"
     dtype = str(size.dtype).removeprefix("torch.")
     return f"{title.split()[0]} {chosen.way}{tile}, {dtype}, {size.rows}×{size.width}², rank {size.rank}, {kind}"
 

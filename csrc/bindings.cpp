@@ -25,6 +25,7 @@ STABLE_TORCH_LIBRARY(harlora_cpp, library) {
   library.def("qlora_linear_backward(Tensor grad, Tensor? x, Tensor? t, " HARLORA_WEIGHT
               ", int in_features, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor(a!)? grad_x,"
               " Tensor(b!)? grad_bias, Tensor(c!)? grad_A, Tensor(d!)? grad_B, " HARLORA_NESTED ") -> ()");
+  library.def("dropout(Tensor x, Tensor seed, int limit, Tensor(a!) out) -> ()");
   library.def("qlora_qkv(Tensor x, " HARLORA_LAYERS ", int precision=0) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def("qlora_qkv_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor x, Tensor t, " HARLORA_LAYERS
               ", int[] wanted) -> Tensor[]");
@@ -48,6 +49,7 @@ STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CPU, library) {
   library.impl("quantize_4bit", TORCH_BOX(&harlora::cpu::quantize_4bit));
   library.impl("dequantize_4bit", TORCH_BOX(&harlora::cpu::dequantize_4bit));
   library.impl("qlora_linear", TORCH_BOX(&harlora::cpu::qlora_linear));
+  library.impl("dropout", TORCH_BOX(&harlora::cpu::dropout));
   library.impl("qlora_qkv", TORCH_BOX(&harlora::cpu::qlora_qkv));
   library.impl("qlora_qkv_backward", TORCH_BOX(&harlora::cpu::qlora_qkv_backward));
   library.impl("qlora_mlp", TORCH_BOX(&harlora::cpu::qlora_mlp));

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from harlora.kernels import reference, tuning
+from harlora.kernels.dropout import limit
 from harlora.kernels.format import code_table, nested_code_table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -113,6 +114,14 @@ def dequantize_4bit(
     return out
 
 
+def dropped(x: Tensor, dropout: float, seed: Tensor, out: Tensor | None = None) -> Tensor:
+    """As `dropout.dropped`, into ``out`` if given, which may be ``x``."""
+    x = x.contiguous()
+    out = torch.empty_like(x) if out is None else out
+    torch.ops.harlora_cpp.dropout(x, seed, limit(dropout), out)
+    return out
+
+
 def qlora_linear(
     x: Tensor,
     packed: Tensor,
@@ -126,8 +135,16 @@ def qlora_linear(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.qlora_linear`."""
+    """As `reference.qlora_linear`; with dropout the adapter's products are torch's."""
+    if seed is not None and lora_A is not None and lora_B is not None:
+        quantized = (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize)
+        y, _ = qlora_linear(x, *quantized, out_features, bias, None, None, 1.0)
+        low = dropped(x.reshape(-1, x.shape[-1]), dropout, seed) @ lora_A.T
+        y.view(-1, out_features).addmm_(low, lora_B.T, alpha=scaling)
+        return y, low.view(*x.shape[:-1], lora_A.shape[0])
     t = None if lora_A is None else x.new_empty((*x.shape[:-1], lora_A.shape[0]))
     y = torch.ops.harlora_cpp.qlora_linear(
         x, packed, absmax, code_table(quant_type, x.device), blocksize, out_features, bias, lora_A, lora_B, scaling, t,
@@ -151,8 +168,26 @@ def qlora_linear_backward(
     lora_B: Tensor | None,
     scaling: float,
     output_mask: Sequence[bool],
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `reference.qlora_linear_backward`."""
+    if seed is not None and lora_A is not None and lora_B is not None:
+        quantized = (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize)
+        want_x, want_bias, want_A, want_B = output_mask
+        wide, mask = grad.reshape(-1, grad.shape[-1]), [want_x, want_bias, False, False]
+        grad_x, grad_bias, grad_A, grad_B = qlora_linear_backward(
+            wide, None, None, *quantized, in_features, None, None, 1.0, mask
+        )
+        u = scaling * (wide @ lora_B)
+        if want_x:
+            low = u @ lora_A
+            grad_x = grad_x.add_(dropped(low, dropout, seed, low)).view(*grad.shape[:-1], in_features)
+        if want_A and x is not None:
+            grad_A = u.T @ dropped(x.reshape(-1, in_features), dropout, seed)
+        if want_B and t is not None:
+            grad_B = scaling * (wide.T @ t.reshape(-1, t.shape[-1]))
+        return grad_x, grad_bias, grad_A, grad_B
     shapes = (
         (*grad.shape[:-1], in_features),
         grad.shape[-1:],

@@ -132,7 +132,10 @@ def launcher(operator: str, chosen: Configuration) -> Callable[..., Any]:
 def serves(operator: str, chosen: Configuration, *arguments: Any) -> bool:
     """Whether a configuration is right for such arguments, as found out the first time; warns once if it is not."""
     wide, in_features, _, quantized, A = _sizes(operator, arguments)
-    return _proven(_probe(operator, chosen, wide.device, wide.dtype, in_features, quantized, A))
+    # These two operators end with dropout and its seed, which need not be given.
+    dropout = A is not None and len(arguments) == {"qlora_linear": 14, "qlora_linear_backward": 16}.get(operator)
+    drops = dropout and arguments[-1] is not None
+    return _proven(_probe(operator, chosen, wide.device, wide.dtype, in_features, quantized, A, drops))
 
 
 def _probe(
@@ -143,12 +146,14 @@ def _probe(
     in_features: int,
     quantized: tuple[Any, ...],
     A: Tensor | None,
+    dropout: bool = False,
 ) -> "_Probe":
     rank = 0 if A is None else A.shape[0]
     nested, quant_type, blocksize = quantized[2] is not None, quantized[4], quantized[5]
     return _Probe(
         operator, chosen, device, dtype, in_features % blocksize == 0, in_features % 2 == 0, quant_type, blocksize,
         nested, 0 if not rank else max(16, 1 << (rank - 1).bit_length()), dtype if A is None else A.dtype,
+        dropout,
     )  # fmt: skip
 
 
@@ -219,6 +224,7 @@ class _Probe:
     nested: bool
     rank: int
     adapter_dtype: torch.dtype
+    dropout: bool
 
 
 _wrong: dict[_Probe, str] = {}
@@ -268,12 +274,12 @@ def _disagreement(probe: _Probe) -> str:
     if not probe.aligned:
         in_features += 10 if probe.even else 9
     size = (rows, in_features, out_features, probe.rank, probe.quant_type, probe.blocksize, probe.nested)
-    expected = getattr(reference, probe.operator)(
-        *problem(probe.operator, probe.device, torch.float32, *size, rounded=probe.dtype)
-    )
-    found = launcher(probe.operator, chosen)(
-        *problem(probe.operator, probe.device, probe.dtype, *size, adapter_dtype=probe.adapter_dtype)
-    )
+    given = problem(probe.operator, probe.device, probe.dtype, *size, adapter_dtype=probe.adapter_dtype)
+    exact = problem(probe.operator, probe.device, torch.float32, *size, rounded=probe.dtype)
+    if probe.dropout:
+        given, exact = (with_dropout(arguments, probe.device) for arguments in (given, exact))
+    expected = getattr(reference, probe.operator)(*exact)
+    found = launcher(probe.operator, chosen)(*given)
     # Sums of products rounded to the dtype: an error of several units in its last place. A wrong index is of order 1.
     allowed = 1e-3 if probe.dtype == torch.float32 else 16 * torch.finfo(probe.dtype).eps
     for which, (one, other) in enumerate(zip(expected, found, strict=True)):
@@ -342,6 +348,11 @@ def problem(
     return grad, x if rank else None, t, *quantized, in_features, A, B, 0.5, [True, True, rank > 0, rank > 0]
 
 
+def with_dropout(arguments: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
+    """Arguments of qlora_linear or its backward with a third of the adapter's input dropped."""
+    return *arguments, 0.3, torch.tensor(0x123456789ABCDEF, device=device)
+
+
 def _problem_of_several(
     operator: str, device: torch.device, dtype: torch.dtype, rows: int, in_features: int, out_features: int, rank: int,
     quant_type: str, blocksize: int, nested: bool, seed: int, **given: Any,
@@ -365,11 +376,14 @@ def _problem_of_several(
 def _problems(operator: str, device: torch.device) -> list[tuple[Any, ...]]:
     """Arguments for the comparison with the reference: small, odd, and one past a block."""
     sizes = [(1, 192, 40, 5), (3, 65, 17, 2), (20, 192, 40, 5)]
-    return [
+    problems = [
         problem(operator, device, torch.float32, *size, quant_type, 32 if size[3] == 2 else 64, size[3] == 2)
         for quant_type in QUANT_TYPES
         for size in sizes
     ]
+    if operator in configurations.OPERATORS:
+        problems.append(with_dropout(problems[-1], device))
+    return problems
 
 
 def _same(operator: str, backend: Backend, arguments: tuple[Any, ...]) -> bool:

@@ -176,6 +176,32 @@ class _Linear(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
+class _Dropped(torch.autograd.Function):
+    """As `_Linear`, with dropout of the adapter's input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, out_features: int,
+        quantized: tuple[Tensor, Tensor, Tensor | None, Tensor | None, str, int], dropout: float, seed: Tensor,
+    ) -> Tensor:  # fmt: skip
+        y, t = cpp.qlora_linear(x, *quantized, out_features, bias, lora_A, lora_B, scaling, dropout, seed)
+        _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_A else None, t if needs_B else None, lora_A, lora_B, seed, *quantized[:4])
+        ctx.facts = (*quantized[4:], x.shape[-1])
+        ctx.scaling, ctx.dropout = scaling, dropout
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        x, t, lora_A, lora_B, seed, *packed = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
+        arguments = (grad, x, t, *packed, *ctx.facts, lora_A, lora_B, ctx.scaling, needs, ctx.dropout, seed)
+        grads = cpp.qlora_linear_backward(*arguments)
+        wanted = (each if needed else None for each, needed in zip(grads, needs, strict=True))
+        return *wanted, None, None, None, None, None
+
+
 _Description = tuple[list[Tensor], list[int], list[float]]
 
 
@@ -329,6 +355,8 @@ def qlora_linear(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor | None:
     """The output of the operator of that name, or None where only the public operator serves."""
     if torch.compiler.is_compiling() or not serves(x) or (lora_A is not None and lora_A.dtype is not x.dtype):
@@ -336,6 +364,10 @@ def qlora_linear(
     code = code_table(quant_type, _CPU)
     nested: Any = () if nested_absmax is None else (nested_absmax, nested_offset, nested_code_table(_CPU))
     try:
+        if seed is not None:
+            quantized = (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize)
+            dropped: Tensor = _Dropped.apply(x, bias, lora_A, lora_B, scaling, out_features, quantized, dropout, seed)
+            return dropped
         if torch.is_grad_enabled() and (
             x.requires_grad
             or (lora_A is not None and lora_A.requires_grad)

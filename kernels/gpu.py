@@ -61,30 +61,35 @@ def _adapter(A: Tensor | None) -> Hashable:
 # One layer ----------------------------------------------------------------------------------------------------------
 
 
-def qlora_linear(x: Tensor, *layer: *Layer) -> Tensor | None:
-    """The output of the operator of that name, or None where only the public operator serves."""
+def qlora_linear(x: Tensor, *arguments: Any) -> Tensor | None:
+    """The output of the operator of that name, or None where only the public operator serves.
+
+    arguments: a `Layer`, and, if any, dropout and its seed.
+    """
+    layer: Layer = arguments[:11]
+    dropout, seed = arguments[11:] or (0.0, None)
     _, _, nested_absmax, _, quant_type, blocksize, out_features, bias, lora_A, lora_B, scaling = layer
     if not serves(x) or not x.numel() or not _readable(x.dtype, bias, lora_A, lora_B):
         return None
     key = (
         "qlora_linear", x.get_device(), *_arithmetic(x), x.shape, quant_type, blocksize, out_features, scaling,
-        nested_absmax is None, bias is None, _adapter(lora_A),
+        nested_absmax is None, bias is None, _adapter(lora_A), dropout, seed is None,
     )  # fmt: skip
     if not _trains(x, bias, lora_A, lora_B):
-        return _forward(key, x, layer)[0]
-    y: Tensor = _Linear.apply(key, x, bias, lora_A, lora_B, layer[:7], scaling)
+        return _forward(key, x, layer, dropout, seed)[0]
+    y: Tensor = _Linear.apply(key, x, bias, lora_A, lora_B, layer[:7], scaling, dropout, seed)
     return y
 
 
-def _forward(key: Hashable, x: Tensor, layer: Layer) -> Sequence[Tensor]:
+def _forward(key: Hashable, x: Tensor, layer: Layer, dropout: float, seed: Tensor | None) -> Sequence[Tensor]:
     """Y and t; every argument but x's sizes and the tensors is in ``key``."""
-    function = partial(_checked_forward, key, x, layer)
+    function = partial(_checked_forward, key, x, layer, dropout, seed)
     if not x.is_contiguous():
         return function()
-    return replay.run(key, _present(x, *layer[:4], *layer[7:10]), function)
+    return replay.run(key, _present(x, *layer[:4], *layer[7:10], seed), function)
 
 
-def _checked_forward(key: Hashable, x: Tensor, layer: Layer) -> Sequence[Tensor]:
+def _checked_forward(key: Hashable, x: Tensor, layer: Layer, dropout: float, seed: Tensor | None) -> Sequence[Tensor]:
     facts = [
         tensor if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         for tensor in (*layer[:4], *layer[7:10])
@@ -92,7 +97,9 @@ def _checked_forward(key: Hashable, x: Tensor, layer: Layer) -> Sequence[Tensor]
     if replay.remembered.get((key, "checked")) != facts:
         _check(x, x.shape[-1], layer)
         replay.remember((key, "checked"), facts)
-    return _function(key, "qlora_linear", x, *layer)(x, *layer)
+    if seed is not None:
+        _check_dropout(x, dropout, seed)
+    return _function(key, "qlora_linear", x, *layer, dropout, seed)(x, *layer, dropout, seed)
 
 
 def _function(key: Hashable, operator: str, *arguments: Any) -> Callable[..., Sequence[Tensor]]:
@@ -113,48 +120,54 @@ def _check(x: Tensor, in_features: int, layer: Layer) -> None:
     ops.check_qlora("qlora_linear", x, in_features, layer[:6], *layer[6:10], wide_adapter=True)
 
 
+def _check_dropout(x: Tensor, dropout: float, seed: Tensor | None) -> None:
+    from harlora.kernels import ops
+
+    ops.check_dropout("qlora_linear", x, dropout, seed)
+
+
 def _backward(
     grad: Tensor, x: Tensor | None, t: Tensor | None, quantized: _Quantized, in_features: int, A: Tensor | None,
-    B: Tensor | None, scaling: float, mask: Sequence[bool],
+    B: Tensor | None, scaling: float, mask: Sequence[bool], dropout: float = 0.0, seed: Tensor | None = None,
 ) -> Sequence[Tensor]:  # fmt: skip
     """The gradients of x, bias, lora_A and lora_B, each empty unless ``mask`` asks for it."""
     grad = grad.contiguous()
     key = (
         "qlora_linear_backward", grad.get_device(), *_arithmetic(grad), grad.shape, in_features, *quantized[4:],
-        scaling, tuple(mask), x is None, t is None, quantized[2] is None, _adapter(A),
+        scaling, tuple(mask), x is None, t is None, quantized[2] is None, _adapter(A), dropout, seed is None,
     )  # fmt: skip
-    arguments = (grad, x, t, *quantized, in_features, A, B, scaling, mask)
+    arguments = (grad, x, t, *quantized, in_features, A, B, scaling, mask, dropout, seed)
 
     def function() -> Sequence[Tensor]:
         return _function(key, "qlora_linear_backward", *arguments)(*arguments)
 
     if x is not None and not x.is_contiguous():
         return function()
-    return replay.run(key, _present(grad, x, t, *quantized[:4], A, B), function)
+    return replay.run(key, _present(grad, x, t, *quantized[:4], A, B, seed), function)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, key: Hashable, x: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor | None, quantized: Any,
-        scaling: float,
+        scaling: float, dropout: float, seed: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        y, t = _forward(key, x, (*quantized, bias, A, B, scaling))
+        y, t = _forward(key, x, (*quantized, bias, A, B, scaling), dropout, seed)
         _, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
         # x is kept for dA alone and t for dB alone; the dequantised weight is not kept at all.
-        ctx.save_for_backward(x if needs_A else None, t if needs_B else None, A, B, *quantized[:4])
-        ctx.facts = (quantized[4:6], x.shape[-1], scaling)
+        ctx.save_for_backward(x if needs_A else None, t if needs_B else None, A, B, seed, *quantized[:4])
+        ctx.facts = (quantized[4:6], x.shape[-1], scaling, dropout)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         eager.refuse_second_derivative()
-        x, t, A, B, *packed = ctx.saved_tensors
-        facts, in_features, scaling = ctx.facts
+        x, t, A, B, seed, *packed = ctx.saved_tensors
+        facts, in_features, scaling, dropout = ctx.facts
         needs = ctx.needs_input_grad[1:5]
-        grads = _backward(grad, x, t, (*packed, *facts), in_features, A, B, scaling, needs)
+        grads = _backward(grad, x, t, (*packed, *facts), in_features, A, B, scaling, needs, dropout, seed)
         wanted = (each if needed else None for each, needed in zip(grads, needs, strict=True))
-        return None, *wanted, None, None
+        return None, *wanted, None, None, None, None
 
 
 # Several layers -----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from harlora.kernels import dispatch, eager, gpu, reference
+from harlora.kernels.dropout import draw_seed
 from harlora.kernels.format import (
     NESTED_BLOCKSIZE,
     WEIGHT_DTYPES,
@@ -30,9 +31,10 @@ _SCHEMAS = {
     " -> (Tensor, Tensor, Tensor, Tensor)",
     "dequantize_4bit": f"({_QUANTIZED}, SymInt[] shape, ScalarType dtype) -> Tensor",
     "qlora_linear": f"(Tensor x, {_QUANTIZED}, SymInt out_features, Tensor? bias, Tensor? lora_A, Tensor? lora_B,"
-    " float scaling) -> (Tensor, Tensor)",
+    " float scaling, float dropout=0.0, Tensor? seed=None) -> (Tensor, Tensor)",
     "qlora_linear_backward": f"(Tensor grad, Tensor? x, Tensor? t, {_QUANTIZED}, SymInt in_features, Tensor? lora_A,"
-    " Tensor? lora_B, float scaling, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? lora_B, float scaling, bool[4] output_mask, float dropout=0.0, Tensor? seed=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     "dora_norm": f"({_QUANTIZED}, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor",
     "dora_linear": f"(Tensor x, {_QUANTIZED}, SymInt out_features, Tensor? bias, Tensor lora_A, Tensor lora_B,"
     " float scaling, Tensor gain) -> (Tensor, Tensor)",
@@ -205,6 +207,19 @@ def check_qlora(
     )  # fmt: skip
 
 
+def check_dropout(function: str, x: Tensor, dropout: float, seed: Tensor | None) -> None:
+    """Raise unless dropout and its seed are given together and fit."""
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"{function}: dropout must be at least 0 and below 1, got {dropout!r}")
+    if (seed is None) != (dropout == 0.0):
+        raise ValueError(f"{function}: seed must be given with dropout and only then, got {seed} with {dropout!r}")
+    if seed is not None and (seed.dtype != torch.int64 or seed.dim()):
+        raise ValueError(
+            f"{function}: seed must be a scalar tensor of int64, got {seed.dtype} of shape {tuple(seed.shape)}"
+        )
+    check_devices(function, x, seed=seed)
+
+
 class _Forward(NamedTuple):
     x: Tensor
     packed: Tensor
@@ -218,6 +233,8 @@ class _Forward(NamedTuple):
     lora_A: Tensor | None
     lora_B: Tensor | None
     scaling: float
+    dropout: float = 0.0
+    seed: Tensor | None = None
 
     @property
     def quantized(self) -> _Quantized:
@@ -231,6 +248,7 @@ class _Forward(NamedTuple):
         if self.x.dim() == 0:
             raise ValueError("qlora_linear: x must have at least one dimension, got a scalar")
         check_qlora("qlora_linear", self.x, self.x.shape[-1], self.quantized, *self[7:11])
+        check_dropout("qlora_linear", self.x, self.dropout, self.seed)
 
     def run(self) -> tuple[Tensor, Tensor]:
         result: tuple[Tensor, Tensor] = dispatch.select("qlora_linear", self.x.device, self.x.dtype)(*self)
@@ -258,6 +276,8 @@ class _Backward(NamedTuple):
     lora_B: Tensor | None
     scaling: float
     output_mask: Sequence[bool]
+    dropout: float = 0.0
+    seed: Tensor | None = None
 
     @property
     def quantized(self) -> _Quantized:
@@ -267,6 +287,7 @@ class _Backward(NamedTuple):
         function, leading = "qlora_linear_backward", self.grad.shape[:-1]
         x, t, A, B = self.x, self.t, self.lora_A, self.lora_B
         check_qlora(function, self.grad, self.in_features, self.quantized, self.grad.shape[-1], None, A, B)
+        check_dropout(function, self.grad, self.dropout, self.seed)
         if self.output_mask[2] and (x is None or A is None or x.shape != (*leading, self.in_features)):
             raise ValueError(f"{function}: the gradient of lora_A requires x of shape (..., in_features) and lora_A")
         if self.output_mask[3] and (t is None or B is None or t.shape != (*leading, B.shape[1])):
@@ -300,10 +321,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     # x is kept for dA alone and t for dB alone; the dequantised weight is not kept at all.
     ctx.save_for_backward(
         called.x if needs_A else None, t if needs_B else None,
-        packed, absmax, nested_absmax, nested_offset, called.lora_A, called.lora_B,
+        packed, absmax, nested_absmax, nested_offset, called.lora_A, called.lora_B, called.seed,
     )  # fmt: skip
     ctx.sizes = (quant_type, blocksize, called.x.shape[-1])
-    ctx.scaling = called.scaling
+    ctx.scaling, ctx.dropout = called.scaling, called.dropout
     ctx.mark_non_differentiable(t)
     ctx.set_materialize_grads(False)
 
@@ -312,9 +333,11 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_t: Tensor | None) -> tuple[Te
     eager.refuse_second_derivative()
     grads: list[Tensor | None] = [None] * len(_Forward._fields)
     if grad is not None:
-        *tensors, lora_A, lora_B = ctx.saved_tensors
+        *tensors, lora_A, lora_B, seed = ctx.saved_tensors
         mask = [ctx.needs_input_grad[position] for position in _DIFFERENTIABLE]
-        results = torch.ops.harlora.qlora_linear_backward(grad, *tensors, *ctx.sizes, lora_A, lora_B, ctx.scaling, mask)
+        results = torch.ops.harlora.qlora_linear_backward(
+            grad, *tensors, *ctx.sizes, lora_A, lora_B, ctx.scaling, mask, ctx.dropout, seed
+        )
         for position, wanted, result in zip(_DIFFERENTIABLE, mask, results, strict=True):
             grads[position] = result if wanted else None
     return tuple(grads)
@@ -636,10 +659,12 @@ def qlora_linear(
     lora_A: Tensor | None = None,
     lora_B: Tensor | None = None,
     scaling: float = 1.0,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """A linear layer over a 4-bit weight with a low-rank adapter, ``(..., out_features)``.
 
-    y = x·Ŵᵀ + bias + scaling·(x·lora_Aᵀ)·lora_Bᵀ, Ŵ the dequantised weight.
+    y = x·Ŵᵀ + bias + scaling·(dropout(x)·lora_Aᵀ)·lora_Bᵀ, Ŵ the dequantised weight.
 
     Gradients flow to x, bias, lora_A and lora_B. Backward keeps x·lora_Aᵀ and x, and no dequantised copy of the
     weight. Under autocast all arguments are used in its dtype, otherwise bias and adapter in that of ``x``.
@@ -647,17 +672,25 @@ def qlora_linear(
     x: ``(..., in_features)``, float32, bfloat16, float16 or float64.
     weight: of shape ``(out_features, in_features)``.
     bias: ``(out_features,)``; lora_A: ``(rank, in_features)``; lora_B: ``(out_features, rank)``.
+    dropout: the share of the values of x that the adapter does not see, at least 0 and below 1; in steps of 2⁻¹⁶.
+        Backward computes anew which they are, so neither a mask nor the dropped x is kept.
+    seed: which values are dropped: a scalar int64 tensor on the device of x; by default one is drawn there.
     Raises: ValueError or TypeError if shapes, dtypes or devices disagree.
     Source: Dettmers et al. 2023 (arXiv 2305.14314), equation 5.
     """
     quantized = weight.arguments()
     check_weight("qlora_linear", x, weight)
+    if not dropout or lora_A is None:
+        dropout, seed = 0.0, None
+    elif seed is None:
+        seed = draw_seed(x.device)
     short = eager if x.is_cpu else gpu
-    direct = short.qlora_linear(x, *quantized, weight.shape[0], bias, lora_A, lora_B, scaling)
+    direct = short.qlora_linear(x, *quantized, weight.shape[0], bias, lora_A, lora_B, scaling, dropout, seed)
     if direct is not None:
         return direct
     refuse_forward_mode("qlora_linear", x, bias, lora_A, lora_B)
     x = as_autocast(x)
     bias, lora_A, lora_B = (None if tensor is None else tensor.to(x.dtype) for tensor in (bias, lora_A, lora_B))
-    y: Tensor = torch.ops.harlora.qlora_linear(x, *quantized, weight.shape[0], bias, lora_A, lora_B, scaling)[0]
+    layer = (*quantized, weight.shape[0], bias, lora_A, lora_B, scaling)
+    y: Tensor = torch.ops.harlora.qlora_linear(x, *layer, dropout, seed)[0]
     return y

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from harlora.kernels.dropout import dropped
 from harlora.kernels.format import NESTED_BLOCKSIZE, code_table, nested_code_table
 
 # FP4 codes by rising magnitude, and the bounds between them: the constants of the CUDA kernel, which are not quite
@@ -114,13 +115,20 @@ def qlora_linear(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Y = x·Ŵᵀ + bias + scaling·t·lora_Bᵀ and t = x·lora_Aᵀ, which backward needs; t is empty without adapter."""
+    """Y = x·Ŵᵀ + bias + scaling·t·lora_Bᵀ and t = x·lora_Aᵀ, which backward needs; t is empty without adapter.
+
+    With a seed, t = dropped(x)·lora_Aᵀ (dropout.py).
+    """
     shape = (out_features, x.shape[-1])
     weight = dequantize_4bit(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, x.dtype)
     y = F.linear(x, weight, bias)
     if lora_A is None or lora_B is None:
         return y, x.new_empty(0)
+    if seed is not None:
+        x = dropped(x.reshape(-1, x.shape[-1]), dropout, seed).view(x.shape)
     t = x @ lora_A.T
     return y.add(t @ lora_B.T, alpha=scaling), t
 
@@ -140,10 +148,13 @@ def qlora_linear_backward(
     lora_B: Tensor | None,
     scaling: float,
     output_mask: Sequence[bool],
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, bias, lora_A and lora_B, each empty unless ``output_mask`` asks for it.
 
-    With u = scaling·dY·lora_B: dX = dY·Ŵ + u·lora_A, dbias = Σ dY, dA = uᵀ·x, dB = scaling·dYᵀ·t.
+    With u = scaling·dY·lora_B: dX = dY·Ŵ + u·lora_A, dbias = Σ dY, dA = uᵀ·x, dB = scaling·dYᵀ·t. With a seed u·lora_A
+    and the x of dA are dropped as x was.
 
     grad: ``(..., out_features)``; x: ``(..., in_features)``, for dA alone; t: ``(..., rank)``, for dB alone.
     """
@@ -156,14 +167,16 @@ def qlora_linear_backward(
         weight = dequantize_4bit(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, grad.dtype)
         grad_x = rows @ weight
         if u is not None and lora_A is not None:
-            grad_x = torch.addmm(grad_x, u, lora_A)
+            low = u @ lora_A
+            grad_x = grad_x + (low if seed is None else dropped(low, dropout, seed))
         grad_x = grad_x.view(*grad.shape[:-1], in_features)
     if want_bias:
         grad_bias = rows.sum(dim=0)
     if want_A:
         assert x is not None
         assert u is not None
-        grad_A = u.T @ x.reshape(-1, in_features)
+        flat = x.reshape(-1, in_features)
+        grad_A = u.T @ (flat if seed is None else dropped(flat, dropout, seed))
     if want_B:
         assert t is not None
         grad_B = scaling * (rows.T @ t.reshape(-1, t.shape[-1]))

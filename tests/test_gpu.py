@@ -12,6 +12,7 @@ import harlora
 from harlora import QLoRALinear
 from harlora.kernels import configurations, dispatch, eager, gpu
 from harlora.kernels.configurations import Configuration
+from harlora.kernels.dropout import draw_seed, dropped
 from harlora.models import MAE, MAEConfig, whole
 from harlora.models.mae import Attention
 
@@ -265,6 +266,37 @@ def test_the_tables_of_small_models_are_direct():
         for operator in configurations.OPERATORS:
             for rows in (16, 1024, 8192):
                 assert configurations.choose(table, operator, torch.bfloat16, rows, 3 * 192 * 192).way == "direct"
+
+
+@pytest.mark.usefixtures("nan_filled_memory")
+@pytest.mark.parametrize("dtype", list(ERROR), ids=str)
+@pytest.mark.parametrize("rank", [4, 40, 130])
+@pytest.mark.parametrize("way", ["direct", "split", "dense"])
+def test_dropout(monkeypatch, way, rank, dtype):
+    chosen = Configuration("dense") if way == "dense" else Configuration(way, 16, 32, 32)
+    monkeypatch.setattr(dispatch, "configuration", lambda *_: chosen)
+    layer = make(64, 48, dtype, rank=rank, dropout=0.3)
+    x = torch.randn(21, 64, device=DEVICE).to(dtype).requires_grad_()
+    drop = (0.3, draw_seed(DEVICE))
+    found = gpu.qlora_linear(x, *layer.operands(), *drop)
+    leaves = [x, layer.lora_A, layer.lora_B, layer.bias]
+    x64, A, B, bias = (leaf.detach().double().requires_grad_() for leaf in leaves)
+    exact = F.linear(x64, layer.base_weight().double(), bias)
+    exact = exact + layer.scaling * (dropped(x64, *drop) @ A.T) @ B.T
+    seed = torch.randn_like(found) / 7
+    pairs = zip(
+        (found, *torch.autograd.grad(found, leaves, seed)),
+        (exact, *torch.autograd.grad(exact, [x64, A, B, bias], seed.double())),
+        strict=True,
+    )
+    for one, other in pairs:
+        check(one, other, dtype)
+    with torch.no_grad():
+        assert torch.equal(gpu.qlora_linear(x, *layer.operands(), *drop), found)
+        other = gpu.qlora_linear(x, *layer.operands(), 0.3, drop[1] + 1)
+    assert not torch.equal(other, found)
+    with pytest.raises(ValueError, match="seed must be a scalar"):
+        gpu.qlora_linear(x, *layer.operands(), 0.3, drop[1][None])
 
 
 @pytest.mark.usefixtures("nan_filled_memory")

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 import harlora
 from harlora.kernels import cpp, dispatch, eager, reference
+from harlora.kernels.dropout import draw_seed, kept, rescale
 
 OPS = torch.ops.harlora
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -111,6 +112,27 @@ def test_output_and_gradients(shape, dtype):
         close(*values)
 
 
+@pytest.mark.usefixtures("nan_filled_memory", "backend")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[::3], ids=str)
+def test_output_and_gradients_with_dropout(shape, dtype, device):
+    weight, arrays = problem(*shape, dtype, double_quant=shape[0] % 2 == 1, blocksize=BLOCK[(shape[0] + 1) % 3])
+    seed = draw_seed(device)
+    seen = kept(*shape[:2], 0.25, seed) * rescale(0.25)
+    dense = harlora.dequantize_4bit(weight, dtype)
+    grad = torch.randn(shape[0], shape[2]).to(dtype)
+
+    def defined(dense, x, bias, lora_A, lora_B):
+        return x @ dense.T + bias + 1.5 * (((seen * x).to(x.dtype) @ lora_A.T) @ lora_B.T)
+
+    actual = run(lambda x, bias, lora_A, lora_B: harlora.qlora_linear(x, weight, bias, lora_A, lora_B, 1.5, 0.25, seed),
+                 arrays, dtype, grad)  # fmt: skip
+    exact = run(lambda **a: defined(dense.double(), **a), arrays, torch.float64, grad)
+    same = run(lambda **a: defined(dense, **a), arrays, dtype, grad)
+    for values in zip(actual, exact, same, strict=True):
+        close(*values)
+
+
 @pytest.mark.usefixtures("nan_filled_memory", "backend", "device")
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("numel", [1, 2, 31, 32, 33, 63, 64, 65, 4095, 4096, 4097, 100_001])
@@ -187,6 +209,10 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(
         lambda x, bias, lora_A, lora_B: harlora.qlora_linear(x, weight, bias, lora_A, lora_B, 0.7), inputs
     )
+    seed = draw_seed(torch.device("cpu"))
+    assert torch.autograd.gradcheck(
+        lambda x, bias, lora_A, lora_B: harlora.qlora_linear(x, weight, bias, lora_A, lora_B, 0.7, 0.4, seed), inputs
+    )
 
 
 def test_opcheck():
@@ -201,10 +227,13 @@ def test_opcheck():
         )
         torch.library.opcheck(OPS.qlora_linear.default, (x, *quantized, 24, bias, lora_A, lora_B, 2.0))
         torch.library.opcheck(OPS.qlora_linear.default, (x, *quantized, 24, None, None, None, 2.0))
+        drop = (0.5, draw_seed(x.device))
+        torch.library.opcheck(OPS.qlora_linear.default, (x, *quantized, 24, bias, lora_A, lora_B, 2.0, *drop))
         grad, t = torch.randn(2, 3, 24), torch.randn(2, 3, 4)
         arguments = (grad, x.detach(), t, *quantized, 40, lora_A.detach(), lora_B.detach(), 2.0)
         for mask in ([True] * 4, [False, True, False, False], [True, False, True, False]):
             torch.library.opcheck(OPS.qlora_linear_backward.default, (*arguments, mask))
+            torch.library.opcheck(OPS.qlora_linear_backward.default, (*arguments, mask, *drop))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -242,6 +271,16 @@ def test_backward_keeps_x_and_t_and_no_dequantised_weight():
     assert [tuple(tensor.shape) for tensor in extra] == [(5, 3)]  # t = x·lora_Aᵀ
     torch.testing.assert_close(extra[0], (leaves["x"] @ leaves["lora_A"].T).detach())
     y.sum().backward()
+
+
+def test_dropout_keeps_neither_a_mask_nor_the_dropped_x():
+    weight, arrays = problem(50, 64, 48, 3)
+    leaves = {name: value.requires_grad_() for name, value in arrays.items()}
+    owned = {tensor.data_ptr() for tensor in (*leaves.values(), *weight.tensors().values())}
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        harlora.qlora_linear(weight=weight, **leaves, dropout=0.5)
+    assert sorted(t.numel() for t in saved if t.data_ptr() not in owned) == [1, 50 * 3]  # the seed and t
 
 
 def test_x_is_not_kept_when_lora_A_is_frozen():
@@ -296,6 +335,10 @@ def test_half_precision_input_uses_float32_adapters():
         ({"lora_B": torch.ones(48, 4)}, ValueError, r"lora_B must have shape \(48, 3\)"),
         ({"lora_B": None}, ValueError, "must be given together"),
         ({"x": torch.ones(4, 64, device="meta")}, ValueError, "is on cpu, required meta"),
+        ({"dropout": 1.0}, ValueError, "dropout must be at least 0 and below 1, got 1.0"),
+        ({"dropout": -0.1}, ValueError, "dropout must be at least 0 and below 1, got -0.1"),
+        ({"dropout": 0.5, "seed": torch.zeros(())}, ValueError, "seed must be a scalar tensor of int64, got torch.fl"),
+        ({"dropout": 0.5, "seed": torch.zeros((), dtype=torch.int64, device="meta")}, ValueError, "seed is on meta"),
     ],
 )
 def test_bad_arguments_are_refused_in_eager_mode(change, error, message):

@@ -11,6 +11,7 @@ from torch import nn
 
 from harlora import QLoRALinear
 from harlora.kernels import dispatch, eager, replay
+from harlora.kernels.dropout import draw_seed
 
 pytestmark = needs_extension
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
@@ -141,9 +142,9 @@ def layer_of(dtype, **options):
     return layer
 
 
-def public(layer, x):
+def public(layer, x, *dropout):
     """By the operator itself, which is never a repetition."""
-    return torch.ops.harlora.qlora_linear(x, *layer.operands())[0]
+    return torch.ops.harlora.qlora_linear(x, *layer.operands(), *dropout)[0]
 
 
 @pytest.mark.gpu
@@ -151,7 +152,11 @@ def public(layer, x):
 @pytest.mark.usefixtures("nan_filled_memory")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 70])
-@pytest.mark.parametrize("options", [{}, {"rank": 0}, {"rank": 40}, {"bias": False}, {"double_quant": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rank": 0}, {"rank": 40}, {"bias": False}, {"double_quant": True}, {"dropout": 0.3}],
+    ids=str,
+)
 def test_layers_repeat_on_a_gpu(dtype, rows, options):
     if dispatch.load_triton():
         pytest.skip(dispatch.load_triton())
@@ -164,10 +169,14 @@ def test_layers_repeat_on_a_gpu(dtype, rows, options):
         if not leaves:
             continue
         seed = torch.randn(rows, 192, device="cuda", dtype=dtype)
-        found, wanted = layer(x), public(layer, x)
+        torch.manual_seed(turn)
+        found = layer(x)
+        torch.manual_seed(turn)
+        wanted = public(layer, x, *((layer.dropout, draw_seed(x.device)) if layer.dropout else ()))
         assert torch.equal(found, wanted)
         pairs = zip(torch.autograd.grad(found, leaves, seed), torch.autograd.grad(wanted, leaves, seed), strict=True)
         assert all(torch.equal(one, other) for one, other in pairs)
+        torch.manual_seed(turn)
         with torch.no_grad():
             assert torch.equal(layer(x), wanted)
     # Beyond the rank that is fused t is a library product; without an adapter dbias is, and so is all of backward.

@@ -14,6 +14,7 @@ import torch
 import harlora
 from harlora.kernels import configurations, dispatch, eager, reference
 from harlora.kernels.configurations import Configuration
+from harlora.kernels.dropout import draw_seed
 from harlora.kernels.format import code_table
 
 if dispatch.load_triton():
@@ -52,7 +53,9 @@ def double(values):
     return [v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in values]
 
 
-def check(configuration, rows, in_features, out_features, rank, dtype, quant_type="nf4", blocksize=64, nested=False):
+def check(
+    configuration, rows, in_features, out_features, rank, dtype, quant_type="nf4", blocksize=64, nested=False, dropout=0
+):
     """Forward and backward against the reference in float64, with the weight as the kernels round it or finer."""
     q = quantized(in_features, out_features, quant_type, blocksize, nested)
 
@@ -65,13 +68,15 @@ def check(configuration, rows, in_features, out_features, rank, dtype, quant_typ
     t = draw(rows, rank) if rank else None
     forward = (out_features, bias, A, B, 0.5)
     mask = [True, True, bool(rank), bool(rank)]
+    drop = (dropout, draw_seed(DEVICE)) if dropout else ()
+    backward = (grad, x, t, *q, in_features, A, B, 0.5, mask, *drop)
     found = [
-        *qlora_linear.qlora_linear(x, *q, *forward, configuration=configuration),
-        *qlora_linear.qlora_linear_backward(grad, x, t, *q, in_features, A, B, 0.5, mask, configuration=configuration),
+        *qlora_linear.qlora_linear(x, *q, *forward, *drop, configuration=configuration),
+        *qlora_linear.qlora_linear_backward(*backward, configuration=configuration),
     ]
     exact = [
-        *reference.qlora_linear(x.double(), *q, *double(forward)),
-        *reference.qlora_linear_backward(*double((grad, x, t)), *q, in_features, *double((A, B)), 0.5, mask),
+        *reference.qlora_linear(x.double(), *q, *double(forward), *drop),
+        *reference.qlora_linear_backward(*double(backward[:3]), *q, in_features, *double((A, B)), 0.5, mask, *drop),
     ]
     for name, one, other in zip(("y", "t", "dX", "dbias", "dA", "dB"), found, exact, strict=True):
         assert one.shape == other.shape, name
@@ -99,6 +104,16 @@ def check(configuration, rows, in_features, out_features, rank, dtype, quant_typ
 )
 def test_each_way(way, rows, in_features, out_features, rank, quant_type, blocksize, nested, dtype):
     check(way, rows, in_features, out_features, rank, dtype, quant_type, blocksize, nested)
+    if rank and dtype != torch.float16:
+        check(way, rows, in_features, out_features, rank, dtype, quant_type, blocksize, nested, dropout=0.3)
+
+
+@pytest.mark.usefixtures("nan_filled_memory")
+@pytest.mark.parametrize("rank", [4, 40])
+def test_dropout_where_t_is_computed_ahead(rank, monkeypatch):
+    """For many tiles of y, each of which would have to compute anew what is dropped; and in several parts of rows."""
+    monkeypatch.setattr(qlora_linear, "MOST_TILES_WITH_DROPOUT", 1)
+    check(DIRECT, 300, 96, 70, rank, torch.float32, blocksize=32, dropout=0.9)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4, 8, 15, 16, 17, 32, 64, 127, 128])

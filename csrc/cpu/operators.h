@@ -33,6 +33,9 @@ void qlora_linear_backward(Tensor grad, Optional x, Optional t, Tensor packed, T
                            Optional grad_x, Optional grad_bias, Optional grad_A, Optional grad_B,
                            Optional nested_absmax, Optional nested_offset, Optional nested_code);
 
+// x (rows, columns) into `out`, which may be x, with zeros where values are dropped; kernels/dropout.py says which.
+void dropout(Tensor x, Tensor seed, int64_t limit, Tensor out);
+
 // Three layers over one x (..., in), float32: q, k, v, and what backward needs of them. Layers are described as in class
 // Layers of operators.cpp; facts begin with in_features, and each layer's with its out_features.
 std::tuple<Tensor, Tensor, Tensor, Tensor> qlora_qkv(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> facts,

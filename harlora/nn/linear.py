@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harlora.kernels import QuantizedWeight, dequantize_4bit, eager, gpu, qlora_linear, quantize_4bit
+from harlora.kernels.dropout import draw_seed
 from harlora.kernels.format import check_format
 
 
@@ -87,13 +88,6 @@ class AdaptedLinear(nn.Module):
             merged.bias = nn.Parameter(self.bias.detach().clone())
         return merged.train(self.training)
 
-    def _branch(self, x: Tensor) -> Tensor:
-        assert self.lora_A is not None
-        assert self.lora_B is not None
-        dtype = x.dtype  # autocast, when it is on, decides inside F.linear
-        t = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(dtype))
-        return self.scaling * F.linear(t, self.lora_B.to(dtype))
-
     def extra_repr(self) -> str:
         """The layer's settings, for ``repr``."""
         return (
@@ -129,7 +123,11 @@ class LoRALinear(AdaptedLinear):
         x: ``(..., in_features)``.
         """
         y = F.linear(x, self.weight, self.bias)
-        return y + self._branch(x) if self.rank else y
+        if self.lora_A is None or self.lora_B is None:
+            return y
+        dtype = x.dtype  # autocast, when it is on, decides inside F.linear
+        t = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(dtype))
+        return y + self.scaling * F.linear(t, self.lora_B.to(dtype))
 
 
 class QLoRALinear(AdaptedLinear):
@@ -239,16 +237,14 @@ class QLoRALinear(AdaptedLinear):
 
         x: ``(..., in_features)``, float32, bfloat16, float16 or float64.
         """
-        if self.rank and self.dropout and self.training:
-            # The adapter sees another input than the base, so its branch is computed apart.
-            return qlora_linear(x, self.quantized_weight(), self.bias) + self._branch(x)
+        dropout: Any = (self.dropout, draw_seed(x.device)) if self.training and self.dropout and self.rank else ()
         try:
-            direct = (eager if x.is_cpu else gpu).qlora_linear(x, *self.operands())
+            direct = (eager if x.is_cpu else gpu).qlora_linear(x, *self.operands(), *dropout)
         except KeyError:  # a parametrised layer keeps its parameters elsewhere
             direct = None
         if direct is not None:
             return direct
-        return qlora_linear(x, self.quantized_weight(), self.bias, self.lora_A, self.lora_B, self.scaling)
+        return qlora_linear(x, self.quantized_weight(), self.bias, self.lora_A, self.lora_B, self.scaling, *dropout)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Casting a model to half precision must not touch the scales: they are float32 by the format's definition.

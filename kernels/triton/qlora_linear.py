@@ -33,16 +33,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from harlora.kernels import dropout as random
 from harlora.kernels import replay
 from harlora.kernels.configurations import Configuration
 from harlora.kernels.format import nested_code_table
 from harlora.kernels.triton import nf4
+from harlora.kernels.triton.dropout import dropped, kept, rescale
 from harlora.kernels.triton.nf4 import INTERPRETED, cast, cdiv, power_of_two
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FUSED_RANK = 32  # up to this rank t is summed up in the kernel that reads x; its sums take registers
 CHUNK_BYTES = 2**25  # of dequantised weight: what stays in the last cache of the large GPUs
 CHUNK_STEP = 128  # rows or columns: what of y and dX a chunk writes begins at whole tiles of the library's products
+MOST_TILES_WITH_DROPOUT = 8  # of y next to each other, each of which computes anew what is dropped of x; not measured
 WORKSPACE_BYTES = 2**26  # of parts of sums
 
 
@@ -84,12 +87,15 @@ def codes(
 @triton.jit
 def forward_sums(
     x_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr, lora_A_ptr,
-    row, m, rows, out_features, in_features, rank, stride_x, begin, end,
+    row, m, rows, out_features, in_features, rank, stride_x, begin, end, seed, limit,
     QUANT_TYPE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ALIGNED: tl.constexpr,
-    WIDE: tl.constexpr, PERMUTE: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, PERMUTE: tl.constexpr, RANK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Ŵ·xᵀ ``(BLOCK_N, BLOCK_M)`` and, unless RANK is 0, tᵀ ``(RANK, BLOCK_M)``, over columns ``begin`` to ``end``."""
+    """Ŵ·xᵀ ``(BLOCK_N, BLOCK_M)`` and, unless RANK is 0, tᵀ ``(RANK, BLOCK_M)``, over columns ``begin`` to ``end``.
+
+    With DROPOUT t is of the kept values of x, which are not yet multiplied.
+    """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     t = tl.zeros((RANK if RANK > 0 else 16, BLOCK_M), tl.float32)
@@ -121,17 +127,19 @@ def forward_sums(
             a = tl.load(
                 lora_A_ptr + (r * in_features)[:, None] + k[None, :], (r < rank)[:, None] & k_mask[None, :], other=0.0
             )
+            if DROPOUT:
+                x = tl.where(kept(seed, m, first, limit, BLOCK_K), x, 0.0)
             t = dot(cast(a, dtype), tl.trans(x), t, PRECISION)
     return acc, t
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "limit"])
 def _qlora_linear_fwd_kernel(
     x_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, bias_ptr, gain_ptr,
-    lora_A_ptr, lora_B_ptr, y_ptr, t_ptr, rows, out_features, in_features, rank, scaling, stride_x,
+    lora_A_ptr, lora_B_ptr, y_ptr, t_ptr, rows, out_features, in_features, rank, scaling, stride_x, seed_ptr, limit,
     QUANT_TYPE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ALIGNED: tl.constexpr,
     WIDE: tl.constexpr, PERMUTE: tl.constexpr, RANK: tl.constexpr, FUSED: tl.constexpr, SPARSE: tl.constexpr,
-    BIAS: tl.constexpr, GAIN: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, GAIN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of y; with FUSED also t, which the first tile of each row writes, otherwise t is read.
@@ -146,12 +154,17 @@ def _qlora_linear_fwd_kernel(
     nested_offset = 0.0
     if NESTED:
         nested_offset = tl.load(nested_offset_ptr)
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
     acc, t = forward_sums(
         x_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr, lora_A_ptr,
-        n, m, rows, out_features, in_features, rank, stride_x, 0, in_features,
-        QUANT_TYPE, BLOCKSIZE, NESTED, ALIGNED, WIDE, PERMUTE, RANK if FUSED else 0, PRECISION,
+        n, m, rows, out_features, in_features, rank, stride_x, 0, in_features, seed, limit,
+        QUANT_TYPE, BLOCKSIZE, NESTED, ALIGNED, WIDE, PERMUTE, RANK if FUSED else 0, DROPOUT, PRECISION,
         BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
+    if DROPOUT:
+        t *= rescale(limit)
     if RANK > 0:
         STEP: tl.constexpr = RANK if FUSED else 32
         for first in range(0, RANK, STEP):
@@ -181,10 +194,13 @@ def _qlora_linear_fwd_kernel(
 
 @triton.jit
 def _low_rank_sums(
-    x_ptr, low_ptr, m, rows, columns, rank, stride_x, stride_low_r, stride_low_c, begin, end,
-    RANK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, low_ptr, m, rows, columns, rank, stride_x, stride_low_r, stride_low_c, begin, end, seed, limit,
+    RANK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """low·xᵀ ``(RANK, BLOCK_M)`` over columns ``begin`` to ``end`` of x; low is ``(rank, columns)`` by its strides."""
+    """low·xᵀ ``(RANK, BLOCK_M)`` over columns ``begin`` to ``end`` of x; low is ``(rank, columns)`` by its strides.
+
+    DROPOUT: as in `forward_sums`.
+    """
     r = tl.arange(0, RANK)
     acc = tl.zeros((RANK, BLOCK_M), tl.float32)
     for first in range(begin, end, BLOCK):
@@ -195,16 +211,18 @@ def _low_rank_sums(
             low_ptr + (r * stride_low_r)[:, None] + (c.to(tl.int64) * stride_low_c)[None, :],
             (r < rank)[:, None] & mask[None, :], other=0.0,
         )  # fmt: skip
+        if DROPOUT:
+            x = tl.where(kept(seed, m, first, limit, BLOCK), x, 0.0)
         acc = dot(cast(low, x_ptr.dtype.element_ty), tl.trans(x), acc, PRECISION)
     return acc
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "limit"])
 def _qlora_linear_fwd_split_kernel(
     x_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, lora_A_ptr, part_ptr,
-    t_part_ptr, rows, out_features, in_features, rank, stride_x, steps,
+    t_part_ptr, rows, out_features, in_features, rank, stride_x, steps, seed_ptr, limit,
     QUANT_TYPE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ALIGNED: tl.constexpr,
-    WIDE: tl.constexpr, PERMUTE: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, PERMUTE: tl.constexpr, RANK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A part of ``steps`` columns of the sums of one tile of y, or of t, which is the tile after the last of y."""
@@ -221,17 +239,20 @@ def _qlora_linear_fwd_split_kernel(
         n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
         acc, _ = forward_sums(
             x_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset, nested_code_ptr, lora_A_ptr,
-            n, m, rows, out_features, in_features, rank, stride_x, begin, end,
-            QUANT_TYPE, BLOCKSIZE, NESTED, ALIGNED, WIDE, PERMUTE, 0, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            n, m, rows, out_features, in_features, rank, stride_x, begin, end, 0, 0,
+            QUANT_TYPE, BLOCKSIZE, NESTED, ALIGNED, WIDE, PERMUTE, 0, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         tl.store(
             part_ptr + (part_row * out_features)[None, :] + n[:, None], acc,
             (m < rows)[None, :] & (n < out_features)[:, None],
         )  # fmt: skip
     elif RANK > 0:
+        seed = 0
+        if DROPOUT:
+            seed = tl.load(seed_ptr)
         t = _low_rank_sums(
-            x_ptr, lora_A_ptr, m, rows, in_features, rank, stride_x, in_features, 1, begin, end,
-            RANK, PRECISION, BLOCK_M, BLOCK_K,
+            x_ptr, lora_A_ptr, m, rows, in_features, rank, stride_x, in_features, 1, begin, end, seed, limit,
+            RANK, DROPOUT, PRECISION, BLOCK_M, BLOCK_K,
         )  # fmt: skip
         r = tl.arange(0, RANK)
         tl.store(t_part_ptr + (part_row * rank)[None, :] + r[:, None], t, (m < rows)[None, :] & (r < rank)[:, None])
@@ -282,13 +303,13 @@ def backward_sums(
     return acc, u
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "limit"])
 def _qlora_linear_dx_kernel(
     grad_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, lora_A_ptr, lora_B_ptr,
-    grad_x_ptr, u_ptr, rows, out_features, in_features, rank, scaling, stride_grad,
+    grad_x_ptr, u_ptr, rows, out_features, in_features, rank, scaling, stride_grad, seed_ptr, limit,
     QUANT_TYPE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ALIGNED: tl.constexpr,
-    WIDE: tl.constexpr, PERMUTE: tl.constexpr, RANK: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    WIDE: tl.constexpr, PERMUTE: tl.constexpr, RANK: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of dX; with FUSED also u, which the first tile of each row writes, otherwise u is read."""
     dtype: tl.constexpr = grad_ptr.dtype.element_ty
@@ -308,6 +329,9 @@ def _qlora_linear_dx_kernel(
     )  # fmt: skip
     if RANK > 0:
         STEP: tl.constexpr = RANK if FUSED else 32
+        total = acc
+        if DROPOUT:
+            total = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
         for first in range(0, RANK, STEP):
             r = first + tl.arange(0, STEP)
             place, inside = (m * rank)[None, :] + r[:, None], (m < rows)[None, :] & (r < rank)[:, None]
@@ -321,7 +345,12 @@ def _qlora_linear_dx_kernel(
                 lora_A_ptr + (r * in_features)[:, None] + k[None, :],
                 (r < rank)[:, None] & (k < in_features)[None, :], other=0.0,
             )  # fmt: skip
-            acc = dot(tl.trans(cast(a, dtype)), low, acc, PRECISION)
+            total = dot(tl.trans(cast(a, dtype)), low, total, PRECISION)
+        if DROPOUT:
+            keep = kept(tl.load(seed_ptr), m, column, limit, BLOCK_K)
+            acc += tl.where(tl.trans(keep), total * rescale(limit), 0.0)
+        else:
+            acc = total
     tl.store(
         grad_x_ptr + (m * in_features)[None, :] + k[:, None], cast(acc, dtype),
         (m < rows)[None, :] & (k < in_features)[:, None],
@@ -359,23 +388,24 @@ def _qlora_linear_dx_split_kernel(
         )  # fmt: skip
     elif RANK > 0:
         u = _low_rank_sums(
-            grad_ptr, lora_B_ptr, m, rows, out_features, rank, stride_grad, 1, rank, begin, end,
-            RANK, PRECISION, BLOCK_M, BLOCK_N,
+            grad_ptr, lora_B_ptr, m, rows, out_features, rank, stride_grad, 1, rank, begin, end, 0, 0,
+            RANK, False, PRECISION, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         r = tl.arange(0, RANK)
         tl.store(u_part_ptr + (part_row * rank)[None, :] + r[:, None], u, (m < rows)[None, :] & (r < rank)[:, None])
 
 
-@triton.jit(do_not_specialize=["rows", "parts"])
+@triton.jit(do_not_specialize=["rows", "parts", "limit"])
 def _add_parts_kernel(
     part_ptr, low_part_ptr, other_ptr, bias_ptr, gain_ptr, out_ptr, low_ptr, rows, columns, rank, before, after,
-    stride_other_c, stride_other_r, parts,
+    stride_other_c, stride_other_r, parts, seed_ptr, limit,
     RANK: tl.constexpr, FUSED: tl.constexpr, SPARSE: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """gain·(Σ parts + after·low·otherᵀ) + bias, with low = before·Σ of its own parts, or, unless FUSED, read.
 
-    Forward: low is t, other lora_B. Backward: low is u, other lora_Aᵀ. SPARSE: as in `_qlora_linear_fwd_kernel`.
+    Forward: low is t, other lora_B. Backward: low is u, other lora_Aᵀ, and with DROPOUT their product is dropped as x
+    was. SPARSE: as in `_qlora_linear_fwd_kernel`.
     """
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     tiles_m = tl.cdiv(rows, BLOCK_M)
@@ -390,6 +420,8 @@ def _add_parts_kernel(
         row += rows
     if RANK > 0:
         STEP: tl.constexpr = RANK if FUSED else 32
+        if DROPOUT:
+            after *= tl.where(kept(tl.load(seed_ptr), m, pid_c * BLOCK_C, limit, BLOCK_C), rescale(limit), 0.0)
         for first in range(0, RANK, STEP):
             r = first + tl.arange(0, STEP)
             inside = (m < rows)[:, None] & (r < rank)[None, :]
@@ -421,8 +453,8 @@ def _add_parts_kernel(
 @triton.jit
 def lora_grads_tile(
     x_ptr, u_ptr, grad_ptr, t_ptr, grad_A_ptr, grad_B_ptr, grad_bias_ptr, rows, in_features, out_features, rank,
-    scaling, stride_x, stride_grad, steps, tiles_A, part_A, part_B, part_bias,
-    WANT_B: tl.constexpr, WANT_BIAS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+    scaling, stride_x, stride_grad, steps, tiles_A, part_A, part_B, part_bias, seed_ptr, limit,
+    WANT_B: tl.constexpr, WANT_BIAS: tl.constexpr, RANK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """What a program of `_lora_grads_kernel` does."""
@@ -433,14 +465,21 @@ def lora_grads_tile(
     if pid < tiles_A:
         k = pid * BLOCK_C + tl.arange(0, BLOCK_C)
         acc = tl.zeros((BLOCK_C, RANK), tl.float32)
+        seed = 0
+        if DROPOUT:
+            seed = tl.load(seed_ptr)
         for first in range(begin, end, BLOCK_M):
             m = first + tl.arange(0, BLOCK_M)
             wide = tl.load(
                 x_ptr + (m * stride_x)[:, None] + k[None, :], (m < end)[:, None] & (k < in_features)[None, :],
                 other=0.0,
             )  # fmt: skip
+            if DROPOUT:
+                wide = tl.where(kept(seed, m, pid * BLOCK_C, limit, BLOCK_C), wide, 0.0)
             low = tl.load(u_ptr + (m * rank)[:, None] + r[None, :], (m < end)[:, None] & (r < rank)[None, :], other=0.0)
             acc = dot(tl.trans(wide), low, acc, PRECISION)
+        if DROPOUT:
+            acc *= rescale(limit)
         grad_A_ptr += tl.program_id(1).to(tl.int64) * part_A
         tl.store(
             grad_A_ptr + (r * in_features)[None, :] + k[:, None], cast(acc, grad_A_ptr.dtype.element_ty),
@@ -474,11 +513,11 @@ def lora_grads_tile(
             tl.store(grad_bias_ptr + n, cast(total, grad_bias_ptr.dtype.element_ty), n < out_features)
 
 
-@triton.jit(do_not_specialize=["rows", "steps", "tiles_A"])
+@triton.jit(do_not_specialize=["rows", "steps", "tiles_A", "limit"])
 def _lora_grads_kernel(
     x_ptr, u_ptr, grad_ptr, t_ptr, grad_A_ptr, grad_B_ptr, grad_bias_ptr, rows, in_features, out_features, rank,
-    scaling, stride_x, stride_grad, steps, tiles_A, part_A, part_B, part_bias,
-    WANT_B: tl.constexpr, WANT_BIAS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+    scaling, stride_x, stride_grad, steps, tiles_A, part_A, part_B, part_bias, seed_ptr, limit,
+    WANT_B: tl.constexpr, WANT_BIAS: tl.constexpr, RANK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Columns of dA = uᵀ·x, or rows of dB = scaling·dYᵀ·t with those of dbias = Σ dY, over ``steps`` rows of x and dY.
@@ -487,8 +526,8 @@ def _lora_grads_kernel(
     """
     lora_grads_tile(
         x_ptr, u_ptr, grad_ptr, t_ptr, grad_A_ptr, grad_B_ptr, grad_bias_ptr, rows, in_features, out_features, rank,
-        scaling, stride_x, stride_grad, steps, tiles_A, part_A, part_B, part_bias,
-        WANT_B, WANT_BIAS, RANK, PRECISION, BLOCK_M, BLOCK_C,
+        scaling, stride_x, stride_grad, steps, tiles_A, part_A, part_B, part_bias, seed_ptr, limit,
+        WANT_B, WANT_BIAS, RANK, DROPOUT, PRECISION, BLOCK_M, BLOCK_C,
     )  # fmt: skip
 
 
@@ -530,6 +569,9 @@ class Call:
     dtype: torch.dtype
     device: torch.device
     given: bool = False  # whether t is given
+    dropout: float = 0.0
+    seed: Tensor | None = None
+    forward: bool = True
 
     @property
     def aligned(self) -> bool:
@@ -546,7 +588,13 @@ class Call:
     @property
     def fused(self) -> bool:
         """Whether the product with the narrow side of the adapter is computed by the kernel that needs it."""
-        return self.rank <= FUSED_RANK and not self.given
+        return self.rank <= FUSED_RANK and not self.given and not self.apart
+
+    @property
+    def apart(self) -> bool:
+        """Whether t would take random numbers of x in too many programs, so that it is computed once, ahead of them."""
+        tiles = cdiv(self.out_features, self.tile()[1]) if self.configuration.way == "direct" else 1
+        return self.seed is not None and self.forward and tiles > MOST_TILES_WITH_DROPOUT
 
     @property
     def sparse(self) -> bool:
@@ -571,6 +619,11 @@ class Call:
         packed, absmax, nested_absmax, nested_offset, *_ = self.quantized
         table = None if nested_absmax is None else nested_code_table(self.device)
         return packed, absmax, nested_absmax, nested_offset, table
+
+    def drops(self, here: bool = True) -> dict[str, object]:
+        """What kernels take of dropout, if it is for them at all."""
+        seed = self.seed if here and self.rank else None
+        return {"seed_ptr": seed, "limit": random.limit(self.dropout), "DROPOUT": seed is not None}
 
     def constants(self) -> dict[str, object]:
         """The compile-time arguments that all kernels over the weight share."""
@@ -621,6 +674,8 @@ def qlora_linear(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
     *,
     configuration: Configuration,
     gain: Tensor | None = None,
@@ -637,7 +692,7 @@ def qlora_linear(
     rank = 0 if lora_B is None else lora_B.shape[1]
     call = Call(
         (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize), configuration,
-        len(flat), in_features, out_features, rank, x.dtype, x.device, given,
+        len(flat), in_features, out_features, rank, x.dtype, x.device, given, dropout, seed,
     )  # fmt: skip
     y = x.new_empty((len(flat), out_features))
     if t is None:
@@ -646,7 +701,8 @@ def qlora_linear(
     if y.numel():
         with nf4.on_device(x):
             if lora_A is not None and not (call.fused and configuration.way != "dense"):
-                torch.mm(flat, lora_A.to(x.dtype).T, out=t)
+                seen = flat if seed is None else dropped(flat, dropout, seed)
+                torch.mm(seen, lora_A.to(x.dtype).T, out=t)
             if configuration.way == "dense":
                 lora_B = None if lora_B is None else lora_B.to(x.dtype)
                 _forward_dense(call, flat, bias, gain, t, lora_B, scaling, y)
@@ -673,8 +729,8 @@ def _forward_direct(
     _qlora_linear_fwd_kernel[(tiles,)](
         x, *call.weight(), bias, gain, A, B, y, t, call.rows, call.out_features, call.in_features, call.rank, scaling,
         x.stride(0), BIAS=bias is not None, GAIN=gain is not None, RANK=call.padded_rank, FUSED=call.fused,
-        SPARSE=call.sparse,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, **call.constants(),
+        SPARSE=call.sparse, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, **call.drops(call.fused),
+        **call.constants(),
     )  # fmt: skip
 
 
@@ -696,9 +752,10 @@ def _forward_split(
     t_part = torch.empty((parts, *t.shape), dtype=torch.float32, device=y.device) if low else None
     _qlora_linear_fwd_split_kernel[(tiles, parts)](
         x, *call.weight(), A, part, t_part, call.rows, call.out_features, call.in_features, call.rank, x.stride(0),
-        steps, RANK=low, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, **call.constants(),
+        steps, RANK=low, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, **call.drops(low > 0), **call.constants(),
     )  # fmt: skip
-    _add_parts(call, part, t_part, B, bias, gain, y, t, 1.0, scaling, (call.rank, 1))
+    kept_sums = 1.0 if call.seed is None else random.rescale(call.dropout)
+    _add_parts(call, part, t_part, B, bias, gain, y, t, kept_sums, scaling, (call.rank, 1))
 
 
 def _add_parts(
@@ -711,7 +768,7 @@ def _add_parts(
         part, low_part, other, bias, gain, out, low, call.rows, out.shape[1], call.rank, before, after, *strides,
         len(part), RANK=call.padded_rank, FUSED=call.fused, SPARSE=call.sparse, BIAS=bias is not None,
         GAIN=gain is not None, PRECISION=precision(call.dtype), BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4,
-        num_stages=2,
+        num_stages=2, **call.drops(not call.forward),
     )  # fmt: skip
 
 
@@ -781,6 +838,8 @@ def qlora_linear_backward(
     lora_B: Tensor | None,
     scaling: float,
     output_mask: Sequence[bool],
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
     *,
     configuration: Configuration,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -790,7 +849,7 @@ def qlora_linear_backward(
     rank = 0 if lora_B is None else lora_B.shape[1]
     call = Call(
         (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize), configuration,
-        len(flat), in_features, out_features, rank, grad.dtype, grad.device,
+        len(flat), in_features, out_features, rank, grad.dtype, grad.device, dropout=dropout, seed=seed, forward=False,
     )  # fmt: skip
     grad_x, grad_bias, grad_A, grad_B = (grad.new_empty(0) for _ in range(4))
     lora_A, lora_B = (None if each is None else each.contiguous() for each in (lora_A, lora_B))
@@ -830,7 +889,7 @@ def _dx_direct(
     _qlora_linear_dx_kernel[(tiles,)](
         grad, *call.weight(), A, B, grad_x, u, call.rows, call.out_features, call.in_features, call.rank, scaling,
         grad.stride(0), RANK=call.padded_rank, FUSED=call.fused, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-        **call.constants(),
+        **call.drops(), **call.constants(),
     )  # fmt: skip
 
 
@@ -857,6 +916,8 @@ def _dx_dense(
     adapter = (u, A.to(grad.dtype)) if u is not None and A is not None and call.rank else None
     if adapter is not None:
         torch.mm(*adapter, out=grad_x)
+        if call.seed is not None:
+            dropped(grad_x, call.dropout, call.seed, grad_x)
     size, blocksize = call.out_features * grad.element_size(), call.quantized[5]
     # Whole blocks are dequantised fastest; a chunk has them unless one column of blocks is larger than that.
     step = max(CHUNK_STEP, blocksize) if blocksize * size <= CHUNK_BYTES else CHUNK_STEP
@@ -879,7 +940,8 @@ def parts_of_rows(call: Call, want_A: bool, want_wide: bool, layers: int = 1) ->
 
     Tiles of few columns alone would leave most of a GPU idle, so the rows are shared out, too.
     """
-    block_m, block_c = 64 if call.dtype != torch.float32 else 32, 64
+    spills = call.dtype == torch.float32 or (call.seed is not None and call.rank > 64)  # with more rows
+    block_m, block_c = 32 if spills else 64, 64
     tiles_A = cdiv(call.in_features, block_c) if want_A else 0
     tiles = tiles_A + (cdiv(call.out_features, block_c) if want_wide else 0)
     steps = cdiv(call.rows, block_m)
@@ -902,9 +964,10 @@ def _lora_grads(
     _, want_bias, want_A, want_B = mask
     rows, in_features, out_features, rank = call.rows, call.in_features, call.out_features, call.rank
     if rank > 128 or not rows or not rank or not out_features:  # sums of such tiles do not fit the registers
+        seen = x if x is None or call.seed is None else dropped(x, call.dropout, call.seed)
         return (
             grad.sum(dim=0) if want_bias else grad.new_empty(0),
-            (u.T @ x).to(adapter_dtype) if want_A and u is not None and x is not None else grad.new_empty(0),
+            (u.T @ seen).to(adapter_dtype) if want_A and u is not None and seen is not None else grad.new_empty(0),
             (scaling * (grad.T @ t)).to(adapter_dtype) if want_B and t is not None else grad.new_empty(0),
         )
     block_m, block_c, tiles_A, tiles, parts, steps = parts_of_rows(call, want_A, want_B or want_bias)
@@ -917,7 +980,7 @@ def _lora_grads(
         0 if x is None else x.stride(0), grad.stride(0), steps, tiles_A,
         grad_A.stride(1), grad_B.stride(1), grad_bias.stride(1), WANT_B=want_B, WANT_BIAS=want_bias,
         RANK=max(16, power_of_two(rank)), PRECISION=precision(call.dtype), BLOCK_M=block_m, BLOCK_C=block_c,
-        num_warps=4 if rank <= 64 else 8, num_stages=3,
+        num_warps=4 if rank <= 64 else 8, num_stages=3, **call.drops(want_A),
     )  # fmt: skip
     grad_bias, grad_A, grad_B = grads.total()
     return grad_bias.view(grad_bias.shape[1:]), grad_A.view(grad_A.shape[1:]), grad_B.view(grad_B.shape[1:])

@@ -71,8 +71,8 @@ def _qlora_qkv_fwd_kernel(
     acc, t = forward_sums(
         x_ptr, pick(which, packed_q, packed_k, packed_v), pick(which, absmax_q, absmax_k, absmax_v), nested_ptr,
         nested_offset, nested_code_ptr, A_ptr,
-        n, m, rows, out_features, in_features, rank, stride_x, 0, in_features,
-        QUANT_TYPE, BLOCKSIZE, NESTED, ALIGNED, WIDE, PERMUTE, RANK, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        n, m, rows, out_features, in_features, rank, stride_x, 0, in_features, 0, 0,
+        QUANT_TYPE, BLOCKSIZE, NESTED, ALIGNED, WIDE, PERMUTE, RANK, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     row = which.to(tl.int64) * rows + m
     if RANK > 0:
@@ -164,7 +164,7 @@ def _qlora_qkv_grads_kernel(
         grad_A_ptr + layer * parts * part_A, grad_B_ptr + layer * parts * part_B,
         grad_bias_ptr + layer * parts * part_bias, rows, in_features, out_features, rank,
         pick(which, scaling_q, scaling_k, scaling_v), stride_x, pick(which, stride_q, stride_k, stride_v), steps,
-        tiles_A, part_A, part_B, part_bias, WANT_B, WANT_BIAS, RANK, PRECISION, BLOCK_M, BLOCK_C,
+        tiles_A, part_A, part_B, part_bias, x_ptr, 0, WANT_B, WANT_BIAS, RANK, False, PRECISION, BLOCK_M, BLOCK_C,
     )  # fmt: skip
 
 
