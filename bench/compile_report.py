@@ -175,19 +175,40 @@ def qkv_call(operator: str, size: Size, chosen: Configuration) -> Callable[[], o
 
 
 def mlp_calls() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Calls of the launcher of fc1, GELU and fc2, of the sizes of a HAR encoder and the largest."""
-    launcher: Callable[..., object] = qlora_mlp.qlora_mlp
+    """Calls of the launchers of fc1, GELU and fc2, of the sizes of a HAR encoder and the largest."""
+    forward: Callable[..., object] = qlora_mlp.qlora_mlp
+    backward: Callable[..., object] = qlora_mlp.qlora_mlp_backward
+    options: dict[str, Any] = {"configuration": Configuration("direct")}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for rows, width, hidden, rank, nested in ((16, 192, 512, 16, False), (2048, 256, 1024, 32, True)):
+        for rows, width, hidden, rank, blocksize, nested in (
+            (16, 192, 512, 16, 64, False),
+            (1024, 192, 512, 16, 64, False),
+            (16, 192, 512, 0, 64, False),
+            (512, 256, 1024, 32, 32, True),
+            (2048, 256, 1024, 32, 64, True),
+            (4096, 1024, 1024, 32, 256, False),
+        ):
             empty = partial(torch.empty, device=META, dtype=dtype)
-            size = Size(rows, width, dtype, rank, nested=nested)
+            size = Size(rows, width, dtype, rank, blocksize=blocksize, nested=nested)
+            out = min(width, qlora_mlp.MOST_OUT)
             layers = [
-                (*_quantized(size, i, o), o, empty(o), empty(rank, i), empty(o, rank), 0.5)
-                for i, o in ((width, hidden), (hidden, width))
+                (
+                    *_quantized(size, i, o),
+                    o,
+                    empty(o),
+                    *((empty(rank, i), empty(o, rank)) if rank else (None, None)),
+                    0.5,
+                )
+                for i, o in ((width, hidden), (hidden, out))
             ]
-            name = str(dtype).removeprefix("torch.")
-            described = f"qlora_mlp, {name}, {rows} rows, {width}→{hidden}, rank {rank}{', nested' * nested}"
-            yield described, partial(launcher, empty(rows, width), *layers, True, configuration=Configuration("direct"))
+            facts = f"{str(dtype).removeprefix('torch.')}, {rows} rows, {width}→{hidden}→{out}, rank {rank}"
+            described = f"{facts}, blocks of {blocksize}{', nested' * nested}"
+            x, h, t = empty(rows, width), empty(rows, hidden), empty(rows, rank)
+            yield f"qlora_mlp, {described}", partial(forward, x, *layers, True, **options)
+            every = [True, *2 * (True, rank > 0, rank > 0)]
+            for wanted in (every, [False, *every[1:]], [False, False, rank > 0, False] * 2)[: 3 if rows == 1024 else 1]:
+                call = partial(backward, empty(rows, out), x, h, t, t, *layers, wanted[:7], **options)
+                yield f"qlora_mlp_backward, {described}, {sum(wanted[:7])} gradients", call
 
 
 def calls(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -319,7 +340,8 @@ def jobs(targets: list[str]) -> list[tuple[str, str, Launch]]:
     """What is compiled, each machine code once: target, the first call that needs it, launch."""
     found: dict[tuple[str, Launch], str] = {}
     for target in targets:
-        with patch.object(qlora_linear, "multiprocessors", lambda _, count=MULTIPROCESSORS[target]: count):
+        known: dict[str, Any] = {"multiprocessors": lambda _, count=MULTIPROCESSORS[target]: count}
+        with patch.multiple(qlora_linear, **known), patch.multiple(qlora_mlp, **known):
             for where, call in calls(target):
                 for launch in recorded(call):
                     found.setdefault((target, launch), where)

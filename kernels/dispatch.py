@@ -42,6 +42,7 @@ _TRITON = {
     "qlora_qkv": ("qlora_qkv", "qlora_linear"),
     "qlora_qkv_backward": ("qlora_qkv", "qlora_linear_backward"),
     "qlora_mlp": ("qlora_mlp", "qlora_linear"),
+    "qlora_mlp_backward": ("qlora_mlp", "qlora_linear_backward"),
 }
 
 
@@ -162,13 +163,14 @@ def group(operator: str, x: Tensor, layers: tuple[reference.Layer, ...]) -> Call
 
     They do where one launch would not do for the layers together, or proved wrong.
     """
-    out_features, A = layers[0][6], layers[0][8]
-    rows, weights = x.numel() // max(1, x.shape[-1]), len(layers) * x.shape[-1] * out_features
+    rows, weights = x.numel() // max(1, x.shape[-1]), len(layers) * x.shape[-1] * layers[0][6]
     chosen = configuration(_TRITON[operator][1], x.device, x.dtype, rows, weights)
-    if chosen.way != "direct" or not _proven(
-        _probe(operator, chosen, x.device, x.dtype, x.shape[-1], layers[0][:6], A)
-    ):
+    if chosen.way != "direct":
         return None
+    for layer in layers:  # each has a format of its own where they need not be alike
+        in_features = 2 * layer[0].numel() // layer[6]
+        if not _proven(_probe(operator, chosen, x.device, x.dtype, in_features, layer[:6], layer[8])):
+            return None
     return launcher(operator, chosen)
 
 
@@ -359,10 +361,18 @@ def _problem_of_several(
 ) -> tuple[Any, ...]:  # fmt: skip
     """As `problem`, of operators over several layers."""
     made: Callable[..., Any] = partial(problem, "qlora_linear", device, dtype, **given)
-    if operator == "qlora_mlp":  # whose second weight has whole blocks in its rows as well
-        fc1 = made(rows, in_features, 2 * blocksize, rank, quant_type, blocksize, nested, seed=2 * seed)
-        fc2 = made(1, 2 * blocksize, 40, rank, quant_type, blocksize, nested, seed=2 * seed + 1)
-        return fc1[0], fc1[1:], fc2[1:], True
+    if operator.startswith("qlora_mlp"):  # whose second weight has whole blocks in its rows as well
+        facts = (rank, quant_type, blocksize, nested)
+        sizes = [(rows, in_features, 2 * blocksize, *facts), (rows, 2 * blocksize, 40, *facts)]
+        (x, *fc1), (h, *fc2) = (made(*size, seed=2 * seed + i) for i, size in enumerate(sizes))
+        if operator == "qlora_mlp":
+            return x, tuple(fc1), tuple(fc2), True
+        (_, _, t1, *_), (grad, _, t2, *_) = (
+            problem("qlora_linear_backward", device, dtype, *size, **given, seed=2 * seed + i)
+            for i, size in enumerate(sizes)
+        )
+        t1, t2 = (x.new_empty(0) if t is None else t for t in (t1, t2))
+        return grad, x, h, t1, t2, tuple(fc1), tuple(fc2), (True, *2 * (True, rank > 0, rank > 0))
     size = (rows, in_features, out_features, rank, quant_type, blocksize, nested)
     calls = [made(*size, seed=3 * seed + i) for i in range(3)]
     x, layers = calls[0][0], [call[1:] for call in calls]

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import functional as F
 
 from harlora.kernels import dispatch, eager, replay
 from harlora.kernels.reference import Layer
@@ -283,34 +282,35 @@ def qlora_qkv(x: Tensor, q: Layer, k: Layer, v: Layer) -> tuple[Tensor, ...] | N
 
 class _MLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, key: Hashable, x: Tensor, quantized: Any, function: Any, *values: Any) -> Tensor:
+    def forward(
+        ctx: Any, key: Hashable, x: Tensor, quantized: Any, functions: tuple[Any, Any], *values: Any
+    ) -> Tensor:  # fmt: skip
         fc1, fc2 = ((*packed, *values[4 * i : 4 * i + 4]) for i, packed in enumerate(quantized))
         y: Tensor
-        y, h, t1, t2 = _run(key, x, (fc1, fc2), (x.shape[-1], fc1[6]), partial(function, x, fc1, fc2, True))
+        y, h, t1, t2 = _run(key, x, (fc1, fc2), (x.shape[-1], fc1[6]), partial(functions[0], x, fc1, fc2, True))
         ctx.save_for_backward(x, h, t1, t2, *fc1[8:10], *fc2[8:10], *fc1[:4], *fc2[:4])
-        ctx.facts = [(layer[4:6], layer[10]) for layer in (fc1, fc2)]
+        ctx.facts = [(layer[4:7], layer[10]) for layer in (fc1, fc2)]
+        ctx.key, ctx.function = key, functions[1]
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         eager.refuse_second_derivative()
-        x, h, t1, t2, A1, B1, A2, B2, *packed = ctx.saved_tensors
+        x, h, t1, t2, *tensors = ctx.saved_tensors
+        adapters, packed = tensors[:4], tensors[4:]
+        layers = [
+            (*packed[4 * i : 4 * i + 4], *facts, None, *adapters[2 * i : 2 * i + 2], scaling)
+            for i, (facts, scaling) in enumerate(ctx.facts)
+        ]
         needs = ctx.needs_input_grad
-        (facts1, scaling1), (facts2, scaling2) = ctx.facts
-        first = [needs[1], *needs[4:7]]
-        second = [any(first), *needs[8:11]]
-        inner, *grads2 = _backward(
-            grad, F.gelu(h) if second[2] else None, t2 if B2 is not None else None, (*packed[4:], *facts2),
-            h.shape[-1], A2, B2, scaling2, second,
-        )  # fmt: skip
-        grad_x: Tensor | None = None
-        grads1: Sequence[Tensor | None] = [None] * 3
-        if any(first):
-            grad_x, *grads1 = _backward(
-                torch.ops.aten.gelu_backward(inner, h), x if first[2] else None, t1 if B1 is not None else None,
-                (*packed[:4], *facts1), x.shape[-1], A1, B1, scaling1, first,
-            )  # fmt: skip
-        results = [None, grad_x, None, None, *grads1, None, *grads2, None]
+        wanted = (needs[1], *needs[4:7], *needs[8:11])
+        grad = grad.contiguous()
+        function = partial(ctx.function, grad, x, h, t1, t2, *layers, wanted)
+        inputs = [grad, x, h, t1, t2, *_tensors(*layers)]
+        grad_x, *grads = (
+            replay.run(("backward", ctx.key, wanted), inputs, function) if x.is_contiguous() else function()
+        )
+        results = [None, grad_x, None, None, *grads[:3], None, *grads[3:], None]
         return tuple(result if needed else None for result, needed in zip(results, needs, strict=True))
 
 
@@ -326,7 +326,8 @@ def qlora_mlp(x: Tensor, fc1: Layer, fc2: Layer) -> Tensor | None:
     layers = _in_dtype_of(x, fc1, fc2)
     train = _trains(x, *(tensor for layer in layers for tensor in layer[7:10]))
     key = (_key("qlora_mlp", x, *layers), train)
-    functions = _together(key, x, layers, partial(fits, x, *layers), "qlora_mlp")
+    operators = ("qlora_mlp", "qlora_mlp_backward") if train else ("qlora_mlp",)
+    functions = _together(key, x, layers, partial(fits, x, *layers), *operators)
     if functions is None:
         return None
     values = [value for layer in layers for value in layer[7:]]
@@ -334,5 +335,5 @@ def qlora_mlp(x: Tensor, fc1: Layer, fc2: Layer) -> Tensor | None:
         widths = (x.shape[-1], layers[0][6])
         result: Tensor = _run(key, x, layers, widths, partial(functions[0], x, *layers, False))[0]
         return result
-    trained: Tensor = _MLP.apply(key, x, [layer[:7] for layer in layers], functions[0], *values)
+    trained: Tensor = _MLP.apply(key, x, [layer[:7] for layer in layers], functions, *values)
     return trained

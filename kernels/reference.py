@@ -221,6 +221,32 @@ def qlora_mlp(x: Tensor, fc1: Layer, fc2: Layer, keep: bool) -> tuple[Tensor, Te
     return (y, h, t1, t2) if keep else (y, nothing, nothing, nothing)
 
 
+def qlora_mlp_backward(
+    grad: Tensor,
+    x: Tensor,
+    h: Tensor,
+    t1: Tensor,
+    t2: Tensor,
+    fc1: Layer,
+    fc2: Layer,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, and of bias, lora_A and lora_B of fc1, then of fc2; each empty unless ``wanted`` asks for it.
+
+    h, t1, t2: of `qlora_mlp`; ``wanted`` has seven flags, in that order.
+    """
+    first, second = tuple(wanted[:4]), (any(wanted[:4]), *wanted[4:])
+    inner, bias2, A2, B2 = qlora_linear_backward(
+        grad, F.gelu(h), t2, *fc2[:6], h.shape[-1], fc2[8], fc2[9], fc2[10], second
+    )
+    if not any(first):
+        nothing = grad.new_empty(0)
+        return nothing, nothing, nothing, nothing, bias2, A2, B2
+    grad_h = torch.ops.aten.gelu_backward(inner, h)
+    x, bias1, A1, B1 = qlora_linear_backward(grad_h, x, t1, *fc1[:6], x.shape[-1], fc1[8], fc1[9], fc1[10], first)
+    return x, bias1, A1, B1, bias2, A2, B2
+
+
 # DoRA ---------------------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import harlora
 from harlora import QLoRALinear
-from harlora.kernels import configurations, dispatch, eager, gpu
+from harlora.kernels import configurations, dispatch, eager, gpu, reference, replay
 from harlora.kernels.configurations import Configuration
 from harlora.kernels.dropout import draw_seed, dropped
 from harlora.models import MAE, MAEConfig, whole
@@ -18,6 +18,9 @@ from harlora.models.mae import Attention
 
 if dispatch.load_triton():
     pytest.skip(dispatch.load_triton(), allow_module_level=True)
+
+from harlora.kernels.triton import qlora_linear, qlora_qkv
+from harlora.kernels.triton import qlora_mlp as mlp
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
@@ -84,16 +87,20 @@ def test_three_layers_equal_each(monkeypatch, shape, features, options, dtype):
 @pytest.mark.usefixtures("nan_filled_memory")
 @pytest.mark.parametrize("dtype", list(ERROR), ids=str)
 @pytest.mark.parametrize(
-    ("shape", "features", "options"),
+    ("shape", "features", "first", "second"),
     [
-        ((2, 5), (64, 128, 40), {}),
-        ((33,), (96, 64, 33), {"blocksize": 32, "double_quant": True, "quant_type": "fp4"}),
-        ((3,), (64, 192, 20), {"rank": 32, "bias": False}),
-        ((3,), (192, 512, 192), {"rank": 0}),
+        ((2, 5), (64, 128, 40), {}, {}),
+        ((33,), (96, 64, 33), {"blocksize": 32, "double_quant": True, "quant_type": "fp4"}, {"rank": 17}),
+        ((3,), (64, 192, 20), {"rank": 32, "bias": False}, {"rank": 5, "blocksize": 32, "double_quant": True}),
+        ((3,), (192, 512, 192), {"rank": 0}, {"rank": 0}),
+        ((17,), (64, 64, 16), {"rank": 0}, {"bias": False}),
+        ((1,), (320, 64, 1), {"rank": 2}, {"rank": 0}),
+        ((600,), (64, 64, 32), {"rank": 3}, {"rank": 20}),
     ],
 )
-def test_the_feed_forward_layers_equal_each(shape, features, options, dtype):
-    layers = [make(i, o, dtype, **options) for i, o in pairwise(features)]
+def test_the_feed_forward_layers_equal_each(shape, features, first, second, dtype):
+    sizes = zip(pairwise(features), (first, second), strict=True)
+    layers = [make(i, o, dtype, **options) for (i, o), options in sizes]
     x = torch.randn(*shape, features[0], device=DEVICE).to(dtype).requires_grad_()
     found = gpu.qlora_mlp(x, *whole._layers(*layers))
     leaves = [x, *(p for layer in layers for p in layer.parameters())]
@@ -129,17 +136,118 @@ def test_feed_forward_layers_that_do_not_fit_run_one_by_one():
     assert take(64, 2048, 32) is None
 
 
-@pytest.mark.parametrize("frozen", ["x", "first", "second", "x and first"])
-def test_only_the_gradients_of_the_feed_forward_layers_that_are_needed(frozen):
-    layers = [make(64, 64), make(64, 32)]
+PLACES = ("x", "bias1", "A1", "B1", "bias2", "A2", "B2")
+
+
+@pytest.mark.usefixtures("nan_filled_memory")
+@pytest.mark.parametrize("dtype", list(ERROR), ids=str)
+@pytest.mark.parametrize(
+    "trained", [PLACES, *((place,) for place in PLACES), ("A1", "A2"), ("B1", "bias2"), ("x", "A2"), ("B1", "B2"), ()]
+)
+def test_only_the_gradients_of_the_feed_forward_layers_that_are_needed(trained, dtype):
+    wanted = [place in trained for place in PLACES]
+    size = (70, 128, 0, 5, "nf4", 64, True)
+    exact = dispatch.problem("qlora_mlp_backward", DEVICE, torch.float64, *size, rounded=dtype)
+    given = dispatch.problem("qlora_mlp_backward", DEVICE, dtype, *size, adapter_dtype=torch.float32)
+    found = mlp.qlora_mlp_backward(*given[:-1], wanted, configuration=SMALL)
+    expected = reference.qlora_mlp_backward(*exact[:-1], wanted)
+    for place, one, other, want in zip(PLACES, found, expected, wanted, strict=True):
+        assert one.shape == other.shape
+        if want:
+            assert one.dtype == (torch.float32 if place[0] in "AB" else dtype)
+            check(one, other, dtype)
+
+
+@pytest.mark.parametrize("frozen", ["x", "first", "second", "x and first", "lora_A", "lora_B", "adapters and x"])
+@pytest.mark.parametrize("ranks", [(4, 4), (0, 4), (4, 0), (0, 0)])
+def test_the_feed_forward_layers_train_in_parts(frozen, ranks):
+    layers = [make(64, 64, rank=ranks[0]), make(64, 32, rank=ranks[1])]
     x = torch.randn(5, 64, device=DEVICE, requires_grad="x" not in frozen)
     for layer, name in zip(layers, ("first", "second"), strict=True):
         layer.requires_grad_(name not in frozen)
+        for part, parameter in layer.named_parameters():
+            if part in frozen or ("adapters" in frozen and part != "bias"):
+                parameter.requires_grad_(False)
     leaves = [leaf for leaf in (x, *(p for layer in layers for p in layer.parameters())) if leaf.requires_grad]
-    together = torch.autograd.grad(gpu.qlora_mlp(x, *whole._layers(*layers)).square().sum(), leaves)
+    y = gpu.qlora_mlp(x, *whole._layers(*layers))
+    assert y is not None
+    together = torch.autograd.grad(y.square().sum(), leaves)
     apart = torch.autograd.grad(layers[1](F.gelu(layers[0](x))).square().sum(), leaves)
     for one, other in zip(together, apart, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The launches of the kernels of `qlora_mlp_backward` by name, with their grid; none takes place."""
+    made = []
+    for name in ("dx", "grads", "add_grads"):
+
+        class Kernel:
+            def __class_getitem__(cls, grid, name=name):
+                return lambda *arguments, **constants: made.append((name, grid, arguments))
+
+        monkeypatch.setattr(mlp, f"_qlora_mlp_{name}_kernel", Kernel)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("trained", "kernels"),
+    [
+        (PLACES, ["dx", "grads", "add_grads"]),
+        (("x",), ["dx"]),
+        (("bias2", "B2"), ["grads", "add_grads"]),
+        (("A2",), ["dx", "grads", "add_grads"]),
+        (("B1",), ["dx", "grads", "add_grads"]),
+        ((), []),
+    ],
+)
+def test_the_launches_of_the_feed_forward_layers_backward(monkeypatch, launches, trained, kernels):
+    monkeypatch.setattr(qlora_linear, "multiprocessors", lambda _: 132)
+    given = dispatch.problem("qlora_mlp_backward", DEVICE, torch.float32, 600, 128, 0, 5, "nf4", 64, False)
+    with replay._Watch() as watch:
+        mlp.qlora_mlp_backward(*given[:-1], [place in trained for place in PLACES], configuration=SMALL)
+    assert not watch.computed  # otherwise it could not be repeated
+    assert [name for name, *_ in launches] == kernels
+    if "dx" in kernels:
+        grad_x, grad_h, u1, u2 = launches[0][2][15:19]
+        assert (grad_x is None) == ("x" not in trained)
+        assert (grad_h is None) == (not {"x", "bias1", "A1", "B1"} & {*trained})
+        assert (u1 is None, u2 is None) == ("A1" not in trained, "A2" not in trained)
+    if "add_grads" in kernels:
+        assert launches[-2][1][1] > 1  # parts of the rows
+
+
+@pytest.mark.usefixtures("nan_filled_memory")
+@pytest.mark.parametrize("multiprocessors", [1, 20, 132])
+def test_the_feed_forward_layers_rows_are_shared_out(monkeypatch, multiprocessors):
+    monkeypatch.setattr(qlora_linear, "multiprocessors", lambda _: multiprocessors)
+    made, original = [], mlp.Gradients
+    monkeypatch.setattr(mlp, "Gradients", lambda *arguments: made.append(original(*arguments)) or made[-1])
+    given = dispatch.problem("qlora_mlp_backward", DEVICE, torch.float32, 600, 64, 0, 5, "nf4", 32, False)
+    results = [mlp.qlora_mlp_backward(*given, configuration=SMALL) for _ in range(2)]
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert {each.together is None for each in made} == {multiprocessors == 1}
+    for one, other in zip(results[0], reference.qlora_mlp_backward(*given), strict=True):
+        check(one, other.double(), torch.float32)
+
+
+@pytest.mark.parametrize("rows", [3, 70])
+@pytest.mark.parametrize("multiprocessors", [1, 4, 9])
+def test_programs_share_the_columns_of_dx(monkeypatch, rows, multiprocessors):
+    monkeypatch.setattr(mlp, "multiprocessors", lambda _: multiprocessors)
+    given = dispatch.problem("qlora_mlp_backward", DEVICE, torch.float32, rows, 320, 0, 5, "nf4", 64, False)
+    expected = reference.qlora_mlp_backward(*given)
+    for one, other in zip(mlp.qlora_mlp_backward(*given, configuration=SMALL), expected, strict=True):
+        check(one, other.double(), torch.float32)
+
+
+def test_the_feed_forward_layers_take_strided_rows():
+    grad, x, *given = dispatch.problem("qlora_mlp_backward", DEVICE, torch.float32, 6, 64, 0, 5, "nf4", 64, False)
+    spaced = [torch.empty(6, 200, device=DEVICE)[:, 7 : 7 + each.shape[1]].copy_(each) for each in (grad, x)]
+    expected = mlp.qlora_mlp_backward(grad, x, *given, configuration=SMALL)
+    for one, other in zip(mlp.qlora_mlp_backward(*spaced, *given, configuration=SMALL), expected, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("wanted", ["x", "bias", "lora_A", "lora_B"])
@@ -196,12 +304,14 @@ def test_a_second_derivative_is_refused():
     y = gpu.qlora_qkv(x, *whole._layers(*layers))[0]
     with pytest.raises(NotImplementedError, match="second derivative"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
+    y = gpu.qlora_mlp(x, *whole._layers(make(64, 64), make(64, 32)))
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
-@pytest.mark.parametrize("operator", ["qlora_qkv", "qlora_qkv_backward"])
+@pytest.mark.parametrize("operator", ["qlora_qkv", "qlora_qkv_backward", "qlora_mlp", "qlora_mlp_backward"])
 def test_a_wrong_group_is_left_out_with_one_warning(monkeypatch, operator):
-    from harlora.kernels.triton import qlora_qkv as module
-
+    module = mlp if "mlp" in operator else qlora_qkv
     true = getattr(module, operator)
 
     def wrong(*arguments, configuration):
@@ -210,11 +320,24 @@ def test_a_wrong_group_is_left_out_with_one_warning(monkeypatch, operator):
 
     monkeypatch.setattr(module, operator, wrong)
     monkeypatch.setattr(dispatch, "_wrong", {})
-    layers = whole._layers(*(make(64, 32) for _ in range(3)))
+    layers = whole._layers(*(make(64, 64) for _ in range(2 if module is mlp else 3)))
+    take = gpu.qlora_mlp if module is mlp else gpu.qlora_qkv
     x = torch.randn(3, 64, device=DEVICE)
     with pytest.warns(RuntimeWarning, match=f"of {operator} disagrees with the reference"):
-        assert gpu.qlora_qkv(x, *layers) is None
-    assert gpu.qlora_qkv(x, *layers) is None  # a second warning would be an error
+        assert take(x, *layers) is None
+    assert take(x, *layers) is None  # a second warning would be an error
+
+
+def test_each_format_of_a_group_is_checked(monkeypatch):
+    monkeypatch.setattr(dispatch, "_wrong", {})
+    layers = make(64, 64, rank=4), make(64, 32, rank=20, blocksize=32, quant_type="fp4", double_quant=True)
+    assert gpu.qlora_mlp(torch.randn(3, 64, device=DEVICE), *whole._layers(*layers)) is not None
+    for operator in ("qlora_mlp", "qlora_mlp_backward"):
+        facts = {
+            (probe.quant_type, probe.blocksize, probe.nested, probe.rank, probe.aligned)
+            for probe in dispatch._wrong if probe.operator == operator
+        }  # fmt: skip
+        assert facts == {("nf4", 64, False, 16, True), ("fp4", 32, True, 32, True)}
 
 
 @pytest.mark.parametrize("grad", [False, True])

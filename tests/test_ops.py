@@ -391,3 +391,34 @@ def test_scaling_enters_once():
     base = F.linear(arrays["x"], harlora.dequantize_4bit(weight), arrays["bias"])
     one, three = (harlora.qlora_linear(weight=weight, **arrays, scaling=s) - base for s in (1.0, 3.0))
     torch.testing.assert_close(three, 3 * one, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [(3, 5), (0, 4), (4, 0)])
+def test_the_reference_of_the_feed_forward_layers_has_the_gradients_of_autograd(ranks):
+    layers = [harlora.QLoRALinear(i, o, rank=rank) for (i, o), rank in zip(((20, 24), (24, 7)), ranks, strict=True)]
+    leaves, full = [torch.randn(2, 3, 20, dtype=torch.float64, requires_grad=True)], []
+    y = leaves[0]
+    for number, layer in enumerate(layers):
+        *quantized, bias, A, B, scaling = layer.operands()
+        bias, A, B = (None if p is None else torch.randn_like(p, dtype=torch.float64) for p in (bias, A, B))
+        full.append((*quantized, bias, A, B, scaling))
+        own = [None if p is None else p.requires_grad_() for p in (bias, A, B)]
+        leaves += own
+        y = F.gelu(y) if number else y
+        y = F.linear(y, layer.base_weight().double(), bias) + (0 if A is None else scaling * (y @ A.T) @ B.T)
+    grad = torch.randn_like(y)
+    present = [leaf is not None for leaf in leaves]
+    expected = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], grad))
+    expected = [next(expected) if there else None for there in present]
+    with torch.no_grad():
+        found_y, h, t1, t2 = reference.qlora_mlp(leaves[0], *full, True)
+        torch.testing.assert_close(found_y, y)
+        for missing in (None, *range(7)):
+            wanted = [there and place != missing for place, there in enumerate(present)]
+            found = reference.qlora_mlp_backward(grad, leaves[0], h, t1, t2, *full, wanted)
+            for one, other, want in zip(found, expected, wanted, strict=True):
+                torch.testing.assert_close(one, other if want else grad.new_empty(0))
+        nothing_of_fc1 = [False] * 4 + present[4:]
+        for one, other in zip(reference.qlora_mlp_backward(grad, leaves[0], h, t1, t2, *full, nothing_of_fc1)[4:],
+                              expected[4:], strict=True):  # fmt: skip
+            torch.testing.assert_close(one, grad.new_empty(0) if other is None else other)

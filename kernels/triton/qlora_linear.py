@@ -46,6 +46,7 @@ FUSED_RANK = 32  # up to this rank t is summed up in the kernel that reads x; it
 CHUNK_BYTES = 2**25  # of dequantised weight: what stays in the last cache of the large GPUs
 CHUNK_STEP = 128  # rows or columns: what of y and dX a chunk writes begins at whole tiles of the library's products
 MOST_TILES_WITH_DROPOUT = 8  # of y next to each other, each of which computes anew what is dropped of x; not measured
+GRADS_COLUMNS = 64  # of dA, or rows of dB, that a program sums up
 WORKSPACE_BYTES = 2**26  # of parts of sums
 
 
@@ -193,7 +194,7 @@ def _qlora_linear_fwd_kernel(
 
 
 @triton.jit
-def _low_rank_sums(
+def low_rank_sums(
     x_ptr, low_ptr, m, rows, columns, rank, stride_x, stride_low_r, stride_low_c, begin, end, seed, limit,
     RANK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -250,7 +251,7 @@ def _qlora_linear_fwd_split_kernel(
         seed = 0
         if DROPOUT:
             seed = tl.load(seed_ptr)
-        t = _low_rank_sums(
+        t = low_rank_sums(
             x_ptr, lora_A_ptr, m, rows, in_features, rank, stride_x, in_features, 1, begin, end, seed, limit,
             RANK, DROPOUT, PRECISION, BLOCK_M, BLOCK_K,
         )  # fmt: skip
@@ -387,7 +388,7 @@ def _qlora_linear_dx_split_kernel(
             (m < rows)[None, :] & (k < in_features)[:, None],
         )  # fmt: skip
     elif RANK > 0:
-        u = _low_rank_sums(
+        u = low_rank_sums(
             grad_ptr, lora_B_ptr, m, rows, out_features, rank, stride_grad, 1, rank, begin, end, 0, 0,
             RANK, False, PRECISION, BLOCK_M, BLOCK_N,
         )  # fmt: skip
@@ -451,14 +452,19 @@ def _add_parts_kernel(
 
 
 @triton.jit
+def gelu(h):
+    """h·Φ(h), exactly, as torch's default; h is float32."""
+    return 0.5 * h * (1.0 + tl.math.erf(h * 0.7071067811865476))
+
+
+@triton.jit
 def lora_grads_tile(
-    x_ptr, u_ptr, grad_ptr, t_ptr, grad_A_ptr, grad_B_ptr, grad_bias_ptr, rows, in_features, out_features, rank,
+    pid, x_ptr, u_ptr, grad_ptr, t_ptr, grad_A_ptr, grad_B_ptr, grad_bias_ptr, rows, in_features, out_features, rank,
     scaling, stride_x, stride_grad, steps, tiles_A, part_A, part_B, part_bias, seed_ptr, limit,
-    WANT_B: tl.constexpr, WANT_BIAS: tl.constexpr, RANK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    WANT_B: tl.constexpr, WANT_BIAS: tl.constexpr, RANK: tl.constexpr, DROPOUT: tl.constexpr, GELU: tl.constexpr,
+    PRECISION: tl.constexpr,    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """What a program of `_lora_grads_kernel` does."""
-    pid = tl.program_id(0)
+    """What program ``pid`` of `_lora_grads_kernel` does; with GELU the layer's x is the GELU of what is read."""
     begin = tl.program_id(1).to(tl.int64) * steps
     end = tl.minimum(begin + steps, rows)
     r = tl.arange(0, RANK)
@@ -474,6 +480,8 @@ def lora_grads_tile(
                 x_ptr + (m * stride_x)[:, None] + k[None, :], (m < end)[:, None] & (k < in_features)[None, :],
                 other=0.0,
             )  # fmt: skip
+            if GELU:
+                wide = cast(gelu(wide.to(tl.float32)), wide.dtype)
             if DROPOUT:
                 wide = tl.where(kept(seed, m, pid * BLOCK_C, limit, BLOCK_C), wide, 0.0)
             low = tl.load(u_ptr + (m * rank)[:, None] + r[None, :], (m < end)[:, None] & (r < rank)[None, :], other=0.0)
@@ -525,32 +533,40 @@ def _lora_grads_kernel(
     Each program reads its columns of x or dY once, in order; no two write to one place.
     """
     lora_grads_tile(
-        x_ptr, u_ptr, grad_ptr, t_ptr, grad_A_ptr, grad_B_ptr, grad_bias_ptr, rows, in_features, out_features, rank,
-        scaling, stride_x, stride_grad, steps, tiles_A, part_A, part_B, part_bias, seed_ptr, limit,
-        WANT_B, WANT_BIAS, RANK, DROPOUT, PRECISION, BLOCK_M, BLOCK_C,
+        tl.program_id(0), x_ptr, u_ptr, grad_ptr, t_ptr, grad_A_ptr, grad_B_ptr, grad_bias_ptr, rows, in_features,
+        out_features, rank, scaling, stride_x, stride_grad, steps, tiles_A, part_A, part_B, part_bias, seed_ptr, limit,
+        WANT_B, WANT_BIAS, RANK, DROPOUT, False, PRECISION, BLOCK_M, BLOCK_C,
     )  # fmt: skip
+
+
+@triton.jit
+def add_grads_tile(
+    part_ptr, grad_A_ptr, grad_B_ptr, grad_bias_ptr, size_A, size_B, size_bias, parts, BLOCK: tl.constexpr
+):  # fmt: skip
+    """``BLOCK`` values of dA, dB and dbias of a layer from the parts of their sums, which lie one after the other."""
+    total = size_A + size_B + size_bias
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(parts):
+        acc += tl.load(part_ptr + c, c < total, other=0.0)
+        part_ptr += total
+    tl.store(grad_A_ptr + c, cast(acc, grad_A_ptr.dtype.element_ty), c < size_A)
+    c -= size_A
+    tl.store(grad_B_ptr + c, cast(acc, grad_B_ptr.dtype.element_ty), (c >= 0) & (c < size_B))
+    c -= size_B
+    tl.store(grad_bias_ptr + c, cast(acc, grad_bias_ptr.dtype.element_ty), (c >= 0) & (c < size_bias))
 
 
 @triton.jit(do_not_specialize=["parts"])
 def _add_grads_kernel(
     part_ptr, grad_A_ptr, grad_B_ptr, grad_bias_ptr, size_A, size_B, size_bias, parts, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """dA, dB and dbias of each layer from the parts of their sums, which lie one after the other, in order."""
+    """dA, dB and dbias of each of several layers that are alike, the parts added in order."""
     layer = tl.program_id(1).to(tl.int64)
-    total = size_A + size_B + size_bias
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    row = part_ptr + layer * parts * total
-    for _ in range(parts):
-        acc += tl.load(row + c, c < total, other=0.0)
-        row += total
-    tl.store(grad_A_ptr + layer * size_A + c, cast(acc, grad_A_ptr.dtype.element_ty), c < size_A)
-    c -= size_A
-    tl.store(grad_B_ptr + layer * size_B + c, cast(acc, grad_B_ptr.dtype.element_ty), (c >= 0) & (c < size_B))
-    c -= size_B
-    tl.store(
-        grad_bias_ptr + layer * size_bias + c, cast(acc, grad_bias_ptr.dtype.element_ty), (c >= 0) & (c < size_bias)
-    )
+    add_grads_tile(
+        part_ptr + layer * parts * (size_A + size_B + size_bias), grad_A_ptr + layer * size_A,
+        grad_B_ptr + layer * size_B, grad_bias_ptr + layer * size_bias, size_A, size_B, size_bias, parts, BLOCK,
+    )  # fmt: skip
 
 
 # Launchers ----------------------------------------------------------------------------------------------------------
@@ -935,19 +951,23 @@ def _dx_dense(
             torch.mm(grad, weight, out=grad_x[:, first:last])
 
 
-def parts_of_rows(call: Call, want_A: bool, want_wide: bool, layers: int = 1) -> tuple[int, int, int, int, int, int]:
-    """How the gradients of adapters are cut: the tile's rows and columns, tiles of dA, of all, parts, rows of a part.
+def tiles_of_grads(call: Call, want_A: bool, want_wide: bool) -> tuple[int, int]:
+    """How many programs sum up dA, and how many dA, dB and dbias together."""
+    tiles_A = cdiv(call.in_features, GRADS_COLUMNS) if want_A else 0
+    return tiles_A, tiles_A + (cdiv(call.out_features, GRADS_COLUMNS) if want_wide else 0)
+
+
+def parts_of_rows(call: Call, tiles: int) -> tuple[int, int, int]:
+    """How the rows are cut for ``tiles`` of gradients of adapters: rows of a step, parts, rows of a part.
 
     Tiles of few columns alone would leave most of a GPU idle, so the rows are shared out, too.
     """
     spills = call.dtype == torch.float32 or (call.seed is not None and call.rank > 64)  # with more rows
-    block_m, block_c = 32 if spills else 64, 64
-    tiles_A = cdiv(call.in_features, block_c) if want_A else 0
-    tiles = tiles_A + (cdiv(call.out_features, block_c) if want_wide else 0)
+    block_m = 32 if spills else 64
     steps = cdiv(call.rows, block_m)
-    wanted = max(1, min(2 * multiprocessors(call.device) // max(1, layers * tiles), steps // 4))
+    wanted = max(1, min(2 * multiprocessors(call.device) // max(1, tiles), steps // 4))
     each = cdiv(steps, wanted)
-    return block_m, block_c, tiles_A, tiles, max(1, cdiv(steps, each)) if each else 1, each * block_m
+    return block_m, max(1, cdiv(steps, each)) if each else 1, each * block_m
 
 
 def _lora_grads(
@@ -970,7 +990,8 @@ def _lora_grads(
             (u.T @ seen).to(adapter_dtype) if want_A and u is not None and seen is not None else grad.new_empty(0),
             (scaling * (grad.T @ t)).to(adapter_dtype) if want_B and t is not None else grad.new_empty(0),
         )
-    block_m, block_c, tiles_A, tiles, parts, steps = parts_of_rows(call, want_A, want_B or want_bias)
+    tiles_A, tiles = tiles_of_grads(call, want_A, want_B or want_bias)
+    block_m, parts, steps = parts_of_rows(call, tiles)
     grads = Gradients(call, adapter_dtype, mask[1:], parts, 1)
     grad_A, grad_B, grad_bias = grads.parts
     # Where dA is not wanted no program reads x and u, but the compiler needs pointers.
@@ -979,7 +1000,7 @@ def _lora_grads(
         rows, in_features, out_features, rank, scaling,
         0 if x is None else x.stride(0), grad.stride(0), steps, tiles_A,
         grad_A.stride(1), grad_B.stride(1), grad_bias.stride(1), WANT_B=want_B, WANT_BIAS=want_bias,
-        RANK=max(16, power_of_two(rank)), PRECISION=precision(call.dtype), BLOCK_M=block_m, BLOCK_C=block_c,
+        RANK=max(16, power_of_two(rank)), PRECISION=precision(call.dtype), BLOCK_M=block_m, BLOCK_C=GRADS_COLUMNS,
         num_warps=4 if rank <= 64 else 8, num_stages=3, **call.drops(want_A),
     )  # fmt: skip
     grad_bias, grad_A, grad_B = grads.total()
@@ -991,33 +1012,32 @@ class Gradients:
 
     mask: which of the three are wanted.
     parts: of dA, dB and dbias, ``(layers, parts, …)``, for the kernels to write to.
+    together: all parts, ``(layers, parts, Σ sizes)``, float32, or None where there is one and nothing to add.
     """
 
     def __init__(self, call: Call, adapter_dtype: torch.dtype, mask: Sequence[bool], parts: int, layers: int) -> None:
         rank, wanted = call.rank, (mask[1], mask[2], mask[0])
         shapes = ((rank, call.in_features), (call.out_features, rank), (call.out_features,))
         dtypes = (adapter_dtype, adapter_dtype, call.dtype)
-        self._sizes = [math.prod(shape) if want else 0 for shape, want in zip(shapes, wanted, strict=True)]
-        self._grads = [
+        self.sizes = [math.prod(shape) if want else 0 for shape, want in zip(shapes, wanted, strict=True)]
+        self.grads = [
             torch.empty((layers, *shape) if want else (layers, 0), dtype=dtype, device=call.device)
             for shape, dtype, want in zip(shapes, dtypes, wanted, strict=True)
         ]
-        self._together: Tensor | None = None
-        if parts == 1:
-            self.parts = [grad.unsqueeze(1) for grad in self._grads]
+        self.together: Tensor | None = None
+        if parts == 1 or not sum(self.sizes):
+            self.parts = [grad.unsqueeze(1) for grad in self.grads]
             return
-        self._together = torch.empty((layers, parts, sum(self._sizes)), dtype=torch.float32, device=call.device)
-        starts = (0, self._sizes[0], self._sizes[0] + self._sizes[1])
-        self.parts = [
-            self._together[:, :, start : start + size] for start, size in zip(starts, self._sizes, strict=True)
-        ]
+        self.together = torch.empty((layers, parts, sum(self.sizes)), dtype=torch.float32, device=call.device)
+        starts = (0, self.sizes[0], self.sizes[0] + self.sizes[1])
+        self.parts = [self.together[:, :, start : start + size] for start, size in zip(starts, self.sizes, strict=True)]
 
     def total(self) -> list[Tensor]:
         """Dbias, dA and dB, ``(layers, …)``, empty where not wanted."""
-        if self._together is not None:
-            layers, parts, total = self._together.shape
+        if self.together is not None:
+            layers, parts, total = self.together.shape
             _add_grads_kernel[(cdiv(total, 256), layers)](
-                self._together, *self._grads, *self._sizes, parts, BLOCK=256, num_warps=4
+                self.together, *self.grads, *self.sizes, parts, BLOCK=256, num_warps=4
             )
-        grad_A, grad_B, grad_bias = self._grads
+        grad_A, grad_B, grad_bias = self.grads
         return [grad_bias, grad_A, grad_B]

@@ -19,6 +19,7 @@ from harlora.kernels.triton import nf4
 from harlora.kernels.triton.nf4 import cast, cdiv, power_of_two
 from harlora.kernels.triton.qlora_linear import (
     FUSED_RANK,
+    GRADS_COLUMNS,
     Call,
     Gradients,
     backward_sums,
@@ -28,6 +29,7 @@ from harlora.kernels.triton.qlora_linear import (
     lora_grads_tile,
     parts_of_rows,
     precision,
+    tiles_of_grads,
 )
 
 
@@ -160,11 +162,13 @@ def _qlora_qkv_grads_kernel(
     layer = which.to(tl.int64)
     parts = tl.num_programs(1)
     lora_grads_tile(
-        x_ptr, u_ptr + layer * rows * rank, pick(which, grad_q, grad_k, grad_v), t_ptr + layer * rows * rank,
+        tl.program_id(0), x_ptr, u_ptr + layer * rows * rank, pick(which, grad_q, grad_k, grad_v),
+        t_ptr + layer * rows * rank,
         grad_A_ptr + layer * parts * part_A, grad_B_ptr + layer * parts * part_B,
         grad_bias_ptr + layer * parts * part_bias, rows, in_features, out_features, rank,
         pick(which, scaling_q, scaling_k, scaling_v), stride_x, pick(which, stride_q, stride_k, stride_v), steps,
-        tiles_A, part_A, part_B, part_bias, x_ptr, 0, WANT_B, WANT_BIAS, RANK, False, PRECISION, BLOCK_M, BLOCK_C,
+        tiles_A, part_A, part_B, part_bias, x_ptr, 0,
+        WANT_B, WANT_BIAS, RANK, False, False, PRECISION, BLOCK_M, BLOCK_C,
     )  # fmt: skip
 
 
@@ -252,7 +256,8 @@ def qlora_qkv_backward(
                 rank, *scalings, *strides, RANK=call.padded_rank, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
                 **constants,
             )  # fmt: skip
-        block_m, block_c, tiles_A, tiles, parts, steps = parts_of_rows(call, want_A, want_B or want_bias, layers=3)
+        tiles_A, tiles = tiles_of_grads(call, want_A, want_B or want_bias)
+        block_m, parts, steps = parts_of_rows(call, 3 * tiles)
         A = layers[0][8]
         grads_of = Gradients(call, x.dtype if A is None else A.dtype, wanted[1:], parts, 3)
         grad_A, grad_B, grad_bias = grads_of.parts
@@ -262,7 +267,7 @@ def qlora_qkv_backward(
                 *scalings, flat.stride(0), *strides, steps, tiles_A, grad_A.stride(1), grad_B.stride(1),
                 grad_bias.stride(1), WANT_B=want_B, WANT_BIAS=want_bias,
                 RANK=max(16, power_of_two(rank)), PRECISION=precision(x.dtype),
-                BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4, num_stages=3,
+                BLOCK_M=block_m, BLOCK_C=GRADS_COLUMNS, num_warps=4, num_stages=3,
             )  # fmt: skip
         totals = grads_of.total()
         if not call.rows:
