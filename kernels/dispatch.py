@@ -226,7 +226,7 @@ class _Probe:
     nested: bool
     rank: int
     adapter_dtype: torch.dtype
-    dropout: bool
+    dropout: bool = False
 
 
 _wrong: dict[_Probe, str] = {}

@@ -14,7 +14,12 @@ _LOW = 0xFFFFFFFF
 
 
 def limit(dropout: float) -> int:
-    """What a half word must reach for its value to be kept: ``dropout`` in steps of 2⁻¹⁶, below 1."""
+    """What a half word must reach for its value to be kept: ``dropout`` in steps of 2⁻¹⁶, below 1.
+
+    Raises: ValueError if ``dropout`` is not at least 0 and below 1.
+    """
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout!r}")
     return min(round(dropout * 65536), 65535)
 
 

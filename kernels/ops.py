@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from harlora.kernels import dispatch, eager, gpu, reference
-from harlora.kernels.dropout import draw_seed
+from harlora.kernels.dropout import draw_seed, limit
 from harlora.kernels.format import (
     NESTED_BLOCKSIZE,
     WEIGHT_DTYPES,
@@ -209,8 +209,7 @@ def check_qlora(
 
 def check_dropout(function: str, x: Tensor, dropout: float, seed: Tensor | None) -> None:
     """Raise unless dropout and its seed are given together and fit."""
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"{function}: dropout must be at least 0 and below 1, got {dropout!r}")
+    limit(dropout)  # raises
     if (seed is None) != (dropout == 0.0):
         raise ValueError(f"{function}: seed must be given with dropout and only then, got {seed} with {dropout!r}")
     if seed is not None and (seed.dtype != torch.int64 or seed.dim()):
