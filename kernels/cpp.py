@@ -175,19 +175,17 @@ def qlora_linear_backward(
     if seed is not None and lora_A is not None and lora_B is not None:
         quantized = (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize)
         want_x, want_bias, want_A, want_B = output_mask
-        wide, mask = grad.reshape(-1, grad.shape[-1]), [want_x, want_bias, False, False]
-        grad_x, grad_bias, grad_A, grad_B = qlora_linear_backward(
-            wide, None, None, *quantized, in_features, None, None, 1.0, mask
-        )
-        u = scaling * (wide @ lora_B)
+        grad_x = grad.new_empty(0)
         if want_x:
-            low = u @ lora_A
-            grad_x = grad_x.add_(dropped(low, dropout, seed, low)).view(*grad.shape[:-1], in_features)
+            mask = [True, False, False, False]
+            grad_x = qlora_linear_backward(grad, None, None, *quantized, in_features, None, None, 1.0, mask)[0]
+            low = scaling * (grad.reshape(-1, grad.shape[-1]) @ lora_B) @ lora_A
+            grad_x.view(low.shape).add_(dropped(low, dropout, seed, low))
         if want_A and x is not None:
-            grad_A = u.T @ dropped(x.reshape(-1, in_features), dropout, seed)
-        if want_B and t is not None:
-            grad_B = scaling * (wide.T @ t.reshape(-1, t.shape[-1]))
-        return grad_x, grad_bias, grad_A, grad_B
+            x = dropped(x.reshape(-1, in_features), dropout, seed).view(x.shape)
+        mask = [False, want_bias, want_A, want_B]
+        others = qlora_linear_backward(grad, x, t, *quantized, in_features, lora_A, lora_B, scaling, mask)[1:]
+        return grad_x, *others
     shapes = (
         (*grad.shape[:-1], in_features),
         grad.shape[-1:],

@@ -133,9 +133,9 @@ def launcher(operator: str, chosen: Configuration) -> Callable[..., Any]:
 def serves(operator: str, chosen: Configuration, *arguments: Any) -> bool:
     """Whether a configuration is right for such arguments, as found out the first time; warns once if it is not."""
     wide, in_features, _, quantized, A = _sizes(operator, arguments)
-    # These two operators end with dropout and its seed, which need not be given.
-    dropout = A is not None and len(arguments) == {"qlora_linear": 14, "qlora_linear_backward": 16}.get(operator)
-    drops = dropout and arguments[-1] is not None
+    # Where these two operators have the seed of dropout, which need not be given.
+    place = {"qlora_linear": 13, "qlora_linear_backward": 15}.get(operator, len(arguments))
+    drops = any(seed is not None for seed in arguments[place:])
     return _proven(_probe(operator, chosen, wide.device, wide.dtype, in_features, quantized, A, drops))
 
 

@@ -91,13 +91,11 @@ def _forward(key: Hashable, x: Tensor, layer: Layer, dropout: float, seed: Tenso
 def _checked_forward(key: Hashable, x: Tensor, layer: Layer, dropout: float, seed: Tensor | None) -> Sequence[Tensor]:
     facts = [
         tensor if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-        for tensor in (*layer[:4], *layer[7:10])
+        for tensor in (*layer[:4], *layer[7:10], seed)
     ]
     if replay.remembered.get((key, "checked")) != facts:
-        _check(x, x.shape[-1], layer)
+        _check(x, x.shape[-1], layer, dropout, seed)
         replay.remember((key, "checked"), facts)
-    if seed is not None:
-        _check_dropout(x, dropout, seed)
     return _function(key, "qlora_linear", x, *layer, dropout, seed)(x, *layer, dropout, seed)
 
 
@@ -112,22 +110,17 @@ def _function(key: Hashable, operator: str, *arguments: Any) -> Callable[..., Se
     return found
 
 
-def _check(x: Tensor, in_features: int, layer: Layer) -> None:
+def _check(x: Tensor, in_features: int, layer: Layer, dropout: float = 0.0, seed: Tensor | None = None) -> None:
     """Raise as the public operator does, unless the arguments fit each other."""
     from harlora.kernels import ops
 
     ops.check_qlora("qlora_linear", x, in_features, layer[:6], *layer[6:10], wide_adapter=True)
-
-
-def _check_dropout(x: Tensor, dropout: float, seed: Tensor | None) -> None:
-    from harlora.kernels import ops
-
     ops.check_dropout("qlora_linear", x, dropout, seed)
 
 
 def _backward(
     grad: Tensor, x: Tensor | None, t: Tensor | None, quantized: _Quantized, in_features: int, A: Tensor | None,
-    B: Tensor | None, scaling: float, mask: Sequence[bool], dropout: float = 0.0, seed: Tensor | None = None,
+    B: Tensor | None, scaling: float, mask: Sequence[bool], dropout: float, seed: Tensor | None,
 ) -> Sequence[Tensor]:  # fmt: skip
     """The gradients of x, bias, lora_A and lora_B, each empty unless ``mask`` asks for it."""
     grad = grad.contiguous()

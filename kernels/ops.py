@@ -679,6 +679,7 @@ def qlora_linear(
     """
     quantized = weight.arguments()
     check_weight("qlora_linear", x, weight)
+    limit(dropout)  # raises, also where there is no adapter
     if not dropout or lora_A is None:
         dropout, seed = 0.0, None
     elif seed is None:

@@ -50,6 +50,7 @@ def test_the_mean_of_what_is_dropped_is_the_value():
 @pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 65), (70, 300)])
 def test_the_kernels_drop_the_same(shape, dtype):
     x = torch.randn(shape).to(dtype)
+    x[:, ::9] = float("inf")  # a product with zero would not drop it
     exact = dropout.dropped(x, 0.3, SEED)
     if not cpp.load_extension():
         assert torch.equal(cpp.dropped(x, 0.3, SEED), exact)
@@ -73,6 +74,12 @@ def test_each_call_draws_and_the_seed_of_torch_repeats():
     torch.manual_seed(7)
     assert torch.equal(layer(x), first)
     assert torch.equal(layer.eval()(x), layer(x))
+
+
+def test_a_share_out_of_range_is_refused_without_an_adapter_too():
+    layer = QLoRALinear(96, 40, rank=0)
+    with pytest.raises(ValueError, match="dropout must be at least 0 and below 1, got 1.5"):
+        harlora.qlora_linear(torch.randn(9, 96), layer.quantized_weight(), dropout=1.5)
 
 
 def test_a_given_seed_decides():

@@ -250,6 +250,16 @@ def test_the_feed_forward_layers_take_strided_rows():
         assert torch.equal(one, other)
 
 
+def test_no_empty_launch_adds_what_three_layers_do_not_want(monkeypatch):
+    """Triton leaves out a grid of no programs; a recording would not."""
+    given = dispatch.problem("qlora_qkv_backward", DEVICE, torch.float32, 600, 64, 32, 5, "nf4", 64, False)
+    expected = reference.qlora_qkv_backward(*given)[0]
+    monkeypatch.setattr(qlora_linear, "_add_grads_kernel", None)
+    found = qlora_qkv.qlora_qkv_backward(*given[:-1], (True, False, False, False), configuration=SMALL)
+    check(found[0], expected.double(), torch.float32)
+    assert not any(grad.numel() for grad in found[1:])
+
+
 @pytest.mark.parametrize("wanted", ["x", "bias", "lora_A", "lora_B"])
 def test_only_the_gradients_that_are_needed(wanted):
     layers = [make(64, 32) for _ in range(3)]

@@ -16,10 +16,10 @@ namespace {
 constexpr int kRounds = 7;
 constexpr int64_t kGroup = 8;   // values for which one counter has halves of words
 constexpr int64_t kLanes = 16;  // counters at a time, in loops that compilers turn into vectors
-constexpr int64_t kWork = 4;    // multiply-adds that take as long as one value
+constexpr int64_t kWork = 64;   // multiply-adds that take as long as one value
 
-// Whether the values of 16 groups of a row are kept.
-void keep(uint64_t seed, uint32_t row, uint32_t group, uint32_t limit, bool* kept) {
+// All bits for the values of 16 groups of a row that are kept, none for the others.
+void keep(uint64_t seed, uint32_t row, uint32_t group, uint32_t limit, uint32_t* kept) {
   uint32_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];
   for (int64_t i = 0; i < kLanes; ++i) {
     c0[i] = row;
@@ -41,8 +41,8 @@ void keep(uint64_t seed, uint32_t row, uint32_t group, uint32_t limit, bool* kep
   for (int64_t i = 0; i < kLanes; ++i) {
     const uint32_t words[4] = {c0[i], c1[i], c2[i], c3[i]};
     for (int j = 0; j < 4; ++j) {
-      kept[kGroup * i + 2 * j] = (words[j] & 0xFFFF) >= limit;
-      kept[kGroup * i + 2 * j + 1] = words[j] >> 16 >= limit;
+      kept[kGroup * i + 2 * j] = (words[j] & 0xFFFF) >= limit ? ~uint32_t{0} : 0;
+      kept[kGroup * i + 2 * j + 1] = words[j] >> 16 >= limit ? ~uint32_t{0} : 0;
     }
   }
 }
@@ -55,14 +55,17 @@ inline float to_float(float value) { return value; }
 template <typename T>
 void drop(const T* x, int64_t columns, uint64_t seed, uint32_t limit, int64_t first_row, int64_t last_row, T* out) {
   const float rescale = 65536.0f / (65536.0f - static_cast<float>(limit));
-  bool kept[kGroup * kLanes];
+  uint32_t kept[kGroup * kLanes];
   for (int64_t row = first_row; row < last_row; ++row) {
     for (int64_t column = 0; column < columns; column += kGroup * kLanes) {
       keep(seed, static_cast<uint32_t>(row), static_cast<uint32_t>(column / kGroup), limit, kept);
       const int64_t n = std::min(kGroup * kLanes, columns - column);
       const T* from = x + row * columns + column;
       T* to = out + row * columns + column;
-      for (int64_t i = 0; i < n; ++i) to[i] = rounded(kept[i] ? to_float(from[i]) * rescale : 0.0f, T{});
+      for (int64_t i = 0; i < n; ++i) {
+        // By bits, also of NaN: branches on random numbers are mispredicted.
+        to[i] = rounded(from_bits(to_bits(to_float(from[i]) * rescale) & kept[i]), T{});
+      }
     }
   }
 }

@@ -33,9 +33,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from harlora.kernels import dropout as random
 from harlora.kernels import replay
 from harlora.kernels.configurations import Configuration
+from harlora.kernels.dropout import limit as dropout_limit
+from harlora.kernels.dropout import rescale as dropout_rescale
 from harlora.kernels.format import nested_code_table
 from harlora.kernels.triton import nf4
 from harlora.kernels.triton.dropout import dropped, kept, rescale
@@ -462,7 +463,7 @@ def lora_grads_tile(
     pid, x_ptr, u_ptr, grad_ptr, t_ptr, grad_A_ptr, grad_B_ptr, grad_bias_ptr, rows, in_features, out_features, rank,
     scaling, stride_x, stride_grad, steps, tiles_A, part_A, part_B, part_bias, seed_ptr, limit,
     WANT_B: tl.constexpr, WANT_BIAS: tl.constexpr, RANK: tl.constexpr, DROPOUT: tl.constexpr, GELU: tl.constexpr,
-    PRECISION: tl.constexpr,    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """What program ``pid`` of `_lora_grads_kernel` does; with GELU the layer's x is the GELU of what is read."""
     begin = tl.program_id(1).to(tl.int64) * steps
@@ -586,8 +587,8 @@ class Call:
     device: torch.device
     given: bool = False  # whether t is given
     dropout: float = 0.0
-    seed: Tensor | None = None
-    forward: bool = True
+    seed: Tensor | None = None  # there is dropout where this is given
+    forward: bool = True  # or backward
 
     @property
     def aligned(self) -> bool:
@@ -639,7 +640,7 @@ class Call:
     def drops(self, here: bool = True) -> dict[str, object]:
         """What kernels take of dropout, if it is for them at all."""
         seed = self.seed if here and self.rank else None
-        return {"seed_ptr": seed, "limit": random.limit(self.dropout), "DROPOUT": seed is not None}
+        return {"seed_ptr": seed, "limit": dropout_limit(self.dropout), "DROPOUT": seed is not None}
 
     def constants(self) -> dict[str, object]:
         """The compile-time arguments that all kernels over the weight share."""
@@ -770,7 +771,7 @@ def _forward_split(
         x, *call.weight(), A, part, t_part, call.rows, call.out_features, call.in_features, call.rank, x.stride(0),
         steps, RANK=low, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, **call.drops(low > 0), **call.constants(),
     )  # fmt: skip
-    kept_sums = 1.0 if call.seed is None else random.rescale(call.dropout)
+    kept_sums = 1.0 if call.seed is None else dropout_rescale(call.dropout)
     _add_parts(call, part, t_part, B, bias, gain, y, t, kept_sums, scaling, (call.rank, 1))
 
 
