@@ -679,11 +679,14 @@ def qlora_linear(
     """
     quantized = weight.arguments()
     check_weight("qlora_linear", x, weight)
-    limit(dropout)  # raises, also where there is no adapter
-    if not dropout or lora_A is None:
-        dropout, seed = 0.0, None
-    elif seed is None:
-        seed = draw_seed(x.device)
+    if not dropout:
+        seed = None
+    else:
+        limit(dropout)  # raises, also where there is no adapter
+        if lora_A is None:
+            dropout, seed = 0.0, None
+        elif seed is None:
+            seed = draw_seed(x.device)
     short = eager if x.is_cpu else gpu
     direct = short.qlora_linear(x, *quantized, weight.shape[0], bias, lora_A, lora_B, scaling, dropout, seed)
     if direct is not None:
