@@ -37,7 +37,7 @@ from triton.runtime.jit import JITFunction
 
 from harlora.kernels import configurations
 from harlora.kernels.configurations import Configuration
-from harlora.kernels.triton import qlora_linear, qlora_mlp, qlora_qkv
+from harlora.kernels.triton import encoder, qlora_linear, qlora_mlp, qlora_qkv
 
 # What a thread block may take: the CUDA C++ programming guide, technical specifications. sm_80's table also serves GPUs
 # of 8.6, 8.9 and 12.x, which have 99 KiB.
@@ -211,6 +211,28 @@ def mlp_calls() -> Iterator[tuple[str, Callable[[], object]]]:
                 yield f"qlora_mlp_backward, {described}, {sum(wanted[:7])} gradients", call
 
 
+def encoder_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Calls of what an encoder has between its 4-bit layers: the sizes of a HAR encoder, the smallest and largest."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        empty = partial(torch.empty, device=META, dtype=dtype)
+        for width in (8, 192, qlora_mlp.MOST_OUT):
+            x, norm = empty(64, 16, width), (empty(width), empty(width), 1e-5)
+            stats = torch.empty(2, 1024, device=META)
+            where = f"encoder's norm, {str(dtype).removeprefix('torch.')}, width {width}"
+            for other in (None, x):
+                yield where, partial(encoder.residual_norm, x, other, norm, True)
+                yield where, partial(encoder.residual_norm_backward, x, x, stats, norm, other)
+            yield where, partial(encoder.residual_norm, x, x, norm, False)
+        for tokens in (16, 32, encoder.MOST_TOKENS):
+            for size in (16, 32, encoder.MOST_HEAD):
+                if not encoder.attends(tokens, size, dtype):
+                    continue
+                qkv = empty(3, 64, tokens, 6 * size)
+                where = f"encoder's attention, {str(dtype).removeprefix('torch.')}, {tokens} tokens, heads of {size}"
+                yield where, partial(encoder.attention, qkv, 6)
+                yield where, partial(encoder.attention_backward, qkv[0], qkv, 6)
+
+
 def calls(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """Every configuration of a target's table, in each of its dtypes; and of each way, formats and shapes besides."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -345,7 +367,7 @@ def jobs(targets: list[str]) -> list[tuple[str, str, Launch]]:
             for where, call in calls(target):
                 for launch in recorded(call):
                     found.setdefault((target, launch), where)
-            for where, call in (*adapter_calls(target), *mlp_calls()):
+            for where, call in (*adapter_calls(target), *mlp_calls(), *encoder_calls()):
                 for launch in recorded(call):
                     found.setdefault((target, launch), where)
         for call in format_calls():

@@ -13,8 +13,8 @@ Orders and configurations are the tables' here, or what ``harlora doctor --tune`
 
 import os
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import import_module
 from types import ModuleType
@@ -43,6 +43,8 @@ _TRITON = {
     "qlora_qkv_backward": ("qlora_qkv", "qlora_linear_backward"),
     "qlora_mlp": ("qlora_mlp", "qlora_linear"),
     "qlora_mlp_backward": ("qlora_mlp", "qlora_linear_backward"),
+    "encoder_blocks": ("encoder", ""),
+    "encoder_blocks_backward": ("encoder", ""),
 }
 
 
@@ -125,7 +127,7 @@ def configuration(operator: str, device: torch.device, dtype: torch.dtype, rows:
     return configurations.choose(_table(device), operator, dtype, rows, weights)
 
 
-def launcher(operator: str, chosen: Configuration) -> Callable[..., Any]:
+def launcher(operator: str, chosen: Configuration | tuple[Configuration, ...]) -> Callable[..., Any]:
     """Triton's function for ``operator`` with a configuration; it takes the operator's arguments."""
     return partial(_launcher(operator), configuration=chosen)
 
@@ -141,7 +143,7 @@ def serves(operator: str, chosen: Configuration, *arguments: Any) -> bool:
 
 def _probe(
     operator: str,
-    chosen: Configuration,
+    chosen: Configuration | tuple[Configuration, ...],
     device: torch.device,
     dtype: torch.dtype,
     in_features: int,
@@ -165,13 +167,36 @@ def group(operator: str, x: Tensor, layers: tuple[reference.Layer, ...]) -> Call
     """
     rows, weights = x.numel() // max(1, x.shape[-1]), len(layers) * x.shape[-1] * layers[0][6]
     chosen = configuration(_TRITON[operator][1], x.device, x.dtype, rows, weights)
-    if chosen.way != "direct":
+    if chosen.way == "dense" or (chosen.way == "split" and len(layers) > 1):
         return None
     for layer in layers:  # each has a format of its own where they need not be alike
         in_features = 2 * layer[0].numel() // layer[6]
         if not _proven(_probe(operator, chosen, x.device, x.dtype, in_features, layer[:6], layer[8])):
             return None
     return launcher(operator, chosen)
+
+
+def encoder_blocks(
+    x: Tensor, blocks: Sequence[reference.Block], heads: int, train: bool
+) -> list[Callable[..., Any]] | None:
+    """Triton's function for an encoder's blocks, all of one size, and if they ``train`` its backward, or None.
+
+    As for `group`; each part is proven, and the whole on a small problem.
+    """
+    functions: list[Callable[..., Any]] = []
+    for suffix in ("", "_backward") if train else ("",):
+        for _, q, k, v, o, _, fc1, fc2 in blocks:
+            groups = {"qlora_qkv": (q, k, v), "qlora_linear": (o,), "qlora_mlp": (fc1, fc2)}
+            parts = [group(name + suffix, x, layers) for name, layers in groups.items()]
+            if None in parts:
+                return None
+        chosen = tuple(part.keywords["configuration"] for part in parts if isinstance(part, partial))
+        fc1, operator = blocks[0][6], "encoder_blocks" + suffix
+        probe = _probe(operator, chosen, x.device, x.dtype, x.shape[-1], fc1[:6], fc1[8])
+        if not _proven(replace(probe, shape=(x.shape[1], heads, x.shape[2]))):
+            return None
+        functions.append(launcher(operator, chosen))
+    return functions
 
 
 def _sizes(operator: str, arguments: tuple[Any, ...]) -> tuple[Tensor, int, int, tuple[Any, ...], Tensor | None]:
@@ -213,10 +238,13 @@ def _by_reference(operator: str, *arguments: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Probe:
-    """What a configuration is proven for: all that decides which kernels are compiled, in short."""
+    """What a configuration is proven for: all that decides which kernels are compiled, in short.
+
+    shape: of an encoder's blocks: tokens, heads and width.
+    """
 
     operator: str
-    configuration: Configuration
+    configuration: Configuration | tuple[Configuration, ...]
     device: torch.device
     dtype: torch.dtype
     aligned: bool
@@ -227,6 +255,7 @@ class _Probe:
     rank: int
     adapter_dtype: torch.dtype
     dropout: bool = False
+    shape: tuple[int, ...] = ()
 
 
 _wrong: dict[_Probe, str] = {}
@@ -269,21 +298,17 @@ def _proven(probe: _Probe) -> bool:
 
 def _disagreement(probe: _Probe) -> str:
     """How the configuration differs from the reference on a problem of several tiles; empty if it agrees."""
-    chosen = probe.configuration
-    rows = 2 * chosen.block_rows + 1 if chosen.block_rows else 70
-    out_features = 2 * (chosen.block_out or 64) + 8
-    in_features = max(8 * (chosen.block_in or 64), 2 * probe.blocksize)
-    if not probe.aligned:
-        in_features += 10 if probe.even else 9
-    size = (rows, in_features, out_features, probe.rank, probe.quant_type, probe.blocksize, probe.nested)
-    given = problem(probe.operator, probe.device, probe.dtype, *size, adapter_dtype=probe.adapter_dtype)
-    exact = problem(probe.operator, probe.device, torch.float32, *size, rounded=probe.dtype)
+    make = _problem_of_blocks if probe.shape else _problem_of_tiles
+    given = make(probe, probe.dtype, adapter_dtype=probe.adapter_dtype)
+    exact = make(probe, torch.float32, rounded=probe.dtype)
     if probe.dropout:
         given, exact = (with_dropout(arguments, probe.device) for arguments in (given, exact))
     expected = getattr(reference, probe.operator)(*exact)
-    found = launcher(probe.operator, chosen)(*given)
+    found = launcher(probe.operator, probe.configuration)(*given)
     # Sums of products rounded to the dtype: an error of several units in its last place. A wrong index is of order 1.
     allowed = 1e-3 if probe.dtype == torch.float32 else 16 * torch.finfo(probe.dtype).eps
+    if probe.dtype == torch.float32 and probe.shape and torch.backends.cuda.matmul.allow_tf32:
+        allowed = 16 * torch.finfo(torch.float16).eps  # whose precision TF32 has, through all products in a row
     for which, (one, other) in enumerate(zip(expected, found, strict=True)):
         error = float((other.float() - one).abs().max() / one.abs().max()) if one.numel() else 0.0
         if not error <= allowed:
@@ -381,6 +406,40 @@ def _problem_of_several(
     backward = [problem("qlora_linear_backward", device, dtype, *size, **given, seed=3 * seed + i) for i in range(3)]
     t = torch.stack([call[2] for call in backward]) if rank else x.new_empty(0)
     return [call[0] for call in backward], x, t, layers, (True, True, rank > 0, rank > 0)
+
+
+def _problem_of_tiles(probe: _Probe, dtype: torch.dtype, **given: Any) -> tuple[Any, ...]:
+    """As `problem`, of several tiles of the configuration."""
+    chosen = probe.configuration
+    assert isinstance(chosen, Configuration)
+    rows = 2 * chosen.block_rows + 1 if chosen.block_rows else 70
+    out_features = 2 * (chosen.block_out or 64) + 8
+    in_features = max(8 * (chosen.block_in or 64), 2 * probe.blocksize)
+    if not probe.aligned:
+        in_features += 10 if probe.even else 9
+    size = (rows, in_features, out_features, probe.rank, probe.quant_type, probe.blocksize, probe.nested)
+    return problem(probe.operator, probe.device, dtype, *size, **given)
+
+
+def _problem_of_blocks(probe: _Probe, dtype: torch.dtype, **given: Any) -> tuple[Any, ...]:
+    """As `problem`, of two blocks of an encoder and three windows."""
+    tokens, heads, width = probe.shape
+    hidden, facts = 2 * probe.blocksize, (probe.rank, probe.quant_type, probe.blocksize, probe.nested)
+    sizes = [*[(width, width)] * 4, (width, hidden), (hidden, width)]
+    made: Callable[..., Any] = partial(problem, "qlora_linear", probe.device, dtype, **given)
+    calls = [made(3 * tokens, *sizes[i % 6], *facts, seed=i) for i in range(18)]
+    x, grad = (calls[12 + i][0].view(3, tokens, width) for i in range(2))
+    layers, vectors = [call[1:] for call in calls], [call[8] for call in calls if len(call[8]) == width]
+    norms = [(vectors[2 * i], vectors[2 * i + 1], 1e-5) for i in range(5)]
+    blocks = [
+        (norms[2 * i], *layers[6 * i : 6 * i + 4], norms[2 * i + 1], *layers[6 * i + 4 : 6 * i + 6]) for i in (0, 1)
+    ]
+    if probe.operator == "encoder_blocks":
+        return x, blocks, norms[4], heads, True
+    exact = _problem_of_blocks(replace(probe, operator="encoder_blocks"), torch.float32, rounded=probe.dtype)
+    _, *kept = reference.encoder_blocks(*exact)
+    kept = [each if each.dim() == 2 else each.to(dtype) for each in kept]  # mean and deviation stay float32
+    return grad, x, kept, blocks, norms[4], heads, (True, [(True, probe.rank > 0, probe.rank > 0) * 4] * 2)
 
 
 def _problems(operator: str, device: torch.device) -> list[tuple[Any, ...]]:

@@ -6,7 +6,8 @@ traced, under autocast or out of the ordinary in another way is left to the publ
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from harlora.kernels import dispatch, eager, replay
-from harlora.kernels.reference import Layer
+from harlora.kernels.reference import Block, BlockWanted, Layer, Norm
 
 _Quantized = tuple[Tensor, Tensor, Tensor | None, Tensor | None, str, int]
 
@@ -330,3 +331,182 @@ def qlora_mlp(x: Tensor, fc1: Layer, fc2: Layer) -> Tensor | None:
         return result
     trained: Tensor = _MLP.apply(key, x, [layer[:7] for layer in layers], functions, *values)
     return trained
+
+
+# The blocks of an encoder -------------------------------------------------------------------------------------------
+
+# Of a layer: quant_type, blocksize, out_features, scaling, and whether it has a nested scale, a bias and an adapter.
+Facts = tuple[str, int, int, float, bool, bool, bool]
+
+
+class Blocks:
+    """What about an encoder's blocks is the same in every call; their tensors come with the call. Made by `blocks_of`.
+
+    facts: of q, k, v, o, fc1 and fc2 of each block; eps: of norm1 and norm2 of each, then of the last norm.
+
+    The tensors of a norm are weight and bias; of a layer packed, absmax, nested_absmax, nested_offset, bias, lora_A and
+    lora_B, as far as there are such; of a block those of norm1, q, k, v, o, norm2, fc1 and fc2; last the last norm's.
+    """
+
+    def __init__(self, heads: int, facts: tuple[Facts, ...], eps: tuple[float, ...]) -> None:
+        self.heads, self.facts, self.eps = heads, facts, eps
+        # Of each tensor: its block, the number of its gradient there (`BlockWanted`), and whose it is of q, k and v.
+        self.places: list[tuple[int, int, int | None] | None] = []
+        for number, (*_, nested, bias, adapter) in enumerate(facts):
+            block, role = divmod(number, 6)
+            frozen = 2 * (role in (0, 4)) + (4 if nested else 2)
+            first = 3 * max(0, role - 2)
+            fields = [*[first] * bias, *[first + 1, first + 2] * adapter]
+            self.places += [None] * frozen
+            self.places += [(block, field, role if role < 3 else None) for field in fields]
+        self.places += [None, None]
+
+    def assembled(self, tensors: Sequence[Tensor]) -> tuple[list[Block], Norm]:
+        """The blocks and the last norm as the operators take them."""
+        given, eps = iter(tensors), iter(self.eps)
+
+        def norm() -> Norm:
+            return next(given), next(given), next(eps)
+
+        def layer(facts: Facts) -> Layer:
+            quant_type, blocksize, out_features, scaling, nested, bias, adapter = facts
+            packed = [next(given) if there else None for there in (True, True, nested, nested)]
+            rest = [next(given) if there else None for there in (bias, adapter, adapter)]
+            return (*packed, quant_type, blocksize, out_features, *rest, scaling)  # type: ignore[return-value]
+
+        blocks = []
+        for first in range(0, len(self.facts), 6):
+            norm1, attention = norm(), [layer(facts) for facts in self.facts[first : first + 4]]
+            norm2, (fc1, fc2) = norm(), [layer(facts) for facts in self.facts[first + 4 : first + 6]]
+            blocks.append((norm1, *attention, norm2, fc1, fc2))
+        return blocks, norm()  # type: ignore[return-value]
+
+
+# One object for equal facts, which is a key by itself.
+blocks_of = lru_cache(maxsize=1024)(Blocks)
+
+
+@dataclass(frozen=True, eq=False)
+class _Route:
+    """Which tensors have gradients, and where those are among the gradients of the blocks."""
+
+    wanted: tuple[BlockWanted, ...]
+    leaves: list[int]
+    places: list[tuple[int, int | None]]
+
+
+@lru_cache(maxsize=1024)
+def _route(blocks: Blocks, trains: tuple[bool, ...]) -> _Route | None:
+    """The route of what trains, or None where that has no gradient here."""
+    wants = [[False] * 12 for _ in range(len(blocks.facts) // 6)]
+    leaves = [i for i, train in enumerate(trains) if train]
+    places = []
+    for leaf in leaves:
+        place = blocks.places[leaf]
+        if place is None:
+            return None
+        block, field, which = place
+        wants[block][field] = True
+        places.append((12 * block + field, which))
+    present = [i for i, want in enumerate(want for of_block in wants for want in of_block) if want]
+    number = {place: i for i, place in enumerate(present)}
+    return _Route(tuple(map(tuple, wants)), leaves, [(number[place], which) for place, which in places])
+
+
+class _Encoder(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, key: Hashable, blocks: Blocks, route: _Route, found: Sequence[Tensor], tensors: Sequence[Tensor],
+        x: Tensor, *_: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, *found[1:], *tensors)
+        ctx.facts = key, blocks, route, len(found)
+        return found[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        eager.refuse_second_derivative()
+        key, blocks, route, count = ctx.facts
+        want_x = ctx.needs_input_grad[5]
+        inputs = [grad.contiguous(), *ctx.saved_tensors]
+
+        def function() -> Sequence[Tensor]:
+            grad, x, *rest = inputs
+            kept, tensors = rest[: count - 1], rest[count - 1 :]
+            functions = _block_functions(key, x, tensors, blocks, True)
+            assert functions is not None  # forward took them
+            layers, norm = blocks.assembled(tensors)
+            grads: Sequence[Tensor] = functions[1](
+                grad, x, kept, layers, norm, blocks.heads, (want_x, route.wanted)
+            )  # fmt: skip
+            return grads
+
+        grads = list(replay.run(("backward", key, route, want_x), inputs, function))
+        grad_x = grads.pop(0) if want_x else None
+        # Those of q, k and v are parts of one tensor.
+        of_leaves = (grads[i] if which is None else grads[i][which] for i, which in route.places)
+        return None, None, None, None, None, grad_x, *of_leaves
+
+
+def encoder_blocks(x: Tensor, tensors: Sequence[Tensor], blocks: Blocks) -> Tensor | None:
+    """The last norm of what the blocks make of ``x``, or None where the modules have to run.
+
+    x: ``(windows, tokens, width)``, which `serves` was asked about.
+    tensors: as `Blocks` lists them.
+    """
+    train, route = False, None
+    if torch.is_grad_enabled():
+        trains = tuple([tensor.requires_grad for tensor in tensors])
+        train = x.requires_grad or True in trains
+        route = _route(blocks, trains)
+        if train and route is None:
+            return None
+    x = x.contiguous()
+    key = ("encoder_blocks", blocks, x.get_device(), *_arithmetic(x), x.shape, train)
+
+    def function() -> Sequence[Tensor]:
+        functions = _block_functions(key, x, tensors, blocks, train)
+        if functions is None:
+            return ()
+        layers, norm = blocks.assembled(tensors)
+        results: Sequence[Tensor] = functions[0](x, layers, norm, blocks.heads, train)
+        return results
+
+    with torch.no_grad():
+        found = replay.run(key, [x, *tensors], function)
+    if not found:
+        return None
+    if not train:
+        return found[0]
+    assert route is not None
+    encoded: Tensor = _Encoder.apply(key, blocks, route, found, tensors, x, *[tensors[i] for i in route.leaves])
+    return encoded
+
+
+def _block_functions(
+    key: Hashable, x: Tensor, tensors: Sequence[Tensor], blocks: Blocks, train: bool
+) -> list[Callable[..., Any]] | None:
+    """What computes forward and, to ``train``, backward, or None where the launchers do not take such tensors."""
+    from harlora.kernels.triton import encoder
+
+    kinds = [(tensor.dtype, tensor.shape, tensor.stride(), tensor.device) for tensor in tensors]
+    remembered = replay.remembered.get(key)
+    if remembered is not None and remembered[0] == kinds:
+        functions: list[Callable[..., Any]] | None = remembered[1]
+        return functions
+    functions = None
+    layers, norm = blocks.assembled(tensors)
+    like_x = all(
+        vector.shape == x.shape[-1:] and (vector.dtype, vector.device) == (x.dtype, x.device) and vector.is_contiguous()
+        for each in (norm, *(block[i] for block in layers for i in (0, 5))) for vector in each[:2]
+    )  # fmt: skip
+    if like_x and all(_readable(x.dtype, *layer[7:10]) for block in layers for layer in (*block[1:5], *block[6:])):
+        for _, q, k, v, o, _, fc1, fc2 in layers:
+            for layer, width in zip((q, k, v, o, fc1, fc2), (*[x.shape[-1]] * 5, fc1[6]), strict=True):
+                _check(x, width, layer)
+        if encoder.fits(x, layers, blocks.heads):
+            functions = dispatch.encoder_blocks(x, layers, blocks.heads, train)
+    # What cannot be proven while a graph is captured can be later.
+    if functions is not None or not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        replay.remember(key, (kinds, functions))
+    return functions

@@ -6,6 +6,7 @@ Arithmetic follows bitsandbytes 0.50.2 on CUDA (`csrc/kernels.cu`), which its CP
 from collections.abc import Sequence
 from functools import cache
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -245,6 +246,85 @@ def qlora_mlp_backward(
     grad_h = torch.ops.aten.gelu_backward(inner, h)
     x, bias1, A1, B1 = qlora_linear_backward(grad_h, x, t1, *fc1[:6], x.shape[-1], fc1[8], fc1[9], fc1[10], first)
     return x, bias1, A1, B1, bias2, A2, B2
+
+
+# The blocks of an encoder --------------------------------------------------------------------------------------------
+
+Norm = tuple[Tensor, Tensor, float]  # weight, bias and eps of a LayerNorm
+# norm1, q, k, v, o, norm2, fc1 and fc2 of a pre-LayerNorm transformer block.
+Block = tuple[Norm, Layer, Layer, Layer, Layer, Norm, Layer, Layer]
+# Which gradients of a block are wanted: of bias, lora_A and lora_B of q, k and v together, of o, of fc1, of fc2.
+BlockWanted = tuple[bool, ...]
+
+
+def layer_norm(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """LayerNorm over the last dimension; mean and 1 / deviation of each row, ``(2, rows)``."""
+    weight, bias, eps = norm
+    n, mean, inverse = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return n, torch.stack([mean.flatten(), inverse.flatten()])
+
+
+def attention(qkv: Tensor, heads: int) -> Tensor:
+    """softmax(q·kᵀ / √size)·v of each head, ``(windows, tokens, heads · size)``, of qkv ``(3, windows, tokens, …)``."""
+    q, k, v = qkv.unflatten(-1, (heads, -1)).transpose(-2, -3)
+    weight = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1)
+    return (weight @ v).transpose(-2, -3).flatten(-2)
+
+
+def encoder_blocks(x: Tensor, blocks: Sequence[Block], norm: Norm, heads: int, keep: bool) -> list[Tensor]:
+    """The last norm of what the blocks make of x ``(windows, tokens, width)``, and with ``keep`` what backward needs.
+
+    Kept are of each block x, norm1(x) and its mean and 1 / deviation, q, k and v as ``(3, …)`` and their t, attention,
+    the t of o, s = x + o(attention), norm2(s) and its mean and 1 / deviation, fc1(norm2(s)) and the t of fc1 and fc2;
+    then what enters the last norm, and its mean and 1 / deviation. x itself is not repeated.
+    """
+    kept: list[Tensor] = []
+    for norm1, q, k, v, o, norm2, fc1, fc2 in blocks:
+        n1, stats1 = layer_norm(x, norm1)
+        qkv, t = qlora_qkv(n1, (q, k, v))
+        attended = attention(qkv, heads)
+        projected, t_o = qlora_linear(attended, *o)
+        s = x + projected
+        n2, stats2 = layer_norm(s, norm2)
+        y, h, t1, t2 = qlora_mlp(n2, fc1, fc2, True)
+        kept += [x, n1, stats1, qkv, t, attended, t_o, s, n2, stats2, h, t1, t2]
+        x = s + y
+    encoded, stats = layer_norm(x, norm)
+    return [encoded, *kept[1:], x, stats] if keep else [encoded]
+
+
+def encoder_blocks_backward(
+    grad: Tensor,
+    x: Tensor,
+    kept: Sequence[Tensor],
+    blocks: Sequence[Block],
+    norm: Norm,
+    heads: int,
+    wanted: tuple[bool, Sequence[BlockWanted]],
+) -> list[Tensor]:
+    """The gradients that are ``wanted``: of x, and block by block of its layers, those of q, k and v stacked."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        copies: list[Any] = []
+        leaves: list[tuple[list[Tensor | None], bool]] = []
+        for (norm1, *layers, norm2, fc1, fc2), wants in zip(blocks, wanted[1], strict=True):
+            own = [
+                [None if each is None else each.detach().requires_grad_() for each in layer[7:10]]
+                for layer in (*layers, fc1, fc2)
+            ]
+            made = [(*layer[:7], *values, layer[10]) for layer, values in zip((*layers, fc1, fc2), own, strict=True)]
+            copies.append((norm1, *made[:4], norm2, *made[4:]))
+            groups = [[own[i][field] for i in range(3)] for field in range(3)] + [[each] for o in own[3:] for each in o]
+            leaves += zip(groups, wants, strict=True)
+        encoded = encoder_blocks(x, copies, norm, heads, False)[0]
+        sources = [x, *(each for group, want in leaves if want for each in group if each is not None)]
+        grads = iter(torch.autograd.grad(encoded, sources, grad))
+        grad_x = next(grads)
+        found = [
+            torch.stack([next(grads) for _ in group]) if len(group) > 1 else next(grads)
+            for group, want in leaves if want
+        ]  # fmt: skip
+    return [grad_x, *found] if wanted[0] else found
 
 
 # DoRA ---------------------------------------------------------------------------------------------------------------

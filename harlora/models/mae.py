@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harlora.models.whole import attend, encode, feed_forward
+from harlora.models.whole import attend, encode, encode_tokens, feed_forward
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,8 @@ class Encoder(nn.Module):
         tokens = self.patch_embed(patches) + self.positions
         if visible is not None:
             tokens = _gather_tokens(tokens, visible)
+        if (encoded := encode_tokens(self, tokens)) is not None:
+            return encoded
         for block in self.blocks:
             tokens = block(tokens)
         return self.norm(tokens)

@@ -1,12 +1,13 @@
-"""Several layers of an encoder in one call of the compiled CPU kernels, or in one launch on a GPU.
+"""Several layers of an encoder in one call of the compiled CPU kernels, or in one launch or recording on a GPU.
 
-At HAR size the modules around the products cost more than the products. For inference `encode` hands all layers of an
-`Encoder` to one operator. In training `attend` takes q, k, v and attention together, `feed_forward` fc1, GELU and fc2;
-on a GPU `attend` takes q, k and v in one launch, `feed_forward` its two layers. Where anything about the layers is out
-of the ordinary they return None and the modules run one by one.
+At HAR size the modules around the products cost more than the products. For inference on a CPU `encode` hands all
+layers of an `Encoder` to one operator; on a GPU `encode_tokens` hands over the blocks and the last norm, in training
+too. Elsewhere `attend` takes q, k, v and attention together, `feed_forward` fc1, GELU and fc2; on a GPU `attend` takes
+q, k and v in one launch, `feed_forward` its two layers. Where anything about the layers is out of the ordinary they
+return None and the modules run one by one.
 """
 
-from itertools import chain
+from itertools import chain, repeat
 from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -60,6 +61,7 @@ class _Plan:
             self._linear(block.fc1)
             self._linear(block.fc2)
         self._norm(encoder.norm)
+        self.blocks, self.block_slots = self._on_gpu(encoder)
         modules = list(encoder.modules())
         self.places = [(module._modules, name) for module in modules for name in module._modules]
         self.modules = [places[name] for places, name in self.places]
@@ -105,6 +107,26 @@ class _Plan:
         self.factors.append(norm.eps)
         self.norms.append(norm)
 
+    def _on_gpu(self, encoder: Any) -> tuple[gpu.Blocks | None, list[tuple[dict[str, Any], str]]]:
+        """The blocks as `gpu` takes them, None where not all layers are in 4 bits, and the slots of their tensors."""
+        layers = [
+            layer
+            for block in encoder.blocks
+            for layer in (*(getattr(block.attention, name) for name in "qkvo"), block.fc1, block.fc2)
+        ] if self.usable else []  # fmt: skip
+        if not layers or any(type(layer) is not QLoRALinear for layer in layers):
+            return None, []
+        facts = tuple(
+            (
+                layer.quant_type, layer.blocksize, layer.out_features, layer.scaling, layer.nested_absmax is not None,
+                layer.bias is not None, layer.rank > 0,
+            )
+            for layer in layers
+        )  # fmt: skip
+        first = next(i for i, (places, _) in enumerate(self.slots) if places is self.norms[0]._parameters)
+        slots = [slot for slot in self.slots[first:] if slot[0] is not eager.codes()]
+        return gpu.blocks_of(encoder.config.heads, facts, tuple(norm.eps for norm in self.norms)), slots
+
     def _settings(self) -> list[Any]:
         # Flat: tuples of each layer would set the garbage collector to work every few calls.
         adapted, quantized = self.adapted, self.quantized
@@ -136,6 +158,16 @@ class _Plan:
 _plans: WeakKeyDictionary[nn.Module, _Plan] = WeakKeyDictionary()
 
 
+def _plan(encoder: nn.Module) -> _Plan | None:
+    """The plan of ``encoder`` as it is now, or None where its modules have to run."""
+    plan = _plans.get(encoder)
+    if plan is None or not plan.holds():
+        plan = _plans[encoder] = _Plan(encoder)
+    if not plan.usable or plan.watched() or nn.modules.module._has_any_global_hook():
+        return None
+    return plan
+
+
 def encode(encoder: nn.Module, patches: Tensor) -> Tensor | None:
     """What ``encoder`` makes of ``patches``, ``(batch, tokens, width)``, or None where its modules have to run.
 
@@ -143,10 +175,8 @@ def encode(encoder: nn.Module, patches: Tensor) -> Tensor | None:
     """
     if torch.compiler.is_compiling() or not eager.serves(patches) or patches.dtype is not torch.float32:
         return None
-    plan = _plans.get(encoder)
-    if plan is None or not plan.holds():
-        plan = _plans[encoder] = _Plan(encoder)
-    if not plan.usable or plan.watched() or nn.modules.module._has_any_global_hook():
+    plan = _plan(encoder)
+    if plan is None:
         return None
     try:
         tensors = [place[name] for place, name in plan.slots]
@@ -165,6 +195,23 @@ def encode(encoder: nn.Module, patches: Tensor) -> Tensor | None:
     if encoded is None:
         plan.refused = _kinds(tensors)
     return encoded
+
+
+def encode_tokens(encoder: nn.Module, tokens: Tensor) -> Tensor | None:
+    """What the blocks and the last norm of ``encoder`` make of ``tokens``, or None where the modules have to run.
+
+    tokens: ``(batch, tokens, width)``.
+    """
+    if not gpu.serves(tokens):
+        return None
+    plan = _plan(encoder)
+    if plan is None or plan.blocks is None:
+        return None
+    tensors: list[Any] = [places.get(name) for places, name in plan.block_slots]
+    if any(map(is_, tensors, repeat(None))):  # a bias was taken away: the next call makes another plan
+        del _plans[encoder]
+        return None
+    return gpu.encoder_blocks(tokens, tensors, plan.blocks)
 
 
 def _kinds(tensors: list[Tensor]) -> list[Any]:
