@@ -413,7 +413,8 @@ def _problem_of_tiles(probe: _Probe, dtype: torch.dtype, **given: Any) -> tuple[
     chosen = probe.configuration
     assert isinstance(chosen, Configuration)
     rows = 2 * chosen.block_rows + 1 if chosen.block_rows else 70
-    out_features = 2 * (chosen.block_out or 64) + 8
+    # Past two tiles, and of a multiple of 16 as most layers are: any other number would be compiled apart from theirs.
+    out_features = 2 * (chosen.block_out or 64) + 16
     in_features = max(8 * (chosen.block_in or 64), 2 * probe.blocksize)
     if not probe.aligned:
         in_features += 10 if probe.even else 9
