@@ -1,7 +1,7 @@
 """Whether harlora works on this machine: what serves, whether it computes rightly, and which kernels are fastest here.
 
 The self-test calls every backend directly, past the dispatcher, which would leave a wrong one out: a wrong kernel is to
-be named, not avoided. What is compared with what: `_operators`, `_groups`, `_precisions`.
+be named, not avoided. What is compared with what: `_operators`, `_groups`, `_encoder`, `_precisions`.
 """
 
 import copy
@@ -11,12 +11,11 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from torch.nn import functional as F
 import harlora
 from harlora import configure
 from harlora.files import write_json
-from harlora.kernels import configurations, cpp, dispatch, eager, reference, tuning
+from harlora.kernels import configurations, cpp, dispatch, eager, gpu, reference, tuning
 from harlora.models import MAE
 
 Report = Callable[[int, int, str], None]
@@ -37,6 +36,13 @@ RTOL = {torch.float32: 1.3e-6, torch.bfloat16: 1.6e-2, torch.float16: 1e-3}
 ATOL = 1e-5
 FASTER = 1.03
 TARGETS = ("q", "k", "v", "o", "fc1", "fc2")
+# What each operator returns, in order, and whose results are no rounded sums.
+RESULTS = {
+    "quantize_4bit": ("packed codes", "absmax", "nested_absmax", "nested_offset"), "dequantize_4bit": ("the weight",),
+    "qlora_linear": ("y", "t"), "qlora_linear_backward": ("dX", "dbias", "dA", "dB"), "dora_norm": ("the norms",),
+    "dora_linear": ("y", "t"), "lora_pool_linear": ("y", "t"),
+}  # fmt: skip
+EXACT = ("quantize_4bit", "dequantize_4bit")
 
 
 class Problem(NamedTuple):
@@ -77,6 +83,8 @@ SIZES = (
     Size(0, 64, 32, 4), Size(64, 192, 192, 16), Size(512, 192, 512, 16), Size(4, 1088, 33, 16, "nf4", 256, True),
     Size(130, 320, 200, 24, "fp4", 64, True), Size(16, 192, 768, 16),
 )  # fmt: skip
+# Windows, tokens, width and inner width of the parts of an encoder.
+PARTS = ((2, 16, 192, 512), (1, 5, 64, 130), (3, 7, 96, 33))
 
 
 # State --------------------------------------------------------------------------------------------------------------
@@ -241,6 +249,14 @@ class _Tester:
     def __post_init__(self) -> None:
         self.covered: dict[str, None] = {}
         self.problems: list[Problem] = []
+        self._posed: dict[Any, Any] = {}
+
+    def problem(self, operator: str, size: Size, dtype: torch.dtype) -> Any:
+        """`_problem`, of which all backends have the same."""
+        key = operator, size, dtype
+        if key not in self._posed:
+            self._posed[key] = _problem(operator, self.device, size, dtype)
+        return self._posed[key]
 
     def compare(
         self, operator: str, what: str, where: str, found: Tensor, exact: Tensor, allowed: Tensor | float
@@ -290,7 +306,7 @@ def self_test(device: torch.device, report: Report | None = None) -> SelfTest:
         names = [f"cpp {name}" for name, why in _variants().items() if not why]
     elif served:
         names = ["cpp"]
-    if triton := _triton(device):
+    if _functions("triton", device):
         names.append("triton")
     steps = ["reference", *names, "what harlora chooses"]
     for done, name in enumerate(steps):
@@ -299,28 +315,38 @@ def self_test(device: torch.device, report: Report | None = None) -> SelfTest:
         tester.backend = name
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of backends that the dispatcher leaves out: named here
-            if name.startswith("cpp "):
-                with _kernels_kept():
-                    cpp.select_kernels(name.removeprefix("cpp "))
-                    _operators(tester, cpp)
-                    if tester.attempt("the choice of kernels", "float32", partial(eager.serves, torch.empty(0))):
-                        tester.attempt("the parts of an encoder", "float32", partial(_groups, tester))
-                        tester.attempt("inference_precision", "float32", partial(_precisions, tester))
-            else:
-                modules = {"reference": reference, "cpp": cpp, "triton": SimpleNamespace(**triton)}
-                _operators(tester, modules.get(name))
+            if not name.startswith("cpp "):
+                _operators(tester, _functions(name, device))
+                if name == "triton":
+                    tester.attempt("the parts of an encoder", "", partial(_groups, tester, gpu, cpp.DTYPES))
+                continue
+            with _kernels_kept():
+                cpp.select_kernels(name.removeprefix("cpp "))
+                _operators(tester, _functions(name, device))
+                if tester.attempt("the choice of kernels", "float32", partial(eager.serves, torch.empty(0))):
+                    parts = partial(_groups, tester, eager, [torch.float32])
+                    tester.attempt("the parts of an encoder", "float32", parts)
+                    tester.attempt("the encoder", "float32", partial(_encoder, tester))
+                    tester.attempt("inference_precision", "float32", partial(_precisions, tester))
     tester.problems += [Problem(each, WRONG) for each in dispatch.wrong_configurations()]
     return SelfTest(tester.comparisons, list(tester.covered), tester.problems)
 
 
-def _triton(device: torch.device) -> dict[str, Callable[..., Any]]:
-    """Triton's functions by operator, where they serve ``device`` unasked."""
-    return {
-        operator: backend.function
-        for operator in dispatch.OPERATORS
-        for backend in dispatch.backends(operator)
-        if backend.name == "triton" and backend.device_type == device.type and not backend.on_request
-    }
+def _functions(name: str, device: torch.device) -> dict[str, Callable[..., Any]]:
+    """A backend's functions by operator, or the public ones; Triton's where they serve ``device``, unasked or asked."""
+    if name == "triton":
+        return {
+            operator: backend.function
+            for operator in dispatch.OPERATORS
+            for backend in dispatch.backends(operator)
+            if backend.name == "triton" and backend.device_type == device.type
+            and (not backend.on_request or os.environ.get(dispatch.ENVIRONMENT) == "triton")
+        }  # fmt: skip
+    if name.startswith("cpp"):
+        known = [operator for operator in dispatch.OPERATORS if cpp.has_kernel(operator, device.type)]
+        return {operator: getattr(cpp, operator) for operator in known}
+    module = reference if name == "reference" else torch.ops.harlora
+    return {operator: getattr(module, operator) for operator in dispatch.OPERATORS}
 
 
 def _draw(seed: int, device: torch.device, *shape: int) -> Tensor:
@@ -333,76 +359,45 @@ def _bound(exact: Tensor, same_dtype: Tensor, dtype: torch.dtype) -> Tensor | fl
     return 2 * (same_dtype.double() - exact).abs().max() + ATOL + RTOL[dtype] * exact.abs().max()
 
 
-def _operators(tester: _Tester, module: Any) -> None:
-    """The four operators by the functions of a backend's module, or by what the public operators choose (None)."""
-    device, plain = tester.device, cast(Any, reference)
-
-    def function(operator: str) -> Callable[..., Any] | None:
-        if module is None:
-            public: Callable[..., Any] = getattr(torch.ops.harlora, operator)
-            return public
-        if module is cpp and not cpp.has_kernel(operator, device.type):
-            return None
-        direct: Callable[..., Any] = getattr(module, operator)
-        return direct
-
-    for size in SIZES:
-        rows, in_features, out_features, rank, quant_type, blocksize, nested = size
-        weight = _draw(1, device, out_features, in_features) / in_features**0.5
-        packed = reference.quantize_4bit(weight, quant_type, blocksize, nested)
-        if quantize := function("quantize_4bit"):
-            where = f"float32, {size}"
-            call = partial(quantize, weight, quant_type, blocksize, nested)
-            results = tester.attempt("quantize_4bit", where, call)
-            titles = ("packed codes", "absmax", "nested_absmax", "nested_offset")
-            for what, found, exact in zip(titles, results or (), packed, strict=False):
-                tester.compare("quantize_4bit", what, where, found, exact, 0.0)
-        quantized: Any = (*packed[:2], *(packed[2:] if nested else (None, None)), quant_type, blocksize)
-        for dtype in cpp.DTYPES:
-            where = f"{str(dtype).removeprefix('torch.')}, {size}"
-            shape = (out_features, in_features)
-            if dequantize := function("dequantize_4bit"):
-                found = tester.attempt("dequantize_4bit", where, partial(dequantize, *quantized, shape, dtype))
-                if found is not None:
-                    exact = plain.dequantize_4bit(*quantized, shape, dtype)
-                    tester.compare("dequantize_4bit", "the weight", where, found, exact, 0.0)
-            x, grad = (
-                _draw(seed, device, rows, width).to(dtype) for seed, width in ((2, in_features), (3, out_features))
-            )
-            bias, lora_A, lora_B = (
-                _draw(4, device, out_features).to(dtype),
-                (_draw(5, device, rank, in_features) / in_features**0.5).to(dtype) if rank else None,
-                _draw(6, device, out_features, rank).to(dtype) if rank else None,
-            )
-            forward: Any = (*quantized, out_features, bias, lora_A, lora_B, 0.5)
-            exact_y, exact_t = plain.qlora_linear(x.double(), *forward[:7], *_doubled(forward[7:]))
-            same_y, same_t = plain.qlora_linear(x, *forward)
-            if linear := function("qlora_linear"):
-                results = tester.attempt("qlora_linear", where, partial(linear, x, *forward))
-                pairs = (("y", exact_y, same_y), ("t", exact_t, same_t))
-                for (what, exact, same), found in zip(pairs, results or (), strict=False):
-                    tester.compare("qlora_linear", what, where, found, exact, _bound(exact, same, dtype))
-            wanted = [True, True, bool(rank), bool(rank)]
-            rest = (*quantized, in_features)
-            t = same_t if rank else None
-            arguments: Any = (grad, x if rank else None, t, *rest, lora_A, lora_B, 0.5, wanted)
-            exact_grads = plain.qlora_linear_backward(
-                grad.double(), *_doubled((x if rank else None, t)), *rest, *_doubled((lora_A, lora_B)), 0.5, wanted
-            )
-            same_grads = plain.qlora_linear_backward(*arguments)
-            if backward := function("qlora_linear_backward"):
-                results = tester.attempt("qlora_linear_backward", where, partial(backward, *arguments))
-                titles = ("dX", "dbias", "dA", "dB")
-                for what, found, exact, same in zip(titles, results or (), exact_grads, same_grads, strict=False):
-                    tester.compare("qlora_linear_backward", what, where, found, exact, _bound(exact, same, dtype))
+def _operators(tester: _Tester, functions: dict[str, Callable[..., Any]]) -> None:
+    """Each of ``functions``, by operator, in every size and dtype."""
+    for size, dtype in itertools.product(SIZES, cpp.DTYPES):
+        where = f"{str(dtype).removeprefix('torch.')}, {size}"
+        for operator, function in functions.items():
+            arguments, exact, allowed = tester.problem(operator, size, dtype)
+            results = tester.attempt(operator, where, partial(function, *arguments))
+            if results is not None:
+                for what, found, *required in zip(RESULTS[operator], _listed(results), exact, allowed, strict=True):
+                    tester.compare(operator, what, where, found, *required)
 
 
-def _doubled(values: Iterable[Any]) -> list[Any]:
-    return [value.double() if isinstance(value, Tensor) else value for value in values]
+def _problem(
+    operator: str, device: torch.device, size: Size, dtype: torch.dtype
+) -> tuple[tuple[Any, ...], list[Tensor], list[Tensor | float]]:
+    """Arguments, the exact results, and how far each result may be off."""
+    meaning, problem = getattr(reference, operator), partial(dispatch.problem, operator, device)
+    arguments = problem(dtype, *size)
+    same = _listed(meaning(*arguments))
+    if operator in EXACT:
+        return arguments, same, [0.0] * len(same)
+    exact = _listed(meaning(*problem(torch.float64, *size, rounded=dtype)))
+    return arguments, exact, [_bound(one, other, dtype) for one, other in zip(exact, same, strict=True)]
 
 
-def _groups(tester: _Tester) -> None:
-    """The operators that serve parts of a HAR encoder on CPUs, float32, against plain torch in float64."""
+def _listed(results: Any) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else list(results)
+
+
+def _groups(tester: _Tester, module: Any, dtypes: Sequence[torch.dtype]) -> None:
+    """Several layers in one call, as ``module`` has them for parts of an encoder, against plain torch in float64.
+
+    Gradients too, by which the operators of backward are tested.
+    """
+    for dtype in dtypes:
+        _groups_in(tester, module, dtype)
+
+
+def _groups_in(tester: _Tester, module: Any, dtype: torch.dtype) -> None:
     device = tester.device
 
     def layer(seed: int, in_features: int, out_features: int) -> tuple[Any, Tensor]:
@@ -412,8 +407,8 @@ def _groups(tester: _Tester) -> None:
             packed, absmax, None, None, "nf4", 64, (out_features, in_features), torch.float64
         )
         bias, A = _draw(seed + 1, device, out_features), _draw(seed + 2, device, 8, in_features) / in_features**0.5
-        B = _draw(seed + 3, device, out_features, 8)
-        trained = tuple(tensor.requires_grad_() for tensor in (bias, A, B))
+        B = _draw(seed + 3, device, out_features, 8) / 8**0.5
+        trained = tuple(tensor.to(dtype).requires_grad_() for tensor in (bias, A, B))
         return (packed, absmax, None, None, "nf4", 64, out_features, *trained, 0.5), dense
 
     def plain(x: Tensor, made: tuple[Any, Tensor], leaves: Sequence[Tensor]) -> Tensor:
@@ -425,35 +420,39 @@ def _groups(tester: _Tester) -> None:
     ) -> None:
         found = tester.attempt(operator, where, call)
         if found is None:
-            if not tester.problems or not tester.problems[-1].problem.startswith(operator):
+            # A GPU takes not all sizes together; what it leaves out because it is wrong is named at the end.
+            failed = bool(tester.problems) and tester.problems[-1].problem.startswith(operator)
+            if module is eager and not failed:
                 tester.fail(operator, "it", where, "does not serve, though the extension loads")
             return
         values = []
-        for dtype in (torch.float64, torch.float32):
-            copies = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
-            values.append(_outputs(meaning(*copies), copies))
+        for precision in (torch.float64, dtype):
+            copies = [leaf.detach().to(precision).requires_grad_() for leaf in leaves]
+            values.append(_outputs(meaning(*copies), copies, dtype))
         titles = [f"output {i}" for i in range(len(values[0]) - len(leaves))] + [
             f"gradient {i}" for i in range(len(leaves))
         ]
-        for what, one, exact, same in zip(titles, _outputs(found, leaves), *values, strict=True):
-            tester.compare(operator, what, where, one, exact, _bound(exact, same, torch.float32))
+        for what, one, exact, same in zip(titles, _outputs(found, leaves, dtype), *values, strict=True):
+            tester.compare(operator, what, where, one, exact, _bound(exact, same, dtype))
 
-    for windows, tokens, width, inner in ((2, 16, 192, 512), (1, 5, 64, 130), (3, 7, 96, 33)):
-        where = f"float32, {windows} windows, {tokens} tokens, width {width}"
-        x = _draw(7, device, windows, tokens, width).requires_grad_()
+    for windows, tokens, width, inner in PARTS:
+        where = f"{str(dtype).removeprefix('torch.')}, {windows} windows, {tokens} tokens, width {width}"
+        x = _draw(7, device, windows, tokens, width).to(dtype).requires_grad_()
         q, k, v = (layer(10 * i, width, width) for i in range(1, 4))
         leaves = [x, *(tensor for made in (q, k, v) for tensor in made[0][7:10])]
         check(
-            "qlora_qkv", where, partial(eager.qlora_qkv, x, q[0], k[0], v[0]),
+            "qlora_qkv", where, partial(module.qlora_qkv, x, q[0], k[0], v[0]),
             lambda x, *rest, made=(q, k, v): tuple(plain(x, m, rest[3 * i : 3 * i + 3]) for i, m in enumerate(made)),
             leaves,
         )  # fmt: skip
         fc1, fc2 = layer(50, width, inner), layer(60, inner, width)
         leaves = [x, *(tensor for made in (fc1, fc2) for tensor in made[0][7:10])]
         check(
-            "qlora_mlp", f"{where}, inner {inner}", partial(eager.qlora_mlp, x, fc1[0], fc2[0]),
+            "qlora_mlp", f"{where}, inner {inner}", partial(module.qlora_mlp, x, fc1[0], fc2[0]),
             lambda x, *rest, made=(fc1, fc2): plain(F.gelu(plain(x, made[0], rest[:3])), made[1], rest[3:]), leaves,
         )  # fmt: skip
+        if module is not eager:
+            continue
         heads = 6 if width % 6 == 0 else 4
         split = [_draw(70 + i, device, windows, tokens, width).requires_grad_() for i in range(3)]
 
@@ -468,13 +467,12 @@ def _groups(tester: _Tester) -> None:
             attend,
             split,
         )
-    _encoder(tester)
 
 
-def _outputs(results: Any, leaves: list[Tensor]) -> list[Tensor]:
-    """The results and the gradients of ``leaves``, of a weighted sum of all results."""
-    outputs = list(results) if isinstance(results, tuple) else [results]
-    weights = [_draw(90 + i, y.device, *y.shape).to(y.dtype) for i, y in enumerate(outputs)]
+def _outputs(results: Any, leaves: list[Tensor], rounded: torch.dtype) -> list[Tensor]:
+    """The results and the gradients of ``leaves``, of a sum of all results with weights that ``rounded`` has."""
+    outputs = _listed(results)
+    weights = [_draw(90 + i, y.device, *y.shape).to(rounded).to(y.dtype) for i, y in enumerate(outputs)]
     return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, weights)]
 
 
@@ -599,22 +597,8 @@ def tune(device: torch.device, problems: list[Problem], report: Report | None = 
 
 
 def _tuning_cases(operator: str, device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
-    cases: list[tuple[Any, ...]] = []
-    for rows, in_features, out_features in ((1, 192, 192), (64, 192, 768), (512, 192, 768), (64, 1024, 1024)):
-        weight = _draw(1, device, out_features, in_features).to(dtype)
-        packed = reference.quantize_4bit(weight, "nf4", 64, False)
-        quantized = (*packed[:2], None, None, "nf4", 64)
-        x, grad, t = (_draw(2, device, rows, width).to(dtype) for width in (in_features, out_features, 16))
-        A, B = _draw(3, device, 16, in_features).to(dtype), _draw(4, device, out_features, 16).to(dtype)
-        cases.append(
-            {
-                "quantize_4bit": (weight, "nf4", 64, False),
-                "dequantize_4bit": (*quantized, (out_features, in_features), dtype),
-                "qlora_linear": (x, *quantized, out_features, None, A, B, 0.5),
-                "qlora_linear_backward": (grad, x, t, *quantized, in_features, A, B, 0.5, [True, False, True, True]),
-            }[operator]
-        )
-    return cases
+    sizes = ((1, 192, 192), (64, 192, 768), (512, 192, 768), (64, 1024, 1024))
+    return [dispatch.problem(operator, device, dtype, *size, 16, "nf4", 64, False) for size in sizes]
 
 
 def _variant_calls(device: torch.device) -> list[Callable[[], object]]:

@@ -29,7 +29,10 @@ from harlora.kernels.format import QUANT_TYPES
 
 ENVIRONMENT = "HARLORA_BACKEND"
 BACKENDS = ("reference", "cpp", "triton")
-OPERATORS = ("quantize_4bit", "dequantize_4bit", "qlora_linear", "qlora_linear_backward")
+OPERATORS = (
+    "quantize_4bit", "dequantize_4bit", "qlora_linear", "qlora_linear_backward", "dora_norm", "dora_linear",
+    "lora_pool_linear",
+)  # fmt: skip
 # Which of Triton's files has an operator, and whose configurations its kernels are launched with, if any's.
 _TRITON = {
     "quantize_4bit": ("nf4", ""),
@@ -347,7 +350,7 @@ def problem(
 
     weight = torch.randn(out_features, in_features, generator=generator, device="cpu").to(device) / in_features**0.5
     if operator == "quantize_4bit":
-        return weight, quant_type, blocksize, nested
+        return weight.to(dtype), quant_type, blocksize, nested
     packed, absmax, nested_absmax, offset = reference.quantize_4bit(weight, quant_type, blocksize, nested)
     scales = (absmax, nested_absmax, offset) if nested else (absmax, None, None)
     quantized = (packed, *scales, quant_type, blocksize)

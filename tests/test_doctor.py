@@ -96,9 +96,58 @@ def one_value(tensor):
 def test_one_wrong_value_is_named_with_operator_backend_and_shape(operator, monkeypatch):
     monkeypatch.setattr(cpp, operator, off(getattr(cpp, operator), one_value))
     problems = [each.problem for each in doctor.self_test(CPU).problems]
-    assert problems
-    assert all(problem.startswith(f"{operator}, backend cpp ") for problem in problems)
+    composed = [name for name, of in cpp._COMPOSED.items() if of == operator]
+    assert all(problem.partition(", backend cpp ")[0] in (operator, *composed) for problem in problems)
+    problems = [problem for problem in problems if problem.startswith(f"{operator}, ")]
     assert any("cpp portable on cpu" in problem and "5 rows, 63→129, rank 3" in problem for problem in problems)
+
+
+@pytest.fixture
+def _triton_asked_for(monkeypatch):
+    """Triton's kernels on few sizes, where there is no GPU under the interpreter."""
+    if dispatch.load_triton():
+        pytest.skip(dispatch.load_triton())
+    monkeypatch.setenv("HARLORA_BACKEND", "triton")
+    monkeypatch.setattr(configurations, "choose", lambda *_: Configuration("direct", 16, 32, 32))
+    monkeypatch.setattr(doctor, "SIZES", (doctor.Size(5, 64, 30, 3),))
+    monkeypatch.setattr(doctor, "PARTS", ((1, 5, 64, 64),))
+    monkeypatch.setattr(doctor, "_variants", dict)  # the CPU's kernels are not asked for
+    forget()
+
+
+TRITON = [*dispatch.OPERATORS, "qlora_qkv", "qlora_mlp"]
+
+
+@pytest.mark.usefixtures("_triton_asked_for")
+def test_triton_is_tested_where_it_is_asked_for():
+    test = doctor.self_test(CPU)
+    assert test.problems == []
+    assert {f"{operator}, triton" for operator in TRITON} <= set(test.covered)
+
+
+@pytest.mark.usefixtures("_triton_asked_for")
+@pytest.mark.parametrize("operator", [*TRITON, "qlora_qkv_backward"])
+def test_a_mistake_in_one_of_tritons_operators_is_named(operator, monkeypatch):
+    name, configured = dispatch._TRITON[operator]
+    module = dispatch._module(name)
+    right = getattr(module, operator)
+
+    def wrong(*arguments, **options):
+        results = right(*arguments, **options)
+        x = next(each for each in arguments if isinstance(each, torch.Tensor))
+        # Where a configuration would be proven wrong, which is done on more rows, the reference would serve.
+        if configured and x.numel() // x.shape[-1] != 5:
+            return results
+        one, *others = results if isinstance(results, tuple) else (results,)
+        return (one_value(one), *others) if others else one_value(one)
+
+    monkeypatch.setattr(module, operator, wrong)
+    forget()
+    problems = [each.problem for each in doctor.self_test(CPU).problems]
+    named = f"{operator.removesuffix('_backward') if 'qkv' in operator else operator}, backend triton on cpu, float32, "
+    assert any(problem.startswith(named) for problem in problems), problems
+    if "qkv" in operator:
+        assert all((" output " in problem) == (operator == "qlora_qkv") for problem in problems)
 
 
 @needs_extension
