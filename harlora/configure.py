@@ -1,16 +1,25 @@
 """Which configuration of Triton's kernels is fastest on a GPU, by size: what ``harlora doctor --tune`` measures."""
 
+import json
 import math
+import multiprocessing
+import os
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from importlib import import_module
+from itertools import product
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
-from harlora.kernels import configurations, dispatch
+from harlora.kernels import configurations, dispatch, replay
 from harlora.kernels.configurations import Configuration, Rule
 
 Report = Callable[[int, int, str], None]
@@ -23,6 +32,8 @@ ROWS: tuple[int | None, ...] = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, None)
 MANY_ROWS = 8192  # measured for what has no limit
 RANK = 16
 CALLS = 8  # in one sample
+DTYPES = (torch.bfloat16, torch.float32)
+MOST_COMPILERS = 16  # processes; each takes several hundred MiB for torch
 
 
 def measure(
@@ -31,12 +42,13 @@ def measure(
     *,
     weights: Sequence[tuple[tuple[int, int], int | None]] = WEIGHTS,
     rows: Sequence[int | None] = ROWS,
-    dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32),
+    dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
     """The rules for ``device`` by title, as a table has them, and every measurement they come from.
 
-    Candidates are compared with the reference before they are timed, take turns, and are timed as a captured graph of
-    several calls over several copies of the weight, so that neither Python nor the last cache is what is measured.
+    Candidates are compared with the reference before they are timed, and left out if they spill registers on this GPU.
+    They take turns, and are timed as a captured graph of several calls over several copies of the weight, so that
+    neither Python nor the last cache is what is measured.
     """
     table: dict[str, list[dict[str, Any]]] = {}
     measured: list[dict[str, Any]] = []
@@ -77,9 +89,10 @@ def _times(
     samples: dict[str, Callable[[], float]] = {}
     for candidate in configurations.candidates(operator, dtype, rows):
         launch = dispatch.launcher(operator, candidate)
+        first = partial(launch, *calls[0])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what does not fit this GPU; it is left out
-            if dispatch.serves(operator, candidate, *calls[0]):
+            if dispatch.serves(operator, candidate, *calls[0]) and not _spills(first):
                 samples[str(candidate)] = _sampler([partial(launch, *call) for call in calls], device)
     times: dict[str, list[float]] = {name: [] for name in samples}
     for number in range(6):
@@ -88,6 +101,13 @@ def _times(
             if number:  # the first warms up
                 times[name].append(taken)
     return {name: round(statistics.median(values), 2) for name, values in times.items()}
+
+
+def _spills(call: Callable[[], object]) -> bool:
+    """Whether a kernel that ``call`` launches has not registers enough and keeps some of them in memory."""
+    with replay.launches() as launched:
+        call()
+    return any(kernel.n_spills for kernel, *_ in launched)
 
 
 def _copies(device: torch.device, weights: int) -> int:
@@ -124,6 +144,69 @@ def _sampler(calls: list[Callable[[], object]], device: torch.device) -> Callabl
         return 1e3 * before.elapsed_time(after) / CALLS
 
     return replayed
+
+
+# Compiling ----------------------------------------------------------------------------------------------------------
+
+
+def compile_ahead(device: torch.device, report: Report | None = None) -> int:
+    """Compile what `measure` will launch, several kernels at a time, into Triton's cache on disk; returns how many.
+
+    The candidates are called without being compiled or launched, and what Triton would have compiled for ``device`` is
+    sent to processes that do not touch it. One shape stands for all: kernels are compiled for the divisors of sizes.
+    """
+    wanted = _wanted(device)
+    # What was called without its launches must not be repeated from what was recorded meanwhile.
+    replay.reset()
+    context = multiprocessing.get_context("spawn")  # a fork of a process that has used a GPU cannot do without it
+    count = max(1, min(MOST_COMPILERS, os.cpu_count() or 1, len(wanted)))
+    with ProcessPoolExecutor(count, mp_context=context) as pool:
+        futures = [pool.submit(_compile, *each) for each in wanted]
+        for done, future in enumerate(as_completed(futures)):
+            if report is not None:
+                report(done, len(futures), "compiling")
+            # One that does not compile is met again, and left out, where it would be measured.
+            if isinstance(future.exception(), BrokenProcessPool):
+                warnings.warn(
+                    f"harlora: a process that compiles kernels ahead ended ({future.exception()}); the others are "
+                    "compiled one by one",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                break
+    return len(futures)
+
+
+def _wanted(device: torch.device) -> list[tuple[str, str, str]]:
+    """Each kernel that calls of the candidates launch: its module, its name, and how, as Triton serialises it."""
+    from triton import knobs
+
+    found: dict[tuple[str, str, str], None] = {}
+
+    def note(*, fn: Any, **given: Any) -> bool:
+        found[fn.module, fn.name, given["compile"]["specialization_data"]] = None
+        return True  # do not compile, nor launch
+
+    with patch.object(knobs.runtime, "jit_cache_hook", note):
+        for operator, dtype, rows in product(configurations.OPERATORS, DTYPES, ROWS):
+            size = (rows or MANY_ROWS, *WEIGHTS[0][0], RANK, "nf4", 64, False)
+            call = dispatch.problem(operator, device, dtype, *size)
+            for candidate in configurations.candidates(operator, dtype, size[0]):
+                dispatch.launcher(operator, candidate)(*call)
+    return list(found)
+
+
+def _compile(module: str, name: str, launch: str) -> None:
+    """Compile a kernel for the GPU that ``launch`` names, which need not be here."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    target = GPUTarget(**json.loads(launch)["target"])
+    driver.set_active(SimpleNamespace(get_current_device=lambda: 0, get_current_target=lambda: target))
+    getattr(import_module(module), name).preload(launch)
+
+
+# Result -------------------------------------------------------------------------------------------------------------
 
 
 def gain(device: torch.device, measured: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -585,6 +585,7 @@ def tune(device: torch.device, problems: list[Problem], report: Report | None = 
         table["measured"]["CPU kernels"] = ratios
         table["kernels"] = _faster_first(variants, ratios)[0]
     if device.type == "cuda" and not dispatch.load_triton():
+        configure.compile_ahead(device, report)
         rules, measured = configure.measure(device, report)
         table |= {"triton": configurations.fingerprint(), "configurations": rules, "times": measured}
         table["measured"] |= configure.gain(device, measured)

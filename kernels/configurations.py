@@ -105,12 +105,15 @@ def fingerprint() -> str:
 
 
 def candidates(operator: str, dtype: torch.dtype, rows: int) -> list[Configuration]:
-    """What ``harlora doctor --tune`` measures against each other for ``rows`` of x: tiles of about that many rows."""
+    """What ``harlora doctor --tune`` measures against each other for ``rows`` of x: tiles of about that many rows.
+
+    Which of them spill registers depends on the GPU and is seen there.
+    """
     near = max(16, 1 << (rows - 1).bit_length())
-    heights = [height for height in (16, 32, 64, 128) if near / 4 <= height <= near or (height == 128 < near)]
+    heights = [height for height in (16, 32, 64, 128, 256) if near / 4 <= height <= near or 128 <= height < near]
     found = []
     if dtype.itemsize == 2:
-        widths = (64, 128) if operator == "qlora_linear" else (32, 64)
+        widths = (64, 128) if operator == "qlora_linear" else (32, 64, 128)
         tiles = [(height, width, 64, 8 if height * width >= 64 * 128 else 4) for height in heights for width in widths]
     else:
         tiles = [(min(height, 64), width, 32, 4) for height in heights for width in (32, 64)]

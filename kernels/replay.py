@@ -8,7 +8,8 @@ A function that does anything else (a library product, a copy) is not recorded a
 
 import struct
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -124,8 +125,9 @@ class _Watch(TorchDispatchMode):
         return result
 
 
-def record(inputs: list[Tensor], function: Callable[[], Sequence[Tensor]], driver: str) -> tuple[Sequence[Tensor], int]:
-    """What ``function`` returns, and the number under which its launches are held, 0 if they cannot be repeated."""
+@contextmanager
+def launches() -> Iterator[list[tuple[Any, Any, tuple[Any, ...], dict[str, Any]]]]:
+    """What this thread launches meanwhile: kernel, grid, arguments and options of each."""
     from triton.runtime.jit import JITFunction
 
     launched: list[tuple[Any, Any, tuple[Any, ...], dict[str, Any]]] = []
@@ -137,7 +139,13 @@ def record(inputs: list[Tensor], function: Callable[[], Sequence[Tensor]], drive
             launched.append((kernel, grid, args, kwargs))
         return kernel
 
-    with patch.object(JITFunction, "run", run_and_note), _Watch() as watch:
+    with patch.object(JITFunction, "run", run_and_note):
+        yield launched
+
+
+def record(inputs: list[Tensor], function: Callable[[], Sequence[Tensor]], driver: str) -> tuple[Sequence[Tensor], int]:
+    """What ``function`` returns, and the number under which its launches are held, 0 if they cannot be repeated."""
+    with launches() as launched, _Watch() as watch:
         result = function()
     if watch.computed or not launched:
         return result, 0

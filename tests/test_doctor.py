@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -405,6 +407,101 @@ def test_candidates_suit_the_rows(operator):
     for dtype in (torch.float32, torch.bfloat16):
         for rows in (1, 16, 100, 512, 8192):
             found = configurations.candidates(operator, dtype, rows)
-            assert len(found) == len(set(found)) <= 30
+            assert len(found) == len(set(found)) <= 40
             assert all(each.block_rows <= max(16, 2 * rows) for each in found)
             assert any(each.way == "dense" for each in found) == (rows >= 64)
+
+
+COMPILE_AHEAD = """
+from types import SimpleNamespace
+from unittest.mock import patch
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from harlora import configure
+from harlora.kernels import configurations, dispatch
+
+def main():
+    device, target = torch.device("meta"), GPUTarget("cuda", 90, 32)
+    driver.set_active(SimpleNamespace(
+        get_current_device=lambda: 0, get_current_target=lambda: target, get_current_stream=lambda device: 0))
+    every = configurations.candidates
+    configurations.candidates = lambda *of: [
+        c for c in every(*of) if c.way == "dense" or (c.block_rows, c.block_out, c.num_stages) == (16, 64, 3)]
+    configure.DTYPES, configure.ROWS = (torch.bfloat16,), (16, 64)
+    print(configure.compile_ahead(device))
+    hits = []
+    knobs.compilation.listener = lambda *, src, cache_hit, **_: hits.append((src.name, cache_hit))
+    run = JITFunction.run
+    with patch.object(JITFunction, "run", lambda *given, warmup, **options: run(*given, warmup=True, **options)):
+        for operator in configurations.OPERATORS:
+            for rows in (16, 64):
+                for candidate in configurations.candidates(operator, torch.bfloat16, rows):
+                    sizes = [(rows, 512, 512), (rows, 768, 3072)]
+                    if candidate.block_rows:
+                        sizes.append((33, 512, 144))  # what it is proven on
+                    for size in sizes:
+                        call = dispatch.problem(operator, device, torch.bfloat16, *size, 16, "nf4", 64, False)
+                        dispatch.launcher(operator, candidate)(*call)
+    print(len(hits), sum(hit for _, hit in hits), *sorted({name for name, _ in hits}))
+
+if __name__ == "__main__":
+    main()
+"""
+SOME_KEYS = """
+import sys
+from harlora.kernels.triton import qlora_linear
+print(*sorted((name, getattr(qlora_linear, name).cache_key) for name in sys.argv[1:]))
+"""
+
+
+def without_interpreter(*command, **environment):
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, check=False, env=kept | environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_what_was_compiled_ahead_is_found_when_it_is_launched(tmp_path):
+    """For an sm_90, which need not be here: the processes that compile see no GPU, and launches compile nothing."""
+    pytest.importorskip("triton")
+    (tmp_path / "ahead.py").write_text(COMPILE_AHEAD)
+    compiled, launched = without_interpreter(
+        tmp_path / "ahead.py", TRITON_CACHE_DIR=str(tmp_path / "cache")
+    ).splitlines()
+    total, hits, *names = launched.split()
+    assert total == hits == compiled
+    assert {"_qlora_linear_fwd_kernel", "_qlora_linear_dx_split_kernel", "_dequantize_blocks_kernel"} <= set(names)
+
+
+def test_keys_of_kernels_do_not_depend_on_which_is_used_first():
+    pytest.importorskip("triton")
+    names = ["_qlora_linear_fwd_kernel", "_qlora_linear_fwd_split_kernel", "_qlora_linear_dx_split_kernel"]
+    assert without_interpreter("-c", SOME_KEYS, *names) == without_interpreter("-c", SOME_KEYS, *reversed(names))
+
+
+def test_candidates_that_spill_are_not_timed(monkeypatch):
+    """The kernels' own count, which their launch leaves, decides."""
+    if dispatch.load_triton():
+        pytest.skip(dispatch.load_triton())
+    right, spilling = Configuration("direct", 16, 32, 32), Configuration("split", 16, 32, 32)
+
+    @contextmanager
+    def launches():
+        found = []
+        yield found
+        found += [(SimpleNamespace(n_spills=n), (1,), (), {}) for n in (0, 8 if made[-1] == spilling else 0)]
+
+    made, launcher = [], dispatch.launcher
+    monkeypatch.setattr(
+        dispatch, "launcher", lambda operator, chosen: made.append(chosen) or launcher(operator, chosen)
+    )
+    monkeypatch.setattr(dispatch, "serves", lambda *_: True)
+    monkeypatch.setattr(configure.replay, "launches", launches)
+    monkeypatch.setattr(configurations, "candidates", lambda *_: [right, spilling])
+    times = configure._times("qlora_linear", CPU, torch.float32, 3, (64, 32))
+    assert set(times) == {str(right)}
