@@ -25,7 +25,7 @@ import harlora
 from harlora import configure
 from harlora.files import write_json
 from harlora.kernels import configurations, cpp, dispatch, eager, gpu, reference, tuning
-from harlora.models import MAE
+from harlora.models import MAE, MAEConfig
 
 Report = Callable[[int, int, str], None]
 
@@ -85,6 +85,8 @@ SIZES = (
 )  # fmt: skip
 # Windows, tokens, width and inner width of the parts of an encoder.
 PARTS = ((2, 16, 192, 512), (1, 5, 64, 130), (3, 7, 96, 33))
+# A whole one.
+ENCODER = MAEConfig()
 
 
 # State --------------------------------------------------------------------------------------------------------------
@@ -319,6 +321,7 @@ def self_test(device: torch.device, report: Report | None = None) -> SelfTest:
                 _operators(tester, _functions(name, device))
                 if name == "triton":
                     tester.attempt("the parts of an encoder", "", partial(_groups, tester, gpu, cpp.DTYPES))
+                    tester.attempt("the encoder", "float32", partial(_encoder, tester))
                 continue
             with _kernels_kept():
                 cpp.select_kernels(name.removeprefix("cpp "))
@@ -477,24 +480,29 @@ def _outputs(results: Any, leaves: list[Tensor], rounded: torch.dtype) -> list[T
 
 
 def _encoder(tester: _Tester) -> None:
-    """A whole encoder in one call, against its modules in float64 with dense weights."""
-    encoder, exact = _encoders()
+    """A whole encoder in one call, inference and the gradient, against its modules in float64 with dense weights."""
+    encoder, exact = (each.to(tester.device) for each in _encoders())
     for windows in (1, 5):
-        where = f"float32, {windows} windows of the default encoder"
-        x = _draw(8, tester.device, windows, 128, 6)
+        where = f"float32, {windows} windows of an encoder"
+        x = _draw(8, tester.device, windows, ENCODER.window, ENCODER.channels)
+        same = x.double().requires_grad_()
+        x.requires_grad_()
+        right = _outputs(exact(same), [same], torch.float32)
         with torch.no_grad():
-            found = tester.attempt("encoder", where, partial(encoder, x))
-            if found is not None:
-                wanted = exact(x.double())
+            inference = tester.attempt("encoder", where, lambda x=x: [encoder(x)])
+        training = tester.attempt("encoder", where, lambda x=x: _outputs(encoder(x), [x], torch.float32))
+        for kind, results in (("inference", inference or []), ("training", training or [])):
+            for what, found, wanted in zip(("the tokens", "the gradient"), results, right, strict=False):
                 # Six blocks, each of which rounds a dozen times. In float32 its modules would be served by kernels.
-                tester.compare("encoder", "the tokens", where, found, wanted, 1e-4 * float(wanted.abs().max()))
+                allowed = 1e-4 * float(wanted.abs().max())
+                tester.compare("encoder", f"in {kind} {what}", where, found, wanted, allowed)
 
 
 def _encoders() -> tuple[Any, Any]:
     """A 4-bit encoder with adapters, and the same in float64 with dense weights, the adapters merged."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        base = MAE().encoder.eval()
+        base = MAE(ENCODER).encoder.eval()
         encoder = harlora.apply_qlora(copy.deepcopy(base), TARGETS, rank=8, alpha=8)
     exact = copy.deepcopy(base).double()
     for number, (path, layer) in enumerate(encoder.named_modules()):

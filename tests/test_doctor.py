@@ -16,6 +16,7 @@ from needs import needs_extension
 from harlora import cli, configure, doctor
 from harlora.kernels import configurations, cpp, dispatch, eager, reference, tuning
 from harlora.kernels.configurations import Configuration
+from harlora.models import MAEConfig
 
 CPU = torch.device("cpu")
 
@@ -113,6 +114,7 @@ def _triton_asked_for(monkeypatch):
     monkeypatch.setattr(configurations, "choose", lambda *_: Configuration("direct", 16, 32, 32))
     monkeypatch.setattr(doctor, "SIZES", (doctor.Size(5, 64, 30, 3),))
     monkeypatch.setattr(doctor, "PARTS", ((1, 5, 64, 64),))
+    monkeypatch.setattr(doctor, "ENCODER", MAEConfig(window=32, width=64, depth=1, heads=4, ffn=64))
     monkeypatch.setattr(doctor, "_variants", dict)  # the CPU's kernels are not asked for
     forget()
 
@@ -124,7 +126,30 @@ TRITON = [*dispatch.OPERATORS, "qlora_qkv", "qlora_mlp"]
 def test_triton_is_tested_where_it_is_asked_for():
     test = doctor.self_test(CPU)
     assert test.problems == []
-    assert {f"{operator}, triton" for operator in TRITON} <= set(test.covered)
+    assert {f"{operator}, triton" for operator in (*TRITON, "encoder")} <= set(test.covered)
+
+
+@pytest.mark.usefixtures("_triton_asked_for")
+@pytest.mark.parametrize(
+    ("function", "named"),
+    [("encoder_blocks", "in inference the tokens"), ("encoder_blocks_backward", "in training the gradient")],
+)
+def test_a_mistake_in_an_encoders_blocks_is_named(function, named, monkeypatch):
+    module = dispatch._module("encoder")
+    right = getattr(module, function)
+
+    def wrong(*arguments, **options):
+        results = list(right(*arguments, **options))
+        if len(arguments[0]) != 3:  # as many windows prove a configuration; were that wrong, the modules would run
+            results[0] = one_value(results[0])
+        return results
+
+    monkeypatch.setattr(module, function, wrong)
+    forget()
+    problems = [each.problem for each in doctor.self_test(CPU).problems]
+    assert any(problem.startswith("encoder, backend triton on cpu") and named in problem for problem in problems), (
+        problems
+    )
 
 
 @pytest.mark.usefixtures("_triton_asked_for")
@@ -179,7 +204,7 @@ def test_wrong_groups_are_named(name, monkeypatch):
     monkeypatch.setattr(doctor.eager, name, lambda *a: off(right, lambda y: y + 1e-2)(*a))
     problems = [each.problem for each in doctor.self_test(CPU).problems]
     assert problems
-    assert all(problem.startswith(f"{name}, backend cpp ") for problem in problems)
+    assert all(problem.startswith((f"{name}, backend cpp ", "encoder, backend cpp ")) for problem in problems)
     assert any("2 windows, 16 tokens, width 192" in problem for problem in problems)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from triton.runtime.jit import JITFunction
 
-_FIRST = ["nf4", "qlora_linear"]  # what the others call
+_FIRST = ["nf4", "dropout", "qlora_linear"]  # what the others call
 
 
 def _take_keys() -> None:
