@@ -1,6 +1,5 @@
 """Which configuration of Triton's kernels is fastest on a GPU, by size: what ``harlora doctor --tune`` measures."""
 
-import json
 import math
 import multiprocessing
 import os
@@ -155,13 +154,16 @@ def compile_ahead(device: torch.device, report: Report | None = None) -> int:
     The candidates are called without being compiled or launched, and what Triton would have compiled for ``device`` is
     sent to processes that do not touch it. One shape stands for all: kernels are compiled for the divisors of sizes.
     """
+    from triton.runtime import driver
+
+    target = driver.active.get_current_target()
     wanted = _wanted(device)
     # What was called without its launches must not be repeated from what was recorded meanwhile.
     replay.reset()
     context = multiprocessing.get_context("spawn")  # a fork of a process that has used a GPU cannot do without it
     count = max(1, min(MOST_COMPILERS, os.cpu_count() or 1, len(wanted)))
     with ProcessPoolExecutor(count, mp_context=context) as pool:
-        futures = [pool.submit(_compile, *each) for each in wanted]
+        futures = [pool.submit(_compile, target, *each) for each in wanted]
         for done, future in enumerate(as_completed(futures)):
             if report is not None:
                 report(done, len(futures), "compiling")
@@ -196,12 +198,10 @@ def _wanted(device: torch.device) -> list[tuple[str, str, str]]:
     return list(found)
 
 
-def _compile(module: str, name: str, launch: str) -> None:
-    """Compile a kernel for the GPU that ``launch`` names, which need not be here."""
-    from triton.backends.compiler import GPUTarget
+def _compile(target: Any, module: str, name: str, launch: str) -> None:
+    """Compile a kernel for the GPU that is ``target``, which need not be here."""
     from triton.runtime import driver
 
-    target = GPUTarget(**json.loads(launch)["target"])
     driver.set_active(SimpleNamespace(get_current_device=lambda: 0, get_current_target=lambda: target))
     getattr(import_module(module), name).preload(launch)
 

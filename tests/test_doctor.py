@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 
 import pytest
@@ -21,8 +21,12 @@ from harlora.models import MAEConfig
 CPU = torch.device("cpu")
 
 
+PROBLEM = cache(doctor._problem)  # what is right takes a third of a self-test, and is the same in each
+
+
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
+    monkeypatch.setattr(doctor, "_problem", PROBLEM)
     monkeypatch.delenv("HARLORA_BACKEND", raising=False)
     monkeypatch.delenv("HARLORA_CPU", raising=False)
     forget()
@@ -119,6 +123,11 @@ def _triton_asked_for(monkeypatch):
     forget()
 
 
+@pytest.fixture
+def _float32_alone(monkeypatch):
+    monkeypatch.setattr(cpp, "DTYPES", (torch.float32,))
+
+
 TRITON = [*dispatch.OPERATORS, "qlora_qkv", "qlora_mlp"]
 
 
@@ -129,7 +138,7 @@ def test_triton_is_tested_where_it_is_asked_for():
     assert {f"{operator}, triton" for operator in (*TRITON, "encoder")} <= set(test.covered)
 
 
-@pytest.mark.usefixtures("_triton_asked_for")
+@pytest.mark.usefixtures("_triton_asked_for", "_float32_alone")
 @pytest.mark.parametrize(
     ("function", "named"),
     [("encoder_blocks", "in inference the tokens"), ("encoder_blocks_backward", "in training the gradient")],
@@ -152,7 +161,7 @@ def test_a_mistake_in_an_encoders_blocks_is_named(function, named, monkeypatch):
     )
 
 
-@pytest.mark.usefixtures("_triton_asked_for")
+@pytest.mark.usefixtures("_triton_asked_for", "_float32_alone")
 @pytest.mark.parametrize("operator", [*TRITON, "qlora_qkv_backward"])
 def test_a_mistake_in_one_of_tritons_operators_is_named(operator, monkeypatch):
     name, configured = dispatch._TRITON[operator]
