@@ -124,7 +124,7 @@ def ninja_file(torch: Path, cxx: str, cuda: Path | None, target: Path) -> str:
         flags = common.replace("-isystem ", "-I")
         lines.append(
             f"rule nvcc\n command = {cuda / 'bin' / 'nvcc'} {flags} -DUSE_CUDA {gencode} -Xcompiler -fPIC "
-            "-Xptxas -v -MD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc"
+            "-Werror all-warnings -Xptxas -v -MD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc"
         )
         for source in sorted((SOURCES / "cuda").glob("*.cu")):
             objects.append(f"cuda_{source.stem}.o")

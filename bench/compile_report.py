@@ -1,16 +1,18 @@
-"""Compiles Triton's kernels for GPUs that are not here, and reads the machine code: registers, spills, shared memory.
+"""Reads the machine code of all GPU kernels, for GPUs that are not here: registers, spills, shared memory.
 
     python bench/compile_report.py [--targets sm_80 sm_90 sm_100] [--only TEXT] [--json FILE]
 
-Needs Triton, whose wheel has the assembler and disassembler, and no GPU. Every kernel is compiled as it is launched for
-every configuration of the dispatch table (`calls`). The exit status is 1 if one spills registers, takes more shared
-memory than the target has, or multiplies matrices without tensor cores.
+Needs Triton, whose wheel has the assembler and disassembler, and no GPU. Triton's kernels are compiled as they are
+launched for every configuration of the dispatch table (`calls`); those of CUDA C++ are read from the extension as it
+was built (`built`). The exit status is 1 if one spills registers, takes more shared memory than the target has, or
+multiplies matrices without tensor cores.
 """
 
 import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,7 +37,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from harlora.kernels import configurations
+from harlora.kernels import configurations, cpp
 from harlora.kernels.configurations import Configuration
 from harlora.kernels.triton import encoder, qlora_linear, qlora_mlp, qlora_qkv
 
@@ -46,6 +48,8 @@ TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "QMMA")
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8", torch.int64: "i64",
 }  # fmt: skip
+# CUDA C++ that is to multiply by them.
+MATRIX_KERNELS = ("qlora_gemv_kernel",)
 META = torch.device("meta")
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
 
@@ -331,31 +335,72 @@ def compiled(target: str, where: str, launch: Launch) -> Outcome:
         return Outcome(
             target, launch.kernel, where, 0, 0, 0, "", 0, (f"does not compile: {type(error).__name__} {first}",)
         )
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = _output(tools / "cuobjdump", "--dump-resource-usage", file.name)
-        code = _output(tools / "nvdisasm", "-c", file.name)
-    registers = int(re.findall(r"REG:(\d+)", usage)[0])
-    words = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)", code, re.MULTILINE))
+        ((_, registers, words),) = machine_code(Path(file.name))
+    multiplies = bool(re.search(r"\btt\.dot\b", kernel.asm["ttir"]))
+    return _judged(target, launch.kernel, where, registers, words, kernel.metadata.shared, multiplies)
+
+
+def machine_code(cubin: Path) -> Iterator[tuple[str, int, Counter[str]]]:
+    """Of each kernel in a file its name, its registers, and how often it has each instruction."""
+    registers = dict(re.findall(r"Function (\S+):\s+REG:(\d+)", _tool("cuobjdump", "--dump-resource-usage", cubin)))
+    for section in _tool("nvdisasm", "-c", cubin).split("//--------------------- ")[1:]:
+        name = section.split()[0].removeprefix(".text.")
+        if name in registers and section.startswith(".text."):
+            found = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)", section, re.MULTILINE)
+            yield name, int(registers[name]), Counter(found)
+
+
+def _judged(
+    target: str, kernel: str, where: str, registers: int, words: Counter[str], shared: int, multiplies: bool
+) -> Outcome:
     cores = [name for name in TENSOR_CORES if words[name]]
     spills = words["LDL"] + words["STL"]  # not the stack's size: exact division is a call, which has a frame
-    shared = kernel.metadata.shared
     problems = []
     if spills:
         problems.append(f"spills registers ({spills} loads and stores)")
     if shared > SHARED_BYTES[target]:
         problems.append(f"takes {shared} bytes of shared memory, {target} has {SHARED_BYTES[target]}")
-    if not cores and re.search(r"\btt\.dot\b", kernel.asm["ttir"]):
+    if multiplies and not cores:
         problems.append("multiplies matrices without tensor cores")
-    return Outcome(
-        target, launch.kernel, where, registers, spills, shared, "+".join(cores), words.total(), tuple(problems)
-    )
+    return Outcome(target, kernel, where, registers, spills, shared, "+".join(cores), words.total(), tuple(problems))
 
 
-def _output(*command: str | Path) -> str:
-    return subprocess.run([str(each) for each in command], capture_output=True, text=True, check=True).stdout
+def _tool(name: str, *arguments: str | Path, folder: Path | None = None) -> str:
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    command = [str(each) for each in (program, *arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout
+
+
+def built(targets: list[str]) -> list[Outcome]:
+    """The kernels of CUDA C++ as they are in the extension of this installation."""
+    path = cpp.extension_path()
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        if path is not None:
+            _tool("cuobjdump", "-xelf", "all", path.resolve(), folder=Path(folder))
+        for cubin in sorted(Path(folder).glob("*.cubin")):
+            target = cubin.suffixes[-2].lstrip(".").rstrip("a")
+            if target not in targets:
+                continue
+            usage = _tool("cuobjdump", "--dump-resource-usage", cubin)
+            shared = dict(re.findall(r"Function (\S+):\n.*SHARED:(\d+)", usage))
+            for mangled, registers, words in machine_code(cubin):
+                name = _demangled(mangled)
+                multiplies = name.startswith(MATRIX_KERNELS)
+                found.append(_judged(target, name, "CUDA C++", registers, words, int(shared[mangled]), multiplies))
+    return found
+
+
+def _demangled(name: str) -> str:
+    """A kernel's name without its namespaces and arguments, as far as binutils are here to tell."""
+    program = shutil.which("c++filt")
+    if program is not None:
+        name = subprocess.run([program, name], capture_output=True, text=True, check=True).stdout.strip()
+    found = re.search(r"(\w+_kernel(?:<[^(]*>)?)\(", name)
+    return found[1] if found else name
 
 
 def jobs(targets: list[str]) -> list[tuple[str, str, Launch]]:
@@ -410,12 +455,13 @@ def main() -> int:
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 170)
     work = [job for job in jobs(options.targets) if options.only in job[1]]
-    if not work:
+    outcomes = [each for each in built(options.targets) if options.only in each.where]
+    missing = [] if outcomes or options.only else ["the extension has no kernels of CUDA C++: build it where nvcc is"]
+    if not work and not outcomes:
         parser.error(f"--only: no call's description has {options.only!r}; without it the table lists all")
     with ProcessPoolExecutor() as pool, Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("compiling", total=len(work))
-        outcomes = []
-        for outcome in pool.map(compiled, *zip(*work, strict=True)):
+        for outcome in pool.map(compiled, *zip(*work, strict=True)) if work else ():
             outcomes.append(outcome)
             progress.advance(task)
     table = Table("target", "kernel", "first needed by", "registers", "spills", "shared", "matrix", "instructions")
@@ -429,7 +475,12 @@ def main() -> int:
     failed = [each for each in outcomes if each.problems]
     for each in failed:
         console.print(f"{each.target} {each.kernel}: {'; '.join(each.problems)}\n    {each.where}", highlight=False)
-    console.print(f"{len(outcomes)} kernels compiled by Triton {triton.__version__}, {len(failed)} with a problem")
+    for line in missing:
+        console.print(line)
+    ours = len(outcomes) - len(work)
+    console.print(
+        f"{len(work)} kernels compiled by Triton {triton.__version__}, {ours} of CUDA C++; {len(failed)} with a problem"
+    )
     if options.json:
         content = {"triton": triton.__version__, "kernels": [asdict(each) for each in outcomes]}
         options.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

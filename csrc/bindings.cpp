@@ -8,6 +8,7 @@
 
 #include "cpu/operators.h"
 #include "cuda/dequantize_4bit.h"
+#include "cuda/qlora_gemv.h"
 #include "gpu/launches.h"
 
 // A quantised weight: the tensors of QuantizedWeight and the code tables of its format. What is mostly absent comes
@@ -22,6 +23,8 @@ STABLE_TORCH_LIBRARY(harlora_cpp, library) {
   library.def("qlora_linear(Tensor x, " HARLORA_WEIGHT
               ", int out_features, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor(a!)? t=None, "
               HARLORA_NESTED ", int precision=0) -> Tensor");
+  library.def("qlora_gemv(Tensor x, " HARLORA_WEIGHT ", Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling,"
+              " Tensor(a!) y, Tensor(b!) t, " HARLORA_NESTED ", int stream=0) -> ()");
   library.def("qlora_linear_backward(Tensor grad, Tensor? x, Tensor? t, " HARLORA_WEIGHT
               ", int in_features, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor(a!)? grad_x,"
               " Tensor(b!)? grad_bias, Tensor(c!)? grad_A, Tensor(d!)? grad_B, " HARLORA_NESTED ") -> ()");
@@ -74,5 +77,6 @@ STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CompositeExplicitAutograd, library) {
 #ifdef HARLORA_CUDA
 STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CUDA, library) {
   library.impl("dequantize_4bit", TORCH_BOX(&harlora::cuda::dequantize_4bit));
+  library.impl("qlora_gemv", TORCH_BOX(&harlora::cuda::qlora_gemv));
 }
 #endif

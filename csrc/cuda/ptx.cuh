@@ -1,0 +1,61 @@
+#pragma once
+
+// Instructions that CUDA C++ has no words for, each wrapped once. Included by .cu files alone.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace harlora::cuda {
+
+// mma.sync m16n8k16: sums (16 × 8, float32) += a (16 × 16) · b (16 × 8), 16-bit factors, all of a warp together. sm_80.
+//
+// With g = lane / 4 and i = lane % 4 a lane holds (PTX ISA, "Matrix fragments for mma.m16n8k16"):
+//   a[0], a[2]  row g,     columns 2i, 2i + 1 and 2i + 8, 2i + 9
+//   a[1], a[3]  row g + 8, the same columns
+//   b[0], b[1]  column g,  rows 2i, 2i + 1 and 2i + 8, 2i + 9
+//   sums[0..1]  row g,     columns 2i, 2i + 1;  sums[2..3]  row g + 8
+template <typename T>
+__device__ __forceinline__ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+template <>
+__device__ __forceinline__ void multiply_add<__nv_bfloat16>(float (&sums)[4], const uint32_t (&a)[4],
+                                                            const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+template <>
+__device__ __forceinline__ void multiply_add<__half>(float (&sums)[4], const uint32_t (&a)[4],
+                                                     const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// ld.global.nc.L1::no_allocate: 8 bytes that are read once and leave the first cache to what is read often.
+__device__ __forceinline__ uint2 load_once(const void* from) {
+  uint2 words;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "l"(from));
+  return words;
+}
+
+// griddepcontrol.launch_dependents: the next kernel of the stream, if launched so, may start before this one ends. sm_90.
+__device__ __forceinline__ void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// griddepcontrol.wait: until the kernel before has ended and what it wrote can be read. sm_90; elsewhere it has ended.
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+}  // namespace harlora::cuda

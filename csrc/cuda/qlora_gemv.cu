@@ -1,0 +1,303 @@
+// The layer for at most 8 rows of x: as long as the packed weight takes to be read, and both kernels are launched so that
+// the small one, t = x·lora_Aᵀ, runs beside the large one, which asks for t when it has read its part of the weight.
+//
+// Not yet run on a card: kernels/dispatch.py offers it on request only.
+
+#include "qlora_gemv.cuh"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/headeronly/util/shim_utils.h>
+
+#include "ptx.cuh"
+#include "qlora_gemv.h"
+
+namespace harlora::cuda {
+namespace {
+
+using gemv::kRows;
+using gemv::kStep;
+using gemv::kThreads;
+using gemv::kTokens;
+using gemv::kWarps;
+
+constexpr int kAhead = 4;        // steps of a warp whose codes are on their way at a time
+constexpr int kRankThreads = 128;  // for one row of lora_A
+
+template <typename T>
+struct Arguments {
+  const T* x;
+  const uint8_t* packed;
+  const void* absmax;
+  const float* code;
+  const T* bias;
+  const T* A;
+  const T* B;
+  const float* nested_absmax;
+  const float* nested_offset;
+  const float* nested_code;
+  T* y;
+  T* t;
+  int64_t in_features;
+  int64_t out_features;
+  int tokens;
+  int rank;
+  int shift;  // log2(blocksize)
+  float scaling;
+};
+
+template <typename T>
+__device__ __forceinline__ T rounded(float value);
+template <>
+__device__ __forceinline__ __nv_bfloat16 rounded(float value) {
+  return __float2bfloat16_rn(value);
+}
+template <>
+__device__ __forceinline__ __half rounded(float value) {
+  return __float2half_rn(value);
+}
+
+__device__ __forceinline__ float2 unpacked(uint32_t pair, __nv_bfloat16) {
+  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
+}
+__device__ __forceinline__ float2 unpacked(uint32_t pair, __half) {
+  return __half22float2(reinterpret_cast<const __half2&>(pair));
+}
+
+// One row of lora_A for a block of threads: t[token][row].
+template <typename T>
+__global__ void __launch_bounds__(kRankThreads) lora_down_kernel(const Arguments<T> a) {
+  let_next_start();
+  const int row = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  float sums[kTokens] = {};
+  for (int64_t k = 8 * threadIdx.x; k < a.in_features; k += 8 * kRankThreads) {
+    const uint4 weights = *reinterpret_cast<const uint4*>(a.A + row * a.in_features + k);
+    const uint32_t w[4] = {weights.x, weights.y, weights.z, weights.w};
+#pragma unroll
+    for (int token = 0; token < kTokens; ++token) {
+      if (token >= a.tokens) break;
+      const uint4 values = *reinterpret_cast<const uint4*>(a.x + token * a.in_features + k);
+      const uint32_t v[4] = {values.x, values.y, values.z, values.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 one = unpacked(w[i], T{}), other = unpacked(v[i], T{});
+        sums[token] += one.x * other.x + one.y * other.y;
+      }
+    }
+  }
+  __shared__ float parts[kRankThreads / 32][kTokens];
+#pragma unroll
+  for (int token = 0; token < kTokens; ++token) {
+#pragma unroll
+    for (int distance = 16; distance; distance /= 2) {
+      sums[token] += __shfl_xor_sync(0xFFFFFFFFu, sums[token], distance);
+    }
+    if (lane == 0) parts[warp][token] = sums[token];
+  }
+  __syncthreads();
+  if (threadIdx.x < a.tokens) {
+    float sum = 0;
+    for (int i = 0; i < kRankThreads / 32; ++i) sum += parts[i][threadIdx.x];
+    a.t[threadIdx.x * a.rank + row] = rounded<T>(sum);
+  }
+}
+
+// What a warp has read of one step: the codes of two rows and their scales.
+struct Read {
+  uint2 codes[2];
+  float scales[2];
+};
+
+template <typename T, bool kNested>
+__global__ void __launch_bounds__(kThreads, 2) qlora_gemv_kernel(const Arguments<T> a) {
+  __shared__ uint32_t table[kPairWords];
+  __shared__ float parts[kWarps][kTokens * kRows];
+  __shared__ float nested_code[kNested ? 256 : 1];
+  __shared__ uint16_t values[16];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
+  const int64_t steps = a.in_features / kStep, blocks = a.in_features >> a.shift;
+  // Rows past the last one are read as if they were that, and not written.
+  int64_t rows[2];
+  const uint8_t* codes[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    rows[i] = min(first_row + gemv::row_of(lane, i), a.out_features - 1);
+    codes[i] = a.packed + (rows[i] * a.in_features + gemv::first_k(lane)) / 2;
+  }
+  const float offset = kNested ? *a.nested_offset : 0.0f;
+  const auto read = [&](int64_t step, Read& into) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (step >= steps) continue;
+      into.codes[i] = load_once(codes[i] + step * (kStep / 2));
+      const int64_t block = rows[i] * blocks + ((step * kStep) >> a.shift);
+      if constexpr (kNested) {
+        const int number = static_cast<const uint8_t*>(a.absmax)[block];
+        into.scales[i] = nested_scale(nested_code[number], a.nested_absmax[block >> 8], offset);
+      } else {
+        into.scales[i] = static_cast<const float*>(a.absmax)[block];
+      }
+    }
+  };
+
+  if (threadIdx.x < 16) values[threadIdx.x] = reinterpret_cast<const uint16_t&>(
+      static_cast<const T&>(rounded<T>(a.code[threadIdx.x])));
+  if constexpr (kNested) nested_code[threadIdx.x] = a.nested_code[threadIdx.x];
+  __syncthreads();
+  Read next[kAhead];
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) read(warp + kWarps * i, next[i]);
+  // The table is written while the first codes are on their way.
+  for (int i = threadIdx.x; i < kPairWords; i += kThreads) table[i] = pair_of(values, i / kPairCopies);
+  __syncthreads();
+
+  const int token = gemv::token_of(lane);
+  const uint4* x = reinterpret_cast<const uint4*>(a.x + token * a.in_features + gemv::first_k(lane));
+  float total[4] = {};
+  for (int64_t begin = warp; begin < steps; begin += kWarps * kAhead) {
+    Read now[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) now[i] = next[i];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) read(begin + kWarps * (kAhead + i), next[i]);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int64_t step = begin + kWarps * i;
+      if (step >= steps) break;  // the whole warp
+      uint32_t values_of_x[8] = {};
+      if (token < a.tokens) {
+        const uint4 low = x[step * (kStep / 8)], high = x[step * (kStep / 8) + 1];
+        values_of_x[0] = low.x, values_of_x[1] = low.y, values_of_x[2] = low.z, values_of_x[3] = low.w;
+        values_of_x[4] = high.x, values_of_x[5] = high.y, values_of_x[6] = high.z, values_of_x[7] = high.w;
+      }
+      const uint32_t first[2] = {now[i].codes[0].x, now[i].codes[0].y};
+      const uint32_t second[2] = {now[i].codes[1].x, now[i].codes[1].y};
+      float sums[4] = {};
+#pragma unroll
+      for (int product = 0; product < gemv::kProducts; ++product) {
+        uint32_t weights[4], tokens[2];
+        gemv::weight_operand(table, lane, first, second, product, weights);
+        gemv::token_operand(values_of_x, product, tokens);
+        multiply_add<T>(sums, weights, tokens);
+      }
+      gemv::add_scaled(total, sums, now[i].scales[0], now[i].scales[1]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) parts[warp][gemv::place_of_sum(lane, i)] = total[i];
+  __syncthreads();
+  if (a.rank) wait_for_previous();
+  const int64_t row = first_row + threadIdx.x % kRows;
+  const int of_token = threadIdx.x / kRows;
+  if (of_token >= a.tokens || row >= a.out_features) return;
+  float sum = 0, adapter = 0;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) sum += parts[i][threadIdx.x];
+  for (int i = 0; i < a.rank; ++i) {
+    adapter += static_cast<float>(a.t[of_token * a.rank + i]) * static_cast<float>(a.B[row * a.rank + i]);
+  }
+  if (a.bias) sum += static_cast<float>(a.bias[row]);
+  a.y[of_token * a.out_features + row] = rounded<T>(sum + a.scaling * adapter);
+}
+
+void check_launch(cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "qlora_gemv: launch failed: ", cudaGetErrorString(error));
+}
+
+template <typename T>
+void launch(const Arguments<T>& a, bool nested, cudaStream_t stream) {
+  if (a.rank) {
+    lora_down_kernel<T><<<a.rank, kRankThreads, 0, stream>>>(a);
+    check_launch(cudaGetLastError());
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>((a.out_features + kRows - 1) / kRows));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  cudaLaunchAttribute early{};  // beside the kernel before; without effect before sm_90
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early;
+  config.numAttrs = a.rank ? 1 : 0;
+  check_launch(cudaLaunchKernelEx(&config, nested ? qlora_gemv_kernel<T, true> : qlora_gemv_kernel<T, false>, a));
+}
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void check(const Tensor& x, const Tensor& packed, const Tensor& absmax, const Tensor& code, int64_t blocksize,
+           const std::optional<Tensor>& bias, const std::optional<Tensor>& A, const std::optional<Tensor>& B,
+           const Tensor& y, const Tensor& t, const std::optional<Tensor>& nested_absmax,
+           const std::optional<Tensor>& nested_offset, const std::optional<Tensor>& nested_code) {
+  const auto aligned = [](const Tensor& tensor) {
+    return tensor.is_contiguous() && reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
+  };
+  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && y.size(0) == x.size(0) && x.size(0) >= 1 && x.size(0) <= kTokens,
+                  "qlora_gemv: x and y must have 1 to 8 rows");
+  const int64_t in_features = x.size(1), out_features = y.size(1);
+  STD_TORCH_CHECK(blocksize >= kStep && (blocksize & (blocksize - 1)) == 0 && in_features % blocksize == 0 &&
+                      in_features > 0 && out_features > 0,
+                  "qlora_gemv: in_features must be a multiple of blocksize, a power of two of at least 64");
+  STD_TORCH_CHECK(aligned(x) && aligned(packed) && packed.scalar_type() == ScalarType::Byte &&
+                      packed.numel() == in_features * out_features / 2,
+                  "qlora_gemv: x and packed must be contiguous at multiples of 16 bytes, two codes in a byte");
+  const int64_t blocks = in_features * out_features / blocksize;
+  const bool nested = nested_absmax.has_value();
+  STD_TORCH_CHECK(absmax.is_contiguous() && absmax.numel() == blocks &&
+                      absmax.scalar_type() == (nested ? ScalarType::Byte : ScalarType::Float),
+                  "qlora_gemv: absmax must have one contiguous value for each block, float32 or, if nested, uint8");
+  STD_TORCH_CHECK(code.is_contiguous() && code.numel() == 16 && code.scalar_type() == ScalarType::Float,
+                  "qlora_gemv: code must be 16 contiguous float32 values");
+  if (nested) {
+    for (const auto& [tensor, numel] : {std::pair{nested_absmax, (blocks + 255) / 256}, std::pair{nested_offset, int64_t{1}},
+                                        std::pair{nested_code, int64_t{256}}}) {
+      STD_TORCH_CHECK(tensor && tensor->is_contiguous() && tensor->numel() == numel &&
+                          tensor->scalar_type() == ScalarType::Float,
+                      "qlora_gemv: nested scales need nested_absmax, nested_offset and nested_code, float32");
+    }
+  }
+  const auto type = x.scalar_type();
+  const auto like_x = [&](const Tensor& tensor, int64_t numel) {
+    return tensor.is_contiguous() && tensor.scalar_type() == type && tensor.numel() == numel;
+  };
+  STD_TORCH_CHECK(A.has_value() == B.has_value(), "qlora_gemv: lora_A and lora_B must be given together");
+  const int64_t rank = A ? A->size(0) : 0;
+  STD_TORCH_CHECK(like_x(y, y.numel()) && like_x(t, x.size(0) * rank) && (!bias || like_x(*bias, out_features)) &&
+                      (!A || (aligned(*A) && like_x(*A, rank * in_features) && like_x(*B, out_features * rank))),
+                  "qlora_gemv: bias, lora_A, lora_B, y and t must be contiguous, in the dtype of x, and fit it");
+}
+
+template <typename T>
+const T* pointer(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<const T*>(tensor->data_ptr()) : nullptr;
+}
+
+}  // namespace
+
+void qlora_gemv(Tensor x, Tensor packed, Tensor absmax, Tensor code, int64_t blocksize, std::optional<Tensor> bias,
+                std::optional<Tensor> lora_A, std::optional<Tensor> lora_B, double scaling, Tensor y, Tensor t,
+                std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_offset,
+                std::optional<Tensor> nested_code, int64_t stream_handle) {
+  check(x, packed, absmax, code, blocksize, bias, lora_A, lora_B, y, t, nested_absmax, nested_offset, nested_code);
+  torch::stable::accelerator::DeviceGuard guard(x.get_device());
+  int shift = 0;
+  while ((int64_t{1} << shift) < blocksize) ++shift;
+  const auto run = [&]<typename T>(T) {
+    launch(Arguments<T>{static_cast<const T*>(x.data_ptr()), static_cast<const uint8_t*>(packed.data_ptr()),
+                        absmax.data_ptr(), static_cast<const float*>(code.data_ptr()), pointer<T>(bias),
+                        pointer<T>(lora_A), pointer<T>(lora_B), pointer<float>(nested_absmax),
+                        pointer<float>(nested_offset), pointer<float>(nested_code), static_cast<T*>(y.data_ptr()),
+                        static_cast<T*>(t.data_ptr()), x.size(1), y.size(1), static_cast<int>(x.size(0)),
+                        static_cast<int>(lora_A ? lora_A->size(0) : 0), shift, static_cast<float>(scaling)},
+           nested_absmax.has_value(), reinterpret_cast<cudaStream_t>(stream_handle));
+  };
+  switch (x.scalar_type()) {
+    case ScalarType::BFloat16: return run(__nv_bfloat16{});
+    case ScalarType::Half: return run(__half{});
+    default: STD_TORCH_CHECK(false, "qlora_gemv: x must be bfloat16 or float16");
+  }
+}
+
+}  // namespace harlora::cuda
