@@ -1,7 +1,7 @@
 # make lodo    from a bare clone to the table: environment, installation, the main study in its quick preset
 # make test    the tests;  make check  formatting, lint, types
 # make sanitize  the operators' tests on kernels built with AddressSanitizer and UBSan; needs GCC
-# make compile   Triton's kernels for sm_80, sm_90 and sm_100, without a GPU; fails on spills and without tensor cores
+# make compile   GPU kernels for sm_80, sm_90 and sm_100, without a GPU; fails on spills and without tensor cores
 # make instructions  instruction counts of operator calls against the committed baseline; needs valgrind and a C compiler
 # make study   the committed results: three to four hours on two cores; goes on where it was stopped
 # make report  docs/results.md from the committed results

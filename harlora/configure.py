@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import torch
 
-from harlora.kernels import configurations, dispatch, replay
+from harlora.kernels import configurations, cuda, dispatch, replay
 from harlora.kernels.configurations import Configuration, Rule
 
 Report = Callable[[int, int, str], None]
@@ -27,7 +27,7 @@ Report = Callable[[int, int, str], None]
 WEIGHTS: tuple[tuple[tuple[int, int], int | None], ...] = (
     ((192, 512), 2**17), ((768, 768), 2**20), ((768, 3072), 2**22), ((4096, 4096), 2**25), ((8192, 8192), None),
 )  # fmt: skip
-ROWS: tuple[int | None, ...] = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, None)
+ROWS: tuple[int | None, ...] = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, None)
 MANY_ROWS = 8192  # measured for what has no limit
 RANK = 16
 CALLS = 8  # in one sample
@@ -87,6 +87,8 @@ def _times(
     ]
     samples: dict[str, Callable[[], float]] = {}
     for candidate in configurations.candidates(operator, dtype, rows):
+        if candidate.way in configurations.CUDA_WAYS and not cuda.serves(operator, candidate.way, *calls[0]):
+            continue
         launch = dispatch.launcher(operator, candidate)
         first = partial(launch, *calls[0])
         with warnings.catch_warnings():
@@ -194,7 +196,8 @@ def _wanted(device: torch.device) -> list[tuple[str, str, str]]:
             size = (rows or MANY_ROWS, *WEIGHTS[0][0], RANK, "nf4", 64, False)
             call = dispatch.problem(operator, device, dtype, *size)
             for candidate in configurations.candidates(operator, dtype, size[0]):
-                dispatch.launcher(operator, candidate)(*call)
+                if candidate.way in configurations.WAYS:  # what CUDA C++ has is compiled
+                    dispatch.launcher(operator, candidate)(*call)
     return list(found)
 
 

@@ -1,4 +1,4 @@
-"""How Triton's kernels are launched: the table ``configurations.json``, and which of its rules fits a call.
+"""How GPU kernels are launched: the table ``configurations.json``, and which of its rules fits a call.
 
 A table has a list of rules for each operator and width of dtype, ``"qlora_linear 16"``; the first that fits counts. A
 rule fits up to ``rows`` rows of x and ``weights`` values of the weight, each without a limit where it is left out.
@@ -6,7 +6,7 @@ rule fits up to ``rows`` rows of x and ``weights`` values of the weight, each wi
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -18,13 +18,17 @@ import torch
 FILE = Path(__file__).parent / "configurations.json"
 OPERATORS = ("qlora_linear", "qlora_linear_backward")
 WAYS = ("direct", "split", "dense")
+# CUDA C++, which serves what cuda.py says and is in no table of the repository before it has run on a card.
+CUDA_WAYS = ("gemv",)
+GEMV_ROWS = 8  # at most
 
 
 @dataclass(frozen=True)
 class Configuration:
     """How the kernels of a call are launched.
 
-    way: ``"direct"``, ``"split"`` or ``"dense"``, as triton/qlora_linear.py describes them.
+    way: ``"direct"``, ``"split"`` or ``"dense"``, as triton/qlora_linear.py describes them, or one of CUDA C++, for
+        which nothing else counts.
     block_rows, block_out, block_in: the tile of rows of x, out_features and in_features that is in registers.
     permute: decode by byte permutes in PTX; in float32 only with up to 16 rows.
     programs: with ``"split"``, how many programs there should be, at most, for each multiprocessor.
@@ -69,10 +73,10 @@ def read(table: Mapping[str, Any]) -> Table:
             found[title] = tuple(Rule(**{**rule, "use": Configuration(**rule["use"])}) for rule in rules)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"the rules of {title} are damaged ({error})") from error
-        if not found[title] or not found[title][-1].fits(2**62, 2**62):
-            raise ValueError(f"the last rule of {title} must have no limit")
-        if any(rule.use.way not in WAYS for rule in found[title]):
-            raise ValueError(f"each way of {title} must be one of {WAYS}")
+        if not found[title] or not found[title][-1].fits(2**62, 2**62) or found[title][-1].use.way in CUDA_WAYS:
+            raise ValueError(f"the last rule of {title} must have no limit, of sizes or of what its way serves")
+        if any(rule.use.way not in (*WAYS, *CUDA_WAYS) for rule in found[title]):
+            raise ValueError(f"each way of {title} must be one of {(*WAYS, *CUDA_WAYS)}")
     return found
 
 
@@ -121,10 +125,21 @@ def candidates(operator: str, dtype: torch.dtype, rows: int) -> list[Configurati
         for stages in (3, 5) if rows <= 32 else (3,):
             found.append(Configuration("direct", height, width, depth, warps, stages))
             found += [Configuration("split", height, width, depth, warps, stages, programs=n) for n in (1, 2, 4)]
+    if dtype.itemsize == 2 and operator == "qlora_linear" and rows <= GEMV_ROWS:
+        found.append(Configuration("gemv"))
     return [*found, Configuration("dense")] if rows >= 64 else found
 
 
-def choose(table: Table, operator: str, dtype: torch.dtype, rows: int, weights: int) -> Configuration:
-    """The configuration of the first rule that fits."""
+def choose(
+    table: Table, operator: str, dtype: torch.dtype, rows: int, weights: int, can: Callable[[str], bool] | None = None
+) -> Configuration:
+    """The configuration of the first rule that fits.
+
+    can: whether a way of CUDA C++ serves; by default none does.
+    """
     rules = table[f"{operator} {8 * dtype.itemsize}"]
-    return next(rule.use for rule in rules if rule.fits(rows, weights))
+    return next(
+        rule.use
+        for rule in rules
+        if rule.fits(rows, weights) and (rule.use.way in WAYS or (can is not None and can(rule.use.way)))
+    )

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harlora.kernels import configurations, cpp, reference, tuning
+from harlora.kernels import configurations, cpp, cuda, reference, tuning
 from harlora.kernels.configurations import Configuration
 from harlora.kernels.format import QUANT_TYPES
 
@@ -85,7 +85,9 @@ def backends(operator: str) -> tuple[Backend, ...]:
         function = getattr(cpp, operator)
         if cpp.has_kernel(operator, "cpu"):
             table.append(Backend("cpp", function, "cpu", cpp.DTYPES))
-        if cpp.has_kernel(operator, "cuda"):
+        if operator in cuda.WAYS:
+            table.append(Backend("cpp", partial(_cuda, operator), "cuda", cpp.DTYPES, UNVERIFIED))
+        elif cpp.has_kernel(operator, "cuda"):
             table.append(Backend("cpp", function, "cuda", on_request=UNVERIFIED))
     return (*table, Backend("reference", getattr(reference, operator)))
 
@@ -125,13 +127,21 @@ def _table(device: torch.device) -> configurations.Table:
     return {**given, **tuning.measured_configurations(device)}
 
 
-def configuration(operator: str, device: torch.device, dtype: torch.dtype, rows: int, weights: int) -> Configuration:
-    """How Triton's kernels of ``operator`` are launched for ``rows`` of x over ``weights`` values of the weight."""
-    return configurations.choose(_table(device), operator, dtype, rows, weights)
+def configuration(
+    operator: str, device: torch.device, dtype: torch.dtype, rows: int, weights: int,
+    can: Callable[[str], bool] | None = None,
+) -> Configuration:  # fmt: skip
+    """How the kernels of ``operator`` are launched for ``rows`` of x over ``weights`` values of the weight.
+
+    can: whether a way of CUDA C++ serves the call; by default none does.
+    """
+    return configurations.choose(_table(device), operator, dtype, rows, weights, can)
 
 
 def launcher(operator: str, chosen: Configuration | tuple[Configuration, ...]) -> Callable[..., Any]:
-    """Triton's function for ``operator`` with a configuration; it takes the operator's arguments."""
+    """The function for ``operator`` with a configuration; it takes the operator's arguments."""
+    if isinstance(chosen, Configuration) and chosen.way in configurations.CUDA_WAYS:
+        return cuda.WAYS[operator][chosen.way]
     return partial(_launcher(operator), configuration=chosen)
 
 
@@ -219,11 +229,21 @@ def _triton(operator: str, *arguments: Any) -> Any:
 
 
 def proven_function(operator: str, *arguments: Any) -> Callable[..., Any] | None:
-    """Triton's function for such arguments, or None where their configuration proved wrong or cannot be proven now."""
+    """The function for such arguments, or None where their configuration proved wrong or cannot be proven now."""
     wide, in_features, out_features, *_ = _sizes(operator, arguments)
     rows = wide.numel() // max(1, wide.shape[-1])
-    chosen = configuration(_TRITON[operator][1], wide.device, wide.dtype, rows, in_features * out_features)
+    size = (wide.device, wide.dtype, rows, in_features * out_features)
+    chosen = configuration(_TRITON[operator][1], *size, lambda way: cuda.serves(operator, way, *arguments))
     return launcher(operator, chosen) if serves(operator, chosen, *arguments) else None
+
+
+def _cuda(operator: str, *arguments: Any) -> Any:
+    """The operator by CUDA C++ where one of its ways serves such arguments, or by the reference."""
+    for way in cuda.WAYS[operator]:
+        chosen = Configuration(way)
+        if cuda.serves(operator, way, *arguments) and serves(operator, chosen, *arguments):
+            return launcher(operator, chosen)(*arguments)
+    return _by_reference(operator, *arguments)
 
 
 def _by_reference(operator: str, *arguments: Any) -> Any:
@@ -415,7 +435,7 @@ def _problem_of_tiles(probe: _Probe, dtype: torch.dtype, **given: Any) -> tuple[
     """As `problem`, of several tiles of the configuration."""
     chosen = probe.configuration
     assert isinstance(chosen, Configuration)
-    rows = 2 * chosen.block_rows + 1 if chosen.block_rows else 70
+    rows = 2 * chosen.block_rows + 1 if chosen.block_rows else cuda.PROVEN_ROWS.get(chosen.way, 70)
     # Past two tiles, and of a multiple of 16 as most layers are: any other number would be compiled apart from theirs.
     out_features = 2 * (chosen.block_out or 64) + 16
     in_features = max(8 * (chosen.block_in or 64), 2 * probe.blocksize)

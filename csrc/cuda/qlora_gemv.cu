@@ -32,8 +32,8 @@ struct Arguments {
   const void* absmax;
   const float* code;
   const T* bias;
-  const T* A;
-  const T* B;
+  const void* A;  // T, or float if `wide`
+  const void* B;
   const float* nested_absmax;
   const float* nested_offset;
   const float* nested_code;
@@ -45,6 +45,7 @@ struct Arguments {
   int rank;
   int shift;  // log2(blocksize)
   float scaling;
+  bool wide;
 };
 
 template <typename T>
@@ -65,14 +66,28 @@ __device__ __forceinline__ float2 unpacked(uint32_t pair, __half) {
   return __half22float2(reinterpret_cast<const __half2&>(pair));
 }
 
+// Eight values of an adapter, two in a word.
+template <typename T, bool kWide>
+__device__ __forceinline__ uint4 eight(const void* from, int64_t place) {
+  if constexpr (!kWide) {
+    return *reinterpret_cast<const uint4*>(static_cast<const T*>(from) + place);
+  } else {
+    const float4* wide = reinterpret_cast<const float4*>(static_cast<const float*>(from) + place);
+    const float4 low = wide[0], high = wide[1];
+    alignas(16) const T values[8] = {rounded<T>(low.x),  rounded<T>(low.y),  rounded<T>(low.z),  rounded<T>(low.w),
+                         rounded<T>(high.x), rounded<T>(high.y), rounded<T>(high.z), rounded<T>(high.w)};
+    return *reinterpret_cast<const uint4*>(values);
+  }
+}
+
 // One row of lora_A for a block of threads: t[token][row].
-template <typename T>
+template <typename T, bool kWide>
 __global__ void __launch_bounds__(kRankThreads) lora_down_kernel(const Arguments<T> a) {
   let_next_start();
   const int row = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float sums[kTokens] = {};
   for (int64_t k = 8 * threadIdx.x; k < a.in_features; k += 8 * kRankThreads) {
-    const uint4 weights = *reinterpret_cast<const uint4*>(a.A + row * a.in_features + k);
+    const uint4 weights = eight<T, kWide>(a.A, row * a.in_features + k);
     const uint32_t w[4] = {weights.x, weights.y, weights.z, weights.w};
 #pragma unroll
     for (int token = 0; token < kTokens; ++token) {
@@ -196,7 +211,9 @@ __global__ void __launch_bounds__(kThreads, 2) qlora_gemv_kernel(const Arguments
 #pragma unroll
   for (int i = 0; i < kWarps; ++i) sum += parts[i][threadIdx.x];
   for (int i = 0; i < a.rank; ++i) {
-    adapter += static_cast<float>(a.t[of_token * a.rank + i]) * static_cast<float>(a.B[row * a.rank + i]);
+    const int64_t place = row * a.rank + i;
+    const T B = a.wide ? rounded<T>(static_cast<const float*>(a.B)[place]) : static_cast<const T*>(a.B)[place];
+    adapter += static_cast<float>(a.t[of_token * a.rank + i]) * static_cast<float>(B);
   }
   if (a.bias) sum += static_cast<float>(a.bias[row]);
   a.y[of_token * a.out_features + row] = rounded<T>(sum + a.scaling * adapter);
@@ -209,7 +226,7 @@ void check_launch(cudaError_t error) {
 template <typename T>
 void launch(const Arguments<T>& a, bool nested, cudaStream_t stream) {
   if (a.rank) {
-    lora_down_kernel<T><<<a.rank, kRankThreads, 0, stream>>>(a);
+    (a.wide ? lora_down_kernel<T, true> : lora_down_kernel<T, false>)<<<a.rank, kRankThreads, 0, stream>>>(a);
     check_launch(cudaGetLastError());
   }
   cudaLaunchConfig_t config{};
@@ -262,11 +279,16 @@ void check(const Tensor& x, const Tensor& packed, const Tensor& absmax, const Te
   const auto like_x = [&](const Tensor& tensor, int64_t numel) {
     return tensor.is_contiguous() && tensor.scalar_type() == type && tensor.numel() == numel;
   };
+  const auto adapter = [&](const Tensor& tensor, int64_t numel) {
+    return tensor.is_contiguous() && tensor.numel() == numel && tensor.scalar_type() == A->scalar_type() &&
+           (tensor.scalar_type() == type || tensor.scalar_type() == ScalarType::Float);
+  };
   STD_TORCH_CHECK(A.has_value() == B.has_value(), "qlora_gemv: lora_A and lora_B must be given together");
   const int64_t rank = A ? A->size(0) : 0;
   STD_TORCH_CHECK(like_x(y, y.numel()) && like_x(t, x.size(0) * rank) && (!bias || like_x(*bias, out_features)) &&
-                      (!A || (aligned(*A) && like_x(*A, rank * in_features) && like_x(*B, out_features * rank))),
-                  "qlora_gemv: bias, lora_A, lora_B, y and t must be contiguous, in the dtype of x, and fit it");
+                      (!A || (aligned(*A) && adapter(*A, rank * in_features) && adapter(*B, out_features * rank))),
+                  "qlora_gemv: bias, lora_A, lora_B, y and t must be contiguous, in the dtype of x or, of the adapter, "
+                  "float32, and fit it");
 }
 
 template <typename T>
@@ -287,10 +309,11 @@ void qlora_gemv(Tensor x, Tensor packed, Tensor absmax, Tensor code, int64_t blo
   const auto run = [&]<typename T>(T) {
     launch(Arguments<T>{static_cast<const T*>(x.data_ptr()), static_cast<const uint8_t*>(packed.data_ptr()),
                         absmax.data_ptr(), static_cast<const float*>(code.data_ptr()), pointer<T>(bias),
-                        pointer<T>(lora_A), pointer<T>(lora_B), pointer<float>(nested_absmax),
+                        pointer<void>(lora_A), pointer<void>(lora_B), pointer<float>(nested_absmax),
                         pointer<float>(nested_offset), pointer<float>(nested_code), static_cast<T*>(y.data_ptr()),
                         static_cast<T*>(t.data_ptr()), x.size(1), y.size(1), static_cast<int>(x.size(0)),
-                        static_cast<int>(lora_A ? lora_A->size(0) : 0), shift, static_cast<float>(scaling)},
+                        static_cast<int>(lora_A ? lora_A->size(0) : 0), shift, static_cast<float>(scaling),
+                        lora_A && lora_A->scalar_type() == ScalarType::Float},
            nested_absmax.has_value(), reinterpret_cast<cudaStream_t>(stream_handle));
   };
   switch (x.scalar_type()) {

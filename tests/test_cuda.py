@@ -1,0 +1,170 @@
+"""CUDA C++ as a way of the layer: when it is chosen, what it refuses, and on a GPU what it computes."""
+
+import pytest
+import torch
+from needs import needs_extension
+
+from harlora.kernels import configurations, cpp, cuda, dispatch, reference
+from harlora.kernels.configurations import Configuration, Rule
+
+CPU = torch.device("cpu")
+ERROR = {torch.bfloat16: 2e-2, torch.float16: 2e-3}
+TABLE = {"qlora_linear 16": (Rule(Configuration("gemv"), 8), Rule(Configuration("direct", 16, 32, 32)))}
+
+
+def problem(device, dtype, rows, in_features=128, out_features=33, rank=4, blocksize=64, nested=False, kind="nf4"):
+    return dispatch.problem(
+        "qlora_linear", device, dtype, rows, in_features, out_features, rank, kind, blocksize, nested
+    )
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A machine where the kernel runs, computes what the reference does and is in the table; its calls."""
+    called = []
+
+    def gemv(*arguments):
+        called.append(arguments)
+        return reference.qlora_linear(*arguments)
+
+    monkeypatch.setitem(cuda.WAYS["qlora_linear"], "gemv", gemv)
+    monkeypatch.setattr(cuda, "serves", lambda _, way, *arguments: cuda._SERVES[way](*arguments))
+    monkeypatch.setattr(dispatch, "_table", lambda _: TABLE)
+    monkeypatch.setattr(dispatch, "_wrong", {})
+    return called
+
+
+def test_it_is_taken_where_the_table_has_it_and_it_serves(card):
+    for rows in (1, 8):
+        x, *layer = problem(CPU, torch.float16, rows)
+        assert dispatch.proven_function("qlora_linear", x, *layer) is cuda.WAYS["qlora_linear"]["gemv"]
+    assert len(card) == 1  # the problem on which it is proven, once
+    assert card[0][0].shape[0] == 7
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"rows": 9}, {"rows": 0}, {"dtype": torch.float32}, {"blocksize": 32}, {"in_features": 96}, {"dropout": True},
+        {"in_features": 65}, {"misplaced": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_it_does_not_serve_takes_another_way(changed, card, monkeypatch):
+    given = {"dtype": torch.float16, "rows": 3} | changed
+    drop, misplaced = given.pop("dropout", False), given.pop("misplaced", False)
+    arguments = problem(CPU, **given)
+    if drop:
+        arguments = dispatch.with_dropout(arguments, CPU)
+    if misplaced:
+        x, packed, *rest = arguments
+        moved = torch.empty(packed.numel() + 8, dtype=torch.uint8)[8:].view_as(packed).copy_(packed)
+        arguments = (x, moved, *rest)
+    assert not cuda.serves("qlora_linear", "gemv", *arguments)
+    monkeypatch.setattr(dispatch, "_table", lambda _: {**TABLE, "qlora_linear 32": TABLE["qlora_linear 16"]})
+    monkeypatch.setattr(dispatch, "serves", lambda *_: True)
+    assert dispatch.proven_function("qlora_linear", *arguments).keywords["configuration"].way == "direct"
+    assert not card
+
+
+def test_a_wrong_one_is_left_out_with_one_warning_that_names_it(card, monkeypatch):
+    monkeypatch.setitem(cuda.WAYS["qlora_linear"], "gemv", lambda x, *layer: (x.new_zeros(7, layer[6]), x[:, :16]))
+    arguments = problem(CPU, torch.float16, 3)
+    with pytest.warns(RuntimeWarning, match="way='gemv'.* of qlora_linear disagrees with the reference"):
+        assert dispatch.proven_function("qlora_linear", *arguments) is None
+    assert dispatch.proven_function("qlora_linear", *arguments) is None
+    assert not card
+
+
+def test_no_table_of_the_repository_has_what_no_card_has_run():
+    for table in configurations.tables().values():
+        assert all(rule.use.way in configurations.WAYS for rules in table.values() for rule in rules)
+
+
+def test_a_table_must_end_with_a_way_that_serves_everything():
+    with pytest.raises(ValueError, match="must have no limit, of sizes or of what its way serves"):
+        configurations.read({"qlora_linear 16": [{"use": {"way": "gemv"}}]})
+
+
+def test_it_does_not_serve_where_there_is_no_gpu():
+    assert not cuda.serves("qlora_linear", "gemv", *problem(CPU, torch.float16, 3))
+    assert not cuda.serves("qlora_linear_backward", "gemv", *problem(CPU, torch.float16, 3))
+
+
+@needs_extension
+def test_on_request_the_reference_serves_what_it_does_not(monkeypatch):
+    arguments = problem(CPU, torch.float16, 3)
+    for found, right in zip(
+        dispatch._cuda("qlora_linear", *arguments), reference.qlora_linear(*arguments), strict=True
+    ):
+        assert torch.equal(found, right)
+    if cpp.has_kernel("qlora_gemv", "cuda"):
+        (backend,) = [b for b in dispatch.backends("qlora_linear") if b.name == "cpp" and b.device_type == "cuda"]
+        assert backend.on_request == dispatch.UNVERIFIED
+
+
+# On a GPU ------------------------------------------------------------------------------------------------------------
+
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
+
+
+@pytest.fixture
+def gpu():
+    if cpp.load_extension() or not cpp.has_kernel("qlora_gemv", "cuda"):
+        pytest.skip("the extension was built without CUDA")
+    return torch.device("cuda")
+
+
+def check(arguments):
+    assert cuda.serves("qlora_linear", "gemv", *arguments)
+    x = arguments[0]
+    exact = reference.qlora_linear(
+        *(each.double() if isinstance(each, torch.Tensor) and each.dtype == x.dtype else each for each in arguments)
+    )
+    for found, right in zip(cuda.qlora_gemv(*arguments), exact, strict=True):
+        assert found.shape == right.shape
+        assert found.dtype == x.dtype
+        if right.numel():
+            assert (found.double() - right).abs().max() <= ERROR[x.dtype] * right.abs().max()
+
+
+class TestOnAGpu:
+    pytestmark = needs_gpu
+
+    @pytest.mark.parametrize("dtype", list(ERROR), ids=str)
+    def test_it_agrees_with_the_reference(self, gpu, dtype):
+        for size in (
+            (64, 1, 1, 64, False, "nf4"), (192, 192, 16, 64, False, "nf4"), (4096, 4096, 16, 64, True, "nf4"),
+            (2048, 33, 5, 128, False, "fp4"), (4096, 17, 128, 4096, True, "fp4"), (640, 1024, 0, 64, True, "nf4"),
+            (14336, 4096, 64, 64, False, "nf4"),
+        ):  # fmt: skip
+            for rows in (1, 2, 5, 7, 8):
+                check(problem(gpu, dtype, rows, *size))
+
+    def test_without_bias_and_with_strides(self, gpu):
+        x, *layer = problem(gpu, torch.bfloat16, 6)
+        layer[7] = None
+        check((x.T.contiguous().T, *layer))
+        check((x[::2], *layer))
+        check((x.view(2, 3, -1), *layer))
+
+    def test_float32_adapters_are_rounded_as_they_are_read(self, gpu):
+        x, *layer = problem(gpu, torch.bfloat16, 3, 256, 70, 8)
+        wide = [each.float() if i in (8, 9) else each for i, each in enumerate(layer)]
+        for one, other in zip(cuda.qlora_gemv(x, *layer), cuda.qlora_gemv(x, *wide), strict=True):
+            assert torch.equal(one, other)
+
+    def test_many_launches_in_a_graph_give_what_each_gives(self, gpu):
+        """Each reads t of its own first kernel, though it starts beside it."""
+        calls = [problem(gpu, torch.bfloat16, 4, 4096, 1024, 16) for _ in range(4)]
+        right = [cuda.qlora_gemv(*call) for call in calls]
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = [cuda.qlora_gemv(*call) for call in calls for _ in range(8)]
+        for _ in range(20):
+            graph.replay()
+        torch.cuda.synchronize()
+        for i, (y, t) in enumerate(found):
+            assert torch.equal(y, right[i // 8][0])
+            assert torch.equal(t, right[i // 8][1])
