@@ -6,8 +6,9 @@ torch in the build environment, no ninja, no C++ compiler), the installation goe
 operators run on their PyTorch reference.
 
 Environment: CXX, the C++ compiler; CUDA_HOME, the CUDA toolkit (otherwise found through nvcc on PATH);
-HARLORA_CUDA=0 leaves the CUDA part out; HARLORA_CUDA_ARCHS, by default "80;90a;100". HARLORA_SANITIZE=1 compiles the
-CPU part with AddressSanitizer and UBSan, for ``make sanitize`` alone: what comes out loads only behind their runtime.
+HARLORA_CUDA=0 leaves the CUDA part out; TORCH_CUDA_ARCH_LIST, as torch's extensions read it ("8.0;9.0a;10.0+PTX"), by
+default all GPUs that the kernels are written for and the toolkit knows. HARLORA_SANITIZE=1 compiles the CPU part with
+AddressSanitizer and UBSan, for ``make sanitize`` alone: what comes out loads only behind their runtime.
 """
 
 import os
@@ -33,6 +34,8 @@ VARIANTS = {
     "kernels_avx2": "-mavx2 -mfma -mf16c",
 }
 X86 = platform.machine().lower() in {"x86_64", "amd64"}
+# GPUs that the CUDA part is written for.
+ARCHITECTURES = "8.0+PTX;8.6;8.9;9.0a;10.0a"
 # The oldest torch that the stable ABI calls may come from: 2.10.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # Every finding ends the process; frame pointers and -O1 make its report readable.
@@ -91,8 +94,32 @@ def cuda_folder() -> Path:
     return Path(top[1].strip()).resolve()
 
 
-def ninja_file(torch: Path, cxx: str, cuda: Path | None, target: Path) -> str:
-    """The build file that makes ``target``."""
+def architectures(cuda: Path) -> list[str]:
+    """The options of nvcc for the GPUs that are built for. Raises: UnavailableError for a list that cannot be read."""
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").strip(";")
+    if not given:
+        # PTX of the oldest serves what comes after; the machine code of 9.0a and 10.0a serves no other GPU.
+        said = subprocess.run([cuda / "bin" / "nvcc", "--list-gpu-code"], capture_output=True, text=True, check=False)
+        known = said.stdout.split()
+        given = ";".join(arch for arch in ARCHITECTURES.split(";") if f"sm_{number(arch).rstrip('af')}" in known)
+    found = []
+    for arch in filter(None, given.split(";")):
+        name, _, ptx = arch.partition("+")
+        if not re.fullmatch(r"\d+\.\d[af]?", name) or ptx not in ("", "PTX"):
+            raise UnavailableError(f"TORCH_CUDA_ARCH_LIST must be numbers such as 8.0;9.0a;10.0+PTX, got {arch!r}")
+        found.append(f"-gencode=arch=compute_{number(arch)},code=sm_{number(arch)}")
+        if ptx:
+            found.append(f"-gencode=arch=compute_{number(arch)},code=compute_{number(arch)}")
+    return found
+
+
+def number(arch: str) -> str:
+    """9.0a+PTX as nvcc's names have it, 90a."""
+    return arch.partition("+")[0].replace(".", "")
+
+
+def ninja_file(torch: Path, cxx: str, cuda: Path | None, gencode: list[str], target: Path) -> str:
+    """The build file that makes ``target``; gencode: nvcc's options for the GPUs."""
 
     def quoted(path: Path | str) -> str:  # as a path in a ninja file
         return re.sub(r"([$ :])", r"$\1", str(path))
@@ -119,11 +146,9 @@ def ninja_file(torch: Path, cxx: str, cuda: Path | None, target: Path) -> str:
         lines.append(f"build {objects[-1]}: cxx {quoted(source)}")
         lines.append(f" more = {VARIANTS.get(source.stem, '')}" + " -DHARLORA_CUDA" * bool(cuda))
     if cuda:
-        archs = os.environ.get("HARLORA_CUDA_ARCHS", "80;90a;100").split(";")
-        gencode = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
         flags = common.replace("-isystem ", "-I")
         lines.append(
-            f"rule nvcc\n command = {cuda / 'bin' / 'nvcc'} {flags} -DUSE_CUDA {gencode} -Xcompiler -fPIC "
+            f"rule nvcc\n command = {cuda / 'bin' / 'nvcc'} {flags} -DUSE_CUDA {' '.join(gencode)} -Xcompiler -fPIC "
             "-Werror all-warnings -Xptxas -v -MD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc"
         )
         for source in sorted((SOURCES / "cuda").glob("*.cu")):
@@ -153,8 +178,11 @@ class BuildWithNinja(build_ext):
 
     def _build(self, target: Path) -> None:
         torch, ninja, cxx = torch_folder(), ninja_program(), cxx_program()
+        cuda: Path | None = None
+        gencode: list[str] = []
         try:
-            cuda: Path | None = cuda_folder()
+            cuda = cuda_folder()
+            gencode = architectures(cuda)
         except UnavailableError as reason:
             self.announce(f"harlora: building without the CUDA part ({reason})", level=2)
             cuda = None
@@ -162,7 +190,7 @@ class BuildWithNinja(build_ext):
         folder = Path(self.build_temp).resolve() / "harlora"
         folder.mkdir(parents=True, exist_ok=True)
         for attempt in [cuda, None] if cuda else [None]:
-            (folder / "build.ninja").write_text(ninja_file(torch, cxx, attempt, target))
+            (folder / "build.ninja").write_text(ninja_file(torch, cxx, attempt, gencode, target))
             try:
                 subprocess.run([ninja, "-C", str(folder)], check=True)
                 break

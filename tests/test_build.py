@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -119,3 +120,30 @@ def test_cuda_code_compiles_without_spills(tmp_path, arch):
         assert registers
         assert max(registers) <= 64
         assert set(spills) == {0}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("", ["80,code=sm_80", "80,code=compute_80", "86,code=sm_86", "90a,code=sm_90a"]),
+        ("9.0a", ["90a,code=sm_90a"]),
+        ("8.9 10.0+PTX", ["89,code=sm_89", "100,code=sm_100", "100,code=compute_100"]),
+        ("Hopper", None),
+    ],
+)
+def test_the_gpus_that_are_built_for(given, expected, tmp_path, monkeypatch):
+    """Those of the list; by default those that this toolkit knows of the kernels'."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given)
+    build_file = runpy.run_path(str(ROOT / "setup.py"))
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho sm_80 sm_86 sm_90\n")
+    nvcc.chmod(0o755)
+    if expected is None:
+        with pytest.raises(
+            build_file["UnavailableError"], match=r"numbers such as 8\.0;9\.0a;10\.0\+PTX, got 'Hopper'"
+        ):
+            build_file["architectures"](tmp_path)
+    else:
+        assert build_file["architectures"](tmp_path) == [f"-gencode=arch=compute_{each}" for each in expected]

@@ -10,6 +10,9 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include <array>
+#include <atomic>
+
 #include "ptx.cuh"
 #include "qlora_gemv.h"
 
@@ -22,7 +25,7 @@ using gemv::kThreads;
 using gemv::kTokens;
 using gemv::kWarps;
 
-constexpr int kAhead = 4;        // steps of a warp whose codes are on their way at a time
+constexpr int kAhead = 4;          // steps of a warp whose codes are on their way at a time
 constexpr int kRankThreads = 128;  // for one row of lora_A
 
 template <typename T>
@@ -58,6 +61,9 @@ template <>
 __device__ __forceinline__ __half rounded(float value) {
   return __float2half_rn(value);
 }
+
+__device__ __forceinline__ uint16_t pattern(__nv_bfloat16 value) { return __bfloat16_as_ushort(value); }
+__device__ __forceinline__ uint16_t pattern(__half value) { return __half_as_ushort(value); }
 
 __device__ __forceinline__ float2 unpacked(uint32_t pair, __nv_bfloat16) {
   return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
@@ -157,8 +163,7 @@ __global__ void __launch_bounds__(kThreads, 2) qlora_gemv_kernel(const Arguments
     }
   };
 
-  if (threadIdx.x < 16) values[threadIdx.x] = reinterpret_cast<const uint16_t&>(
-      static_cast<const T&>(rounded<T>(a.code[threadIdx.x])));
+  if (threadIdx.x < 16) values[threadIdx.x] = pattern(rounded<T>(a.code[threadIdx.x]));
   if constexpr (kNested) nested_code[threadIdx.x] = a.nested_code[threadIdx.x];
   __syncthreads();
   Read next[kAhead];
@@ -223,8 +228,24 @@ void check_launch(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "qlora_gemv: launch failed: ", cudaGetErrorString(error));
 }
 
+// Whether the kernel that runs on this device waits for the one before: machine code made at start from older PTX has no
+// such instruction, and must not start early.
+bool waits_for_previous(const void* kernel) {
+  static std::array<std::atomic<int>, 64> known{};  // by device, PTX version; 0 where it was not asked
+  int device = 0;
+  check_launch(cudaGetDevice(&device));
+  std::atomic<int>& version = known.at(device);
+  if (!version) {
+    cudaFuncAttributes attributes{};
+    check_launch(cudaFuncGetAttributes(&attributes, kernel));
+    version = attributes.ptxVersion;
+  }
+  return version >= 90;
+}
+
 template <typename T>
 void launch(const Arguments<T>& a, bool nested, cudaStream_t stream) {
+  const auto kernel = nested ? qlora_gemv_kernel<T, true> : qlora_gemv_kernel<T, false>;
   if (a.rank) {
     (a.wide ? lora_down_kernel<T, true> : lora_down_kernel<T, false>)<<<a.rank, kRankThreads, 0, stream>>>(a);
     check_launch(cudaGetLastError());
@@ -233,12 +254,12 @@ void launch(const Arguments<T>& a, bool nested, cudaStream_t stream) {
   config.gridDim = dim3(static_cast<unsigned>((a.out_features + kRows - 1) / kRows));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
-  cudaLaunchAttribute early{};  // beside the kernel before; without effect before sm_90
+  cudaLaunchAttribute early{};  // beside the kernel before
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &early;
-  config.numAttrs = a.rank ? 1 : 0;
-  check_launch(cudaLaunchKernelEx(&config, nested ? qlora_gemv_kernel<T, true> : qlora_gemv_kernel<T, false>, a));
+  config.numAttrs = a.rank && waits_for_previous(reinterpret_cast<const void*>(kernel)) ? 1 : 0;
+  check_launch(cudaLaunchKernelEx(&config, kernel, a));
 }
 
 using torch::headeronly::ScalarType;
