@@ -4,12 +4,12 @@
 
 #include "host_device.h"
 
-// Decoding of 4-bit codes, both of a byte at once: the even element is in the high half. NF4 and FP4 differ by the table
-// of code values alone, which comes from kernels/format.py.
+// Decoding of 4-bit codes, both of a byte at once: the even element is in the high half. NF4 and FP4 differ by the
+// table of code values alone, which comes from kernels/format.py.
 namespace harlora::cuda {
 
-// A table in shared memory of what each byte stands for, two 16-bit values in the order of their elements, once for each
-// of the 32 banks: lanes that look up different bytes never wait for each other.
+// A table in shared memory of what each byte stands for, two 16-bit values in the order of their elements, once for
+// each of the 32 banks: lanes that look up different bytes never wait for each other.
 constexpr int kPairs = 256;
 constexpr int kPairCopies = 32;
 constexpr int kPairWords = kPairs * kPairCopies;

@@ -44,7 +44,8 @@ __device__ __forceinline__ uint2 load_once(const void* from) {
   return words;
 }
 
-// griddepcontrol.launch_dependents: the next kernel of the stream, if launched so, may start before this one ends. sm_90.
+// griddepcontrol.launch_dependents: the next kernel of the stream, if launched so, may start before this one ends.
+// sm_90.
 __device__ __forceinline__ void let_next_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");

@@ -1,5 +1,5 @@
-// The layer for at most 8 rows of x: as long as the packed weight takes to be read, and both kernels are launched so that
-// the small one, t = x·lora_Aᵀ, runs beside the large one, which asks for t when it has read its part of the weight.
+// The layer for at most 8 rows of x, written to take as long as reading the packed weight: t = x·lora_Aᵀ is a small
+// kernel of its own that runs beside the large one, which asks for t when it has read its part of the weight.
 //
 // Not yet run on a card: kernels/dispatch.py offers it on request only.
 
@@ -228,8 +228,8 @@ void check_launch(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "qlora_gemv: launch failed: ", cudaGetErrorString(error));
 }
 
-// Whether the kernel that runs on this device waits for the one before: machine code made at start from older PTX has no
-// such instruction, and must not start early.
+// Whether the kernel that runs on this device waits for the one before: machine code made at start from older PTX has
+// no such instruction, and must not start early.
 bool waits_for_previous(const void* kernel) {
   static std::array<std::atomic<int>, 64> known{};  // by device, PTX version; 0 where it was not asked
   int device = 0;
@@ -289,8 +289,9 @@ void check(const Tensor& x, const Tensor& packed, const Tensor& absmax, const Te
   STD_TORCH_CHECK(code.is_contiguous() && code.numel() == 16 && code.scalar_type() == ScalarType::Float,
                   "qlora_gemv: code must be 16 contiguous float32 values");
   if (nested) {
-    for (const auto& [tensor, numel] : {std::pair{nested_absmax, (blocks + 255) / 256}, std::pair{nested_offset, int64_t{1}},
-                                        std::pair{nested_code, int64_t{256}}}) {
+    for (const auto& [tensor, numel] :
+         {std::pair{nested_absmax, (blocks + 255) / 256}, std::pair{nested_offset, int64_t{1}},
+          std::pair{nested_code, int64_t{256}}}) {
       STD_TORCH_CHECK(tensor && tensor->is_contiguous() && tensor->numel() == numel &&
                           tensor->scalar_type() == ScalarType::Float,
                       "qlora_gemv: nested scales need nested_absmax, nested_offset and nested_code, float32");

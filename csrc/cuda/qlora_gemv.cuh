@@ -7,12 +7,13 @@
 
 // Which lane does what in qlora_gemv.cu.
 //
-// A block of threads computes 16 columns of y for up to 8 rows of x ("tokens"): yᵀ = Ŵ·xᵀ with rows of the weight as the
-// 16 rows of mma.sync and tokens as its 8 columns, so that one decoded weight serves all tokens and its operand is made
-// in registers. Its warps share out the steps of 64 along k, one after the other, and their sums are added in that order.
+// A block of threads computes 16 columns of y for up to 8 rows of x ("tokens"): yᵀ = Ŵ·xᵀ with rows of the weight as
+// the 16 rows of mma.sync and tokens as its 8 columns, so that one decoded weight serves all tokens and its operand is
+// made in registers. Its warps share out the steps of 64 along k, one after the other, and their sums are added in that
+// order.
 //
-// The order of k within a step is free, as long as both factors have the same: here a lane takes 16 values of k in a row,
-// which are 8 bytes of packed codes and 32 bytes of x, and four products take four of them each.
+// The order of k within a step is free, as long as both factors have the same: here a lane takes 16 values of k in a
+// row, which are 8 bytes of packed codes and 32 bytes of x, and four products take four of them each.
 namespace harlora::cuda::gemv {
 
 constexpr int kWarps = 8;
