@@ -14,10 +14,14 @@ constexpr int kPairs = 256;
 constexpr int kPairCopies = 32;
 constexpr int kPairWords = kPairs * kPairCopies;
 
-// Where in the table a lane finds byte `which` of a word, in words of 32 bits.
-HARLORA_HOST_DEVICE uint32_t pair_place(uint32_t word, int which, int lane) {
-  const uint32_t scaled = which == 0 ? word << 5 : word >> (8 * which - 5);
-  return (scaled & 0x1FE0u) | static_cast<uint32_t>(lane);
+// Where in the table the pair of byte `which` of a word is, in bytes from the lane's copy of the first.
+HARLORA_HOST_DEVICE uint32_t pair_place(uint32_t word, int which) {
+#ifdef __CUDA_ARCH__
+  const uint32_t byte = __byte_perm(word, 0, 0x4440 + which);  // of a shift and a mask the compiler makes three steps
+#else
+  const uint32_t byte = word >> (8 * which) & 0xFFu;
+#endif
+  return byte * static_cast<uint32_t>(4 * kPairCopies);
 }
 
 // What a byte stands for, from the 16-bit patterns of the 16 code values.

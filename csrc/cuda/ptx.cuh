@@ -44,6 +44,13 @@ __device__ __forceinline__ uint2 load_once(const void* from) {
   return words;
 }
 
+// ld.shared by its 32-bit address: of a generic one the compiler keeps and adds both halves.
+__device__ __forceinline__ uint32_t load_shared(uint32_t address) {
+  uint32_t word;
+  asm("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address));
+  return word;
+}
+
 // griddepcontrol.launch_dependents: the next kernel of the stream, if launched so, may start before this one ends.
 // sm_90.
 __device__ __forceinline__ void let_next_start() {

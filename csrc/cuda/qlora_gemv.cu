@@ -136,31 +136,38 @@ __global__ void __launch_bounds__(kThreads, 2) qlora_gemv_kernel(const Arguments
   __shared__ float parts[kWarps][kTokens * kRows];
   __shared__ float nested_code[kNested ? 256 : 1];
   __shared__ uint16_t values[16];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);  // so the compiler knows it is one for all lanes
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
-  const int64_t steps = a.in_features / kStep, blocks = a.in_features >> a.shift;
-  // Rows past the last one are read as if they were that, and not written.
-  int64_t rows[2];
-  const uint8_t* codes[2];
+  const int steps = static_cast<int>(a.in_features / kStep), shift = a.shift - 6;  // log2 of the steps of a block
+  // Rows of the weight and of x past the last one are read as if they were that, and their results not written.
+  const uint8_t* codes[2];  // of the next step that is read
+  int64_t first_block[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    rows[i] = min(first_row + gemv::row_of(lane, i), a.out_features - 1);
-    codes[i] = a.packed + (rows[i] * a.in_features + gemv::first_k(lane)) / 2;
+    const int64_t row = min(first_row + gemv::row_of(lane, i), a.out_features - 1);
+    codes[i] = a.packed + (row * a.in_features + gemv::first_k(lane) + warp * kStep) / 2;
+    first_block[i] = row * (a.in_features >> a.shift);
+    asm volatile("" : "+l"(first_block[i]));  // or the compiler computes it anew in each step
   }
+  int ahead = warp;
   const float offset = kNested ? *a.nested_offset : 0.0f;
-  const auto read = [&](int64_t step, Read& into) {
+  const auto read = [&](Read& into) {
+    if (ahead < steps) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (step >= steps) continue;
-      into.codes[i] = load_once(codes[i] + step * (kStep / 2));
-      const int64_t block = rows[i] * blocks + ((step * kStep) >> a.shift);
-      if constexpr (kNested) {
-        const int number = static_cast<const uint8_t*>(a.absmax)[block];
-        into.scales[i] = nested_scale(nested_code[number], a.nested_absmax[block >> 8], offset);
-      } else {
-        into.scales[i] = static_cast<const float*>(a.absmax)[block];
+      for (int i = 0; i < 2; ++i) {
+        into.codes[i] = load_once(codes[i]);
+        codes[i] += kWarps * kStep / 2;
+        const int64_t block = first_block[i] + (ahead >> shift);
+        if constexpr (kNested) {
+          const int number = static_cast<const uint8_t*>(a.absmax)[block];
+          into.scales[i] = nested_scale(nested_code[number], a.nested_absmax[block >> 8], offset);
+        } else {
+          into.scales[i] = static_cast<const float*>(a.absmax)[block];
+        }
       }
     }
+    ahead += kWarps;
   };
 
   if (threadIdx.x < 16) values[threadIdx.x] = pattern(rounded<T>(a.code[threadIdx.x]));
@@ -168,37 +175,35 @@ __global__ void __launch_bounds__(kThreads, 2) qlora_gemv_kernel(const Arguments
   __syncthreads();
   Read next[kAhead];
 #pragma unroll
-  for (int i = 0; i < kAhead; ++i) read(warp + kWarps * i, next[i]);
+  for (int i = 0; i < kAhead; ++i) read(next[i]);
   // The table is written while the first codes are on their way.
   for (int i = threadIdx.x; i < kPairWords; i += kThreads) table[i] = pair_of(values, i / kPairCopies);
   __syncthreads();
 
-  const int token = gemv::token_of(lane);
+  const int token = min(gemv::token_of(lane), a.tokens - 1);
   const uint4* x = reinterpret_cast<const uint4*>(a.x + token * a.in_features + gemv::first_k(lane));
+  const uint32_t copy = static_cast<uint32_t>(__cvta_generic_to_shared(table)) + 4 * lane;
+  const auto pair_at = [copy](uint32_t place) { return load_shared(copy + place); };
   float total[4] = {};
-  for (int64_t begin = warp; begin < steps; begin += kWarps * kAhead) {
+  for (int begin = warp; begin < steps; begin += kWarps * kAhead) {
     Read now[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) now[i] = next[i];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) read(begin + kWarps * (kAhead + i), next[i]);
+    for (int i = 0; i < kAhead; ++i) read(next[i]);
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      const int64_t step = begin + kWarps * i;
+      const int step = begin + kWarps * i;
       if (step >= steps) break;  // the whole warp
-      uint32_t values_of_x[8] = {};
-      if (token < a.tokens) {
-        const uint4 low = x[step * (kStep / 8)], high = x[step * (kStep / 8) + 1];
-        values_of_x[0] = low.x, values_of_x[1] = low.y, values_of_x[2] = low.z, values_of_x[3] = low.w;
-        values_of_x[4] = high.x, values_of_x[5] = high.y, values_of_x[6] = high.z, values_of_x[7] = high.w;
-      }
+      const uint4 low = x[step * (kStep / 8)], high = x[step * (kStep / 8) + 1];
+      const uint32_t values_of_x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
       const uint32_t first[2] = {now[i].codes[0].x, now[i].codes[0].y};
       const uint32_t second[2] = {now[i].codes[1].x, now[i].codes[1].y};
       float sums[4] = {};
 #pragma unroll
       for (int product = 0; product < gemv::kProducts; ++product) {
         uint32_t weights[4], tokens[2];
-        gemv::weight_operand(table, lane, first, second, product, weights);
+        gemv::weight_operand(pair_at, first, second, product, weights);
         gemv::token_operand(values_of_x, product, tokens);
         multiply_add<T>(sums, weights, tokens);
       }

@@ -33,14 +33,15 @@ HARLORA_HOST_DEVICE int token_of(int lane) { return lane >> 2; }
 // The first of the values of k that a lane reads in a step.
 HARLORA_HOST_DEVICE int first_k(int lane) { return kLaneValues * (lane & 3); }
 
-// The operand of a product from the 8 bytes of each of the two rows, by the table of pairs.
-HARLORA_HOST_DEVICE void weight_operand(const uint32_t* table, int lane, const uint32_t (&first)[2],
-                                        const uint32_t (&second)[2], int product, uint32_t (&a)[4]) {
+// The operand of a product from the 8 bytes of each of the two rows; pair_at has the pairs of the table by their places.
+template <typename PairAt>
+HARLORA_HOST_DEVICE void weight_operand(const PairAt& pair_at, const uint32_t (&first)[2], const uint32_t (&second)[2],
+                                        int product, uint32_t (&a)[4]) {
   const int word = product >> 1, byte = 2 * (product & 1);
-  a[0] = table[pair_place(first[word], byte, lane)];
-  a[1] = table[pair_place(second[word], byte, lane)];
-  a[2] = table[pair_place(first[word], byte + 1, lane)];
-  a[3] = table[pair_place(second[word], byte + 1, lane)];
+  a[0] = pair_at(pair_place(first[word], byte));
+  a[1] = pair_at(pair_place(second[word], byte));
+  a[2] = pair_at(pair_place(first[word], byte + 1));
+  a[3] = pair_at(pair_place(second[word], byte + 1));
 }
 
 // The operand of a product from the 16 values of x, two in a word.

@@ -54,14 +54,12 @@ void mma_m16n8k16(const uint32_t (&a)[32][4], const uint32_t (&b)[32][2], float 
 
 extern "C" {
 
-// The place of each byte in the table of pairs and what it holds there, for each byte of a word and each lane.
+// The place of each byte in the table of pairs, for each byte of a word, and what it holds there.
 void pairs(const uint16_t* values, int32_t* places, uint32_t* found) {
   for (uint32_t byte = 0; byte < 256; ++byte) {
     for (int which = 0; which < 4; ++which) {
-      for (int lane = 0; lane < 32; ++lane) {
-        const uint32_t others = 0xA5C3960Fu & ~(0xFFu << (8 * which));  // of which none may matter
-        *places++ = static_cast<int32_t>(pair_place(byte << (8 * which) | others, which, lane));
-      }
+      const uint32_t others = 0xA5C3960Fu & ~(0xFFu << (8 * which));  // of which none may matter
+      *places++ = static_cast<int32_t>(pair_place(byte << (8 * which) | others, which));
     }
     *found++ = pair_of(values, byte);
   }
@@ -98,7 +96,8 @@ void gemv(const uint16_t* x, const uint8_t* packed, const float* absmax, const u
         for (int product = 0; product < kProducts; ++product) {
           uint32_t a[32][4], b[32][2];
           for (int lane = 0; lane < 32; ++lane) {
-            weight_operand(table.data(), lane, codes[lane][0], codes[lane][1], product, a[lane]);
+            const auto pair_at = [&](uint32_t place) { return table[place / 4 + lane]; };
+            weight_operand(pair_at, codes[lane][0], codes[lane][1], product, a[lane]);
             token_operand(of_x[lane], product, b[lane]);
           }
           mma_m16n8k16(a, b, sums, bfloat16);
