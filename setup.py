@@ -184,7 +184,11 @@ class BuildWithNinja(build_ext):
             cuda = cuda_folder()
             gencode = architectures(cuda)
         except UnavailableError as reason:
-            self.announce(f"harlora: building without the CUDA part ({reason})", level=2)
+            said = f"harlora: building without the CUDA part ({reason})"
+            if cuda is None:
+                self.announce(said, level=2)
+            else:  # no toolkit is no mistake; a list that cannot be read is one
+                self.warn(said)
             cuda = None
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(self.build_temp).resolve() / "harlora"

@@ -455,12 +455,12 @@ def main() -> int:
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 170)
     work = [job for job in jobs(options.targets) if options.only in job[1]]
-    outcomes = [each for each in built(options.targets) if options.only in each.where]
-    missing = [] if outcomes or options.only else ["the extension has no kernels of CUDA C++: build it where nvcc is"]
-    if not work and not outcomes:
+    ours = [each for each in built(options.targets) if options.only in each.where]
+    if not work and not ours:
         parser.error(f"--only: no call's description has {options.only!r}; without it the table lists all")
     with ProcessPoolExecutor() as pool, Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("compiling", total=len(work))
+        outcomes = list(ours)
         for outcome in pool.map(compiled, *zip(*work, strict=True)) if work else ():
             outcomes.append(outcome)
             progress.advance(task)
@@ -475,12 +475,10 @@ def main() -> int:
     failed = [each for each in outcomes if each.problems]
     for each in failed:
         console.print(f"{each.target} {each.kernel}: {'; '.join(each.problems)}\n    {each.where}", highlight=False)
-    for line in missing:
-        console.print(line)
-    ours = len(outcomes) - len(work)
-    console.print(
-        f"{len(work)} kernels compiled by Triton {triton.__version__}, {ours} of CUDA C++; {len(failed)} with a problem"
-    )
+    if not ours and not options.only:
+        console.print("the extension has no kernels of CUDA C++: build it where nvcc is")
+    counts = f"{len(work)} kernels compiled by Triton {triton.__version__}, {len(ours)} of CUDA C++"
+    console.print(f"{counts}; {len(failed)} with a problem")
     if options.json:
         content = {"triton": triton.__version__, "kernels": [asdict(each) for each in outcomes]}
         options.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -178,7 +178,7 @@ def compile_ahead(device: torch.device, report: Report | None = None) -> int:
                     stacklevel=2,
                 )
                 break
-    return len(futures)
+    return sum(future.exception() is None for future in futures)
 
 
 def _wanted(device: torch.device) -> list[tuple[str, str, str]]:

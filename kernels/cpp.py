@@ -62,8 +62,8 @@ def select_kernels(name: str = "") -> str:
     return chosen
 
 
-def _nested(nested_absmax: Tensor | None, nested_offset: Tensor | None) -> tuple[Tensor | None, ...]:
-    # The last arguments of every operator over a quantised weight; left out for plain scales, which is cheaper.
+def nested_scales(nested_absmax: Tensor | None, nested_offset: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The last arguments of every operator over a quantised weight; none for plain scales, which is cheaper."""
     return () if nested_absmax is None else (nested_absmax, nested_offset, nested_code_table(nested_absmax.device))
 
 
@@ -105,7 +105,7 @@ def dequantize_4bit(
     out = torch.empty(shape, dtype=dtype, device=device)
     code = code_table(quant_type, device)
     if device.type == "cpu":
-        nested = _nested(nested_absmax, nested_offset)
+        nested = nested_scales(nested_absmax, nested_offset)
         torch.ops.harlora_cpp.dequantize_4bit(packed, absmax, code, blocksize, out, *nested)
     else:  # its kernel takes decoded scales
         absmax = reference.scales(absmax, nested_absmax, nested_offset)
@@ -148,7 +148,7 @@ def qlora_linear(
     t = None if lora_A is None else x.new_empty((*x.shape[:-1], lora_A.shape[0]))
     y = torch.ops.harlora_cpp.qlora_linear(
         x, packed, absmax, code_table(quant_type, x.device), blocksize, out_features, bias, lora_A, lora_B, scaling, t,
-        *_nested(nested_absmax, nested_offset),
+        *nested_scales(nested_absmax, nested_offset),
     )  # fmt: skip
     return y, x.new_empty(0) if t is None else t
 
@@ -198,7 +198,7 @@ def qlora_linear_backward(
     ]
     torch.ops.harlora_cpp.qlora_linear_backward(
         grad, x, t, packed, absmax, code_table(quant_type, grad.device), blocksize, in_features, lora_A, lora_B,
-        scaling, *grads, *_nested(nested_absmax, nested_offset),
+        scaling, *grads, *nested_scales(nested_absmax, nested_offset),
     )  # fmt: skip
     grad_x, grad_bias, grad_A, grad_B = (grad.new_empty(0) if value is None else value for value in grads)
     return grad_x, grad_bias, grad_A, grad_B

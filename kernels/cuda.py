@@ -8,7 +8,7 @@ from torch import Tensor
 
 from harlora.kernels import cpp
 from harlora.kernels.configurations import GEMV_ROWS
-from harlora.kernels.format import code_table, nested_code_table
+from harlora.kernels.format import code_table
 
 STEP = 64  # values of k that must have one scale, for qlora_gemv.cu
 
@@ -33,7 +33,7 @@ def qlora_gemv(
     rows, rank = x.numel() // x.shape[-1], 0 if lora_A is None else lora_A.shape[0]
     flat = x.reshape(rows, x.shape[-1]).contiguous()
     y, t = x.new_empty(rows, out_features), x.new_empty((rows, rank) if lora_A is not None else 0)
-    nested = () if nested_absmax is None else (nested_absmax, nested_offset, nested_code_table(x.device))
+    nested = cpp.nested_scales(nested_absmax, nested_offset)
     bias, lora_A, lora_B = (None if each is None else each.contiguous() for each in (bias, lora_A, lora_B))
     stream = torch.cuda.current_stream(x.device).cuda_stream
     torch.ops.harlora_cpp.qlora_gemv(
