@@ -190,7 +190,7 @@ def plan(preset: str, device: torch.device) -> Plan:
         rivals = tuple(name for name in everyone if name != "torchao NF4")
         return Plan(tuple(chosen), ("A",), (1, 64), rivals, compiled_rows=(64,) if cuda else ())
     if preset == "standard" and cuda:
-        shapes = [(192, 192), (192, 768), *SMALL, (4096, 4096), (4096, 14336), (8192, 8192)]
+        shapes = [(4096, 4096), (8192, 8192), (4096, 14336), (192, 192), (192, 768), *SMALL]
         chosen = layers(shapes, (1, 8, 32, 128, 512, 2048, 8192), "forward", "both")
         # A machine with a GPU may be lent for minutes; compiling takes a third of one for some cases.
         rivals = tuple(name for name in everyone if not name.endswith("compiled") and name != "torchao NF4")

@@ -72,7 +72,8 @@ METHOD = {
     "peak_bytes": "the most that one call holds at once through torch's allocator beyond what was there before. A CUDA"
     " graph's own memory, which stays, is not in it. Scratch of compiled CPU kernels is not seen by it; the case"
     " `memory` sees everything: bytes beyond inputs, outputs, gradients and saved t, in a fresh process",
-    "joules": f"of one call, from {ENERGY_S} s of calls, the machine's rest included",
+    "joules": f"of one call, from {ENERGY_S} s of calls, the machine's rest included; where minutes are given, of whole"
+    " models alone",
     "taken_by_others": "share of the used cores' time that other processes or the hypervisor took during the run",
 }
 
@@ -244,7 +245,7 @@ def measure(options: Options, file: Path, console: Console) -> Row:
                 measured = Measured(case, device, watch)
                 measured.sample(seconds / sweeps, -(-rounds // sweeps))
                 everything.append(measured)
-                if joules is not None and options.preset != "quick":
+                if joules is not None and options.preset != "quick" and ("model" in case.facts or minutes == math.inf):
                     measured.energy(joules)
                 done(measured.rows)
                 held += case.held_bytes

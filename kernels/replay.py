@@ -3,7 +3,8 @@
 What Python takes to choose a configuration, to allocate and to launch is several times what a small layer computes for.
 It depends on sizes, strides and dtypes alone, so it is done once for each of them: `run` watches a function that
 launches kernels, keeps which kernels it launched with which tensors, and hands that to one compiled call from then on.
-A function that does anything else (a library product, a copy) is not recorded and is called every time.
+torch's own products and copies into memory that is there (`_PRODUCTS`) are repeated as well. A function that computes
+anything else is not recorded and is called every time.
 """
 
 import struct
@@ -12,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -37,9 +38,11 @@ _ALLOCATIONS = {
 }  # fmt: skip
 _VIEWS = {
     _aten.view.default, _aten._unsafe_view.default, _aten._reshape_alias.default, _aten.t.default,
-    _aten.transpose.int, _aten.slice.Tensor, _aten.select.int, _aten.unsqueeze.default, _aten.detach.default,
-    _aten.alias.default, _aten.as_strided.default,
+    _aten.transpose.int, _aten.permute.default, _aten.slice.Tensor, _aten.select.int, _aten.unsqueeze.default,
+    _aten.detach.default, _aten.alias.default, _aten.as_strided.default,
 }  # fmt: skip
+
+_PRODUCTS = {_aten.mm.out: 2, _aten.addmm.out: 1, _aten.addmm_.default: 1, _aten.copy_.default: 3}
 
 remembered: dict[Hashable, Any] = {}  # what callers know of their keys, until `reset`
 _held: dict[Hashable, int] = {}  # the number of a recording, or minus the attempts that failed
@@ -108,29 +111,51 @@ def _launch() -> Any:
     return torch.ops.harlora_cpp.launches_run.default._op
 
 
-class _Watch(TorchDispatchMode):
-    """Sees what torch does meanwhile: what it allocates, and whether it computes anything."""
+class _Product(NamedTuple):
+    """A product or copy of torch's: what launches_hold calls it, its tensors, the result first, and beta and alpha."""
 
-    def __init__(self) -> None:
+    work: int
+    tensors: tuple[Tensor, ...]
+    beta: float = 0.0
+    alpha: float = 0.0
+
+
+def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Product:
+    work, out = _PRODUCTS[func], kwargs.get("out", args[0])
+    if work == 1:
+        return _Product(work, (out, *args[:3]), float(kwargs.get("beta", 1)), float(kwargs.get("alpha", 1)))
+    return _Product(work, (out, *args[:2]) if work == 2 else args[:2])
+
+
+class _Watch(TorchDispatchMode):
+    """Sees what torch does meanwhile: what it allocates and multiplies, and whether it computes anything else.
+
+    steps: gets the products, in turn with what others add to it.
+    """
+
+    def __init__(self, steps: list[Any] | None = None) -> None:
         super().__init__()
         self.allocated: list[Tensor] = []
+        self.steps = [] if steps is None else steps
         self.computed = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS:
             self.allocated.append(result)
+        elif func in _PRODUCTS:
+            self.steps.append(_product(func, args, kwargs or {}))
         elif func not in _VIEWS:
             self.computed = True
         return result
 
 
 @contextmanager
-def launches() -> Iterator[list[tuple[Any, Any, tuple[Any, ...], dict[str, Any]]]]:
+def launches() -> Iterator[list[Any]]:
     """What this thread launches meanwhile: kernel, grid, arguments and options of each."""
     from triton.runtime.jit import JITFunction
 
-    launched: list[tuple[Any, Any, tuple[Any, ...], dict[str, Any]]] = []
+    launched: list[Any] = []
     thread, original = threading.get_ident(), JITFunction.run
 
     def run_and_note(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -145,7 +170,7 @@ def launches() -> Iterator[list[tuple[Any, Any, tuple[Any, ...], dict[str, Any]]
 
 def record(inputs: list[Tensor], function: Callable[[], Sequence[Tensor]], driver: str) -> tuple[Sequence[Tensor], int]:
     """What ``function`` returns, and the number under which its launches are held, 0 if they cannot be repeated."""
-    with launches() as launched, _Watch() as watch:
+    with launches() as launched, _Watch(launched) as watch:
         result = function()
     if watch.computed or not launched:
         return result, 0
@@ -192,7 +217,11 @@ def _facts(
     made = [_extent(tensor) for tensor in allocated]
     needed: list[Any] = []
     launches: list[int] = []
-    for kernel, grid, args, kwargs in launched:
+    for step in launched:
+        if isinstance(step, _Product):
+            launches += _product_facts(step, inputs, allocated, given, made)
+            continue
+        kernel, grid, args, kwargs = step
         metadata, signature = kernel.metadata, kernel.src.signature
         if (
             getattr(metadata, "num_ctas", 1) != 1
@@ -207,7 +236,7 @@ def _facts(
                 parameters.append(_parameter(kind, values[name], given, made, needed))
         parameters += [(3, 0, 0), (3, 0, 0)]  # Triton's own scratch memory, of which there is none
         grid = (*grid, 1, 1)[:3]
-        launches += [kernel.function, *grid, 32 * metadata.num_warps, metadata.shared, len(parameters)]
+        launches += [0, kernel.function, *grid, 32 * metadata.num_warps, metadata.shared, len(parameters)]
         launches += [number for parameter in parameters for number in parameter]
         needed.append(kernel)
     sizes = [tuple(tensor.shape) for tensor in allocated]
@@ -235,6 +264,29 @@ def _facts(
     for tensor, shape in zip(allocated, sizes, strict=True):
         facts += [_DTYPES[tensor.dtype], len(shape), *shape]
     return [*facts, len(outputs), *outputs, len(launched), *launches], needed
+
+
+def _product_facts(
+    product: _Product, inputs: Sequence[Tensor], allocated: Sequence[Tensor], given: Sequence[tuple[int, int]],
+    made: Sequence[tuple[int, int]],
+) -> list[int]:  # fmt: skip
+    """A product as launches_hold reads it."""
+    facts = [product.work]
+    for tensor in product.tensors:
+        begin, end = _extent(tensor)
+        for which, extents, tensors in ((0, given, inputs), (1, made, allocated)):
+            place = _place(begin, extents)
+            if place is not None:
+                number, offset = place
+                whole = tensors[number]
+                if end > extents[number][1] or whole.dtype != tensor.dtype or not end > begin:
+                    raise _UnrepeatableError
+                facts += [which, number, offset // tensor.element_size()]
+                break
+        else:
+            raise _UnrepeatableError
+        facts += [tensor.dim(), *tensor.shape, *tensor.stride()]
+    return [*facts, *(struct.unpack("<q", struct.pack("<d", factor))[0] for factor in product[2:])]
 
 
 def _parameter(

@@ -9,6 +9,7 @@
 #include <mutex>
 #include <unordered_map>
 #include <utility>
+#include <variant>
 
 namespace harlora::gpu {
 namespace {
@@ -53,12 +54,48 @@ struct Driver {
   }
 };
 
+// torch's own products, past its dispatcher, which has nothing to add below autograd. Those for GPUs are in a library
+// that a build for CPUs does not have.
+struct Products {
+  AOTITorchError (*addmm)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, double, double);
+  AOTITorchError (*mm)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle);
+
+  static Products load(int32_t device_type) {
+    const std::string device = device_type == aoti_torch_device_type_cpu() ? "cpu" : "cuda";
+    void* library = dlopen(("libtorch_" + device + ".so").c_str(), RTLD_NOW | RTLD_NOLOAD);
+    STD_TORCH_CHECK(library, "launches_hold: torch's library for ", device, " is not loaded");
+    const auto symbol = [&](const std::string& function) {
+      void* found = dlsym(library, ("aoti_torch_" + device + "_" + function).c_str());
+      STD_TORCH_CHECK(found, "launches_hold: torch's library for ", device, " has no ", function);
+      return found;
+    };
+    return {reinterpret_cast<decltype(addmm)>(symbol("addmm_out")), reinterpret_cast<decltype(mm)>(symbol("mm_out"))};
+  }
+};
+
+// A part of an input or buffer; offset in values, from its first.
+struct View {
+  Kind kind;
+  int64_t which, offset;
+  std::vector<int64_t> sizes, strides;
+};
+
+enum class Work : int64_t { launch = 0, addmm = 1, mm = 2, copy = 3 };
+
+// out = beta·self + alpha·a·b (out, self, a, b), out = a·b, or out = a rounded.
+struct Product {
+  Work work;
+  std::vector<View> tensors;  // the first of them is written
+  double beta, alpha;
+};
+
 struct Recording {
   Driver driver;
+  Products products;
   int32_t device_type, device_index;
   std::vector<Layout> inputs, buffers;
   std::vector<int64_t> outputs;
-  std::vector<Launch> launches;
+  std::vector<std::variant<Launch, Product>> steps;
 };
 
 class Reader {
@@ -99,6 +136,43 @@ Layout layout_of(Reader& facts, bool strided) {
   return layout;
 }
 
+Launch launch_of(Reader& facts, int64_t inputs, int64_t buffers) {
+  Launch launch{};
+  launch.function = reinterpret_cast<void*>(facts.next());
+  for (unsigned& size : launch.grid) size = static_cast<unsigned>(facts.next());
+  launch.threads = static_cast<unsigned>(facts.next());
+  launch.shared_bytes = static_cast<unsigned>(facts.next());
+  for (int64_t i = facts.below(most); i > 0; --i) {
+    const auto kind = static_cast<Kind>(facts.below(4));
+    const int64_t value = kind == Kind::input    ? facts.below(inputs)
+                          : kind == Kind::buffer ? facts.below(buffers)
+                                                 : facts.next();
+    launch.parameters.push_back({kind, value, facts.next()});
+  }
+  return launch;
+}
+
+Product product_of(Reader& facts, Work work, int64_t inputs, int64_t buffers) {
+  Product product{work, {}, 0, 0};
+  const int64_t wanted = work == Work::addmm ? 4 : work == Work::mm ? 3 : 2;
+  for (int64_t i = 0; i < wanted; ++i) {
+    View view{};
+    view.kind = static_cast<Kind>(facts.below(2));
+    view.which = facts.below(view.kind == Kind::input ? inputs : buffers);
+    view.offset = facts.next();
+    view.sizes.resize(facts.below(64));
+    view.strides.resize(view.sizes.size());
+    for (int64_t& size : view.sizes) size = facts.next();
+    for (int64_t& stride : view.strides) stride = facts.next();
+    product.tensors.push_back(std::move(view));
+  }
+  for (double* factor : {&product.beta, &product.alpha}) {
+    const int64_t bits = facts.next();
+    std::memcpy(factor, &bits, sizeof bits);
+  }
+  return product;
+}
+
 Recording recording_of(const std::vector<int64_t>& numbers, const std::string& driver) {
   Reader facts(numbers);
   Recording recording{};
@@ -111,19 +185,13 @@ Recording recording_of(const std::vector<int64_t>& numbers, const std::string& d
   const auto buffers = static_cast<int64_t>(recording.buffers.size());
   for (int64_t i = facts.below(most); i > 0; --i) recording.outputs.push_back(facts.below(buffers));
   for (int64_t i = facts.below(most); i > 0; --i) {
-    Launch launch{};
-    launch.function = reinterpret_cast<void*>(facts.next());
-    for (unsigned& size : launch.grid) size = static_cast<unsigned>(facts.next());
-    launch.threads = static_cast<unsigned>(facts.next());
-    launch.shared_bytes = static_cast<unsigned>(facts.next());
-    for (int64_t j = facts.below(most); j > 0; --j) {
-      const auto kind = static_cast<Kind>(facts.below(4));
-      const int64_t value = kind == Kind::input    ? facts.below(inputs)
-                            : kind == Kind::buffer ? facts.below(buffers)
-                                                   : facts.next();
-      launch.parameters.push_back({kind, value, facts.next()});
+    const auto work = static_cast<Work>(facts.below(4));
+    if (work == Work::launch) {
+      recording.steps.emplace_back(launch_of(facts, inputs, buffers));
+      continue;
     }
-    recording.launches.push_back(std::move(launch));
+    if (!recording.products.mm) recording.products = Products::load(recording.device_type);
+    recording.steps.emplace_back(product_of(facts, work, inputs, buffers));
   }
   STD_TORCH_CHECK(facts.ended(), "launches_hold: facts are left over");
   return recording;
@@ -156,6 +224,31 @@ bool fits(const Tensor& tensor, const Layout& layout, const Recording& recording
     if (sizes[i] != layout.sizes[i] || (sizes[i] > 1 && strides[i] != layout.strides[i])) return false;
   }
   return true;
+}
+
+void multiply(const Product& product, const Products& by, const std::vector<Tensor>& inputs,
+              const std::vector<Tensor>& buffers) {
+  std::vector<Tensor> tensors;
+  tensors.reserve(product.tensors.size());
+  for (const View& view : product.tensors) {
+    const Tensor& whole = (view.kind == Kind::input ? inputs : buffers)[view.which];
+    AtenTensorHandle handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(whole.get(), static_cast<int64_t>(view.sizes.size()),
+                                                          view.sizes.data(), view.strides.data(), view.offset,
+                                                          &handle));
+    tensors.emplace_back(handle);
+  }
+  const auto at = [&](size_t place) { return tensors[place].get(); };
+  switch (product.work) {
+    case Work::addmm:
+      TORCH_ERROR_CODE_CHECK(by.addmm(at(0), at(1), at(2), at(3), product.beta, product.alpha));
+      return;
+    case Work::mm:
+      TORCH_ERROR_CODE_CHECK(by.mm(at(0), at(1), at(2)));
+      return;
+    default:
+      TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(at(0), at(1), 1));
+  }
 }
 
 }  // namespace
@@ -204,7 +297,12 @@ std::vector<Tensor> launches_run(std::vector<Tensor> inputs, int64_t held, int64
   }
   std::vector<int64_t> values;
   std::vector<void*> pointers;
-  for (const Launch& launch : recording->launches) {
+  for (const auto& step : recording->steps) {
+    if (const auto* product = std::get_if<Product>(&step)) {
+      multiply(*product, recording->products, inputs, buffers);
+      continue;
+    }
+    const Launch& launch = std::get<Launch>(step);
     values.clear();
     pointers.clear();
     for (const Parameter& parameter : launch.parameters) {

@@ -19,8 +19,12 @@ namespace harlora::gpu {
 //   inputs:    dtype, dim, sizes, strides
 //   buffers:   dtype, dim, sizes; contiguous, allocated for each call
 //   outputs:   the buffer of each
-//   launches:  function, grid x, y, z, threads, bytes of shared memory, and the parameters:
-//              0, input, byte offset | 1, buffer, byte offset | 2, 32 bits, 0 | 3, 64 bits, 0
+//   steps:     0, function, grid x, y, z, threads, bytes of shared memory, and the parameters:
+//                 0, input, byte offset | 1, buffer, byte offset | 2, 32 bits, 0 | 3, 64 bits, 0
+//              1, out, self, a, b, beta, alpha: out = beta·self + alpha·a·b by torch's own product
+//              2, out, a, b, 0, 0: out = a·b;  3, out, a, 0, 0: a copy, rounded
+//              of which each tensor is 0 or 1, input or buffer, offset in values, dim, sizes, strides; factors are the
+//              bits of a double
 //
 // `driver`: the library with cuLaunchKernel and cuCtxGetDevice.
 int64_t launches_hold(std::vector<int64_t> facts, std::string driver);

@@ -33,7 +33,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from harlora.kernels import replay
 from harlora.kernels.configurations import Configuration
 from harlora.kernels.dropout import limit as dropout_limit
 from harlora.kernels.dropout import rescale as dropout_rescale
@@ -719,15 +718,20 @@ def qlora_linear(
         with nf4.on_device(x):
             if lora_A is not None and not (call.fused and configuration.way != "dense"):
                 seen = flat if seed is None else dropped(flat, dropout, seed)
-                torch.mm(seen, lora_A.to(x.dtype).T, out=t)
+                torch.mm(seen, rounded(lora_A, x.dtype).T, out=t)
             if configuration.way == "dense":
-                lora_B = None if lora_B is None else lora_B.to(x.dtype)
+                lora_B = None if lora_B is None else rounded(lora_B, x.dtype)
                 _forward_dense(call, flat, bias, gain, t, lora_B, scaling, y)
             elif configuration.way == "split":
                 _forward_split(call, flat, bias, gain, lora_A, lora_B, scaling, y, t)
             else:
                 _forward_direct(call, flat, bias, gain, lora_A, lora_B, scaling, y, t)
     return y.view(*leading, out_features), t.view(*leading, rank) if lora_B is not None else t
+
+
+def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in ``dtype``, by a copy that replay.py can repeat."""
+    return tensor if tensor.dtype == dtype else torch.empty_like(tensor, dtype=dtype).copy_(tensor)
 
 
 def _forward_direct(
@@ -810,13 +814,11 @@ def _forward_dense(
         else:
             torch.addmm(bias, t, lora_B.T, alpha=scaling, out=y)
     together = _chunk(call.out_features, call.in_features * x.element_size(), CHUNK_STEP)
-    whole = _whole(call) if together == call.out_features else None
-    chunk = x.new_empty((together, call.in_features)) if whole is None else whole
+    chunk = x.new_empty((together, call.in_features))
     for first in range(0, call.out_features, together):
         weight = chunk[: min(together, call.out_features - first)]
         last = first + len(weight)
-        if whole is None:
-            nf4.dequantize_region(*call.quantized, call.in_features, first * call.in_features, weight)
+        nf4.dequantize_region(*call.quantized, call.in_features, first * call.in_features, weight)
         if gain is not None:
             weight.mul_(gain[first:last, None])
         if lora_B is not None:
@@ -825,14 +827,6 @@ def _forward_dense(
             torch.addmm(bias[first:last], x, weight.T, out=y[:, first:last])
         else:
             torch.mm(x, weight.T, out=y[:, first:last])
-
-
-def _whole(call: Call) -> Tensor:
-    """The dequantised weight, a new tensor."""
-    shape, facts = (call.out_features, call.in_features), call.quantized[4:]
-    tensors = [tensor for tensor in call.quantized[:4] if tensor is not None]
-    key = ("dequantize", call.device, call.dtype, shape, facts, len(tensors))
-    return replay.run(key, tensors, lambda: [nf4.dequantize_4bit(*call.quantized, shape, call.dtype)])[0]
 
 
 def _chunk(length: int, size: int, step: int) -> int:
@@ -874,7 +868,7 @@ def qlora_linear_backward(
     with nf4.on_device(grad):
         inside = want_x and call.fused and configuration.way != "dense" and flat.numel() > 0
         if u is not None and lora_B is not None and not inside:
-            torch.mm(flat, lora_B.to(grad.dtype), out=u).mul_(scaling)
+            u.addmm_(flat, rounded(lora_B, grad.dtype), beta=0, alpha=scaling)  # with beta 0 what u holds is not read
         if want_x:
             grad_x = grad.new_empty((len(flat), in_features))
             if not out_features:
@@ -930,7 +924,7 @@ def _dx_split(
 def _dx_dense(
     call: Call, grad: Tensor, A: Tensor | None, B: Tensor | None, scaling: float, grad_x: Tensor, u: Tensor | None
 ) -> None:
-    adapter = (u, A.to(grad.dtype)) if u is not None and A is not None and call.rank else None
+    adapter = (u, rounded(A, grad.dtype)) if u is not None and A is not None and call.rank else None
     if adapter is not None:
         torch.mm(*adapter, out=grad_x)
         if call.seed is not None:
@@ -939,13 +933,11 @@ def _dx_dense(
     # Whole blocks are dequantised fastest; a chunk has them unless one column of blocks is larger than that.
     step = max(CHUNK_STEP, blocksize) if blocksize * size <= CHUNK_BYTES else CHUNK_STEP
     together = _chunk(call.in_features, size, step)
-    whole = _whole(call) if together == call.in_features else None
-    chunk = grad.new_empty((call.out_features, together)) if whole is None else whole
+    chunk = grad.new_empty((call.out_features, together))
     for first in range(0, call.in_features, together):
         last = min(first + together, call.in_features)
         weight = chunk[:, : last - first]
-        if whole is None:
-            nf4.dequantize_region(*call.quantized, call.in_features, first, weight)
+        nf4.dequantize_region(*call.quantized, call.in_features, first, weight)
         if adapter is not None:
             grad_x[:, first:last].addmm_(grad, weight)
         else:
