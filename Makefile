@@ -84,7 +84,7 @@ $(VENV)/.har: $(VENV)/.torch $(SOURCES)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch $(SOURCES)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[dev]'
+	HARLORA_WERROR=1 $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[dev]'
 	touch $@
 
 clean:

@@ -7,7 +7,8 @@ operators run on their PyTorch reference.
 
 Environment: CXX, the C++ compiler; CUDA_HOME, the CUDA toolkit (otherwise found through nvcc on PATH);
 HARLORA_CUDA=0 leaves the CUDA part out; TORCH_CUDA_ARCH_LIST, as torch's extensions read it ("8.0;9.0a;10.0+PTX"), by
-default all GPUs that the kernels are written for and the toolkit knows. HARLORA_SANITIZE=1 compiles the CPU part with
+default all GPUs that the kernels are written for and the toolkit knows; HARLORA_WERROR=1 makes nvcc's warnings errors,
+as this repository's own builds do. HARLORA_SANITIZE=1 compiles the CPU part with
 AddressSanitizer and UBSan, for ``make sanitize`` alone: what comes out loads only behind their runtime.
 """
 
@@ -146,10 +147,10 @@ def ninja_file(torch: Path, cxx: str, cuda: Path | None, gencode: list[str], tar
         lines.append(f"build {objects[-1]}: cxx {quoted(source)}")
         lines.append(f" more = {VARIANTS.get(source.stem, '')}" + " -DHARLORA_CUDA" * bool(cuda))
     if cuda:
-        flags = common.replace("-isystem ", "-I")
+        strict = "-Werror all-warnings " if os.environ.get("HARLORA_WERROR") == "1" else ""
         lines.append(
-            f"rule nvcc\n command = {cuda / 'bin' / 'nvcc'} {flags} -DUSE_CUDA {' '.join(gencode)} -Xcompiler -fPIC "
-            "-Werror all-warnings -Xptxas -v -MD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc"
+            f"rule nvcc\n command = {cuda / 'bin' / 'nvcc'} {common} -DUSE_CUDA {' '.join(gencode)} -Xcompiler -fPIC "
+            f"{strict}-Xptxas -v -MD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc"
         )
         for source in sorted((SOURCES / "cuda").glob("*.cu")):
             objects.append(f"cuda_{source.stem}.o")

@@ -48,8 +48,10 @@ TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "QMMA")
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8", torch.int64: "i64",
 }  # fmt: skip
-# CUDA C++ that is to multiply by them.
-MATRIX_KERNELS = ("qlora_gemv_kernel",)
+# CUDA C++ that is to multiply by them, and how the names of the targets begin for which it does anything.
+MATRIX_KERNELS = {
+    "qlora_gemv_kernel": "sm_", "lora_down_kernel": "sm_", "qlora_gemm_sm90_kernel": "sm_90",
+}  # fmt: skip
 META = torch.device("meta")
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
 
@@ -246,7 +248,7 @@ def calls(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
         operator, bits = title.split()
         dtypes = [torch.float32] if bits == "32" else [torch.bfloat16, torch.float16]
         seen = set()
-        for rule in rules:
+        for rule in (each for each in rules if each.use.way in configurations.WAYS):
             width = 768 if rule.weights else 4096
             rows = rule.rows or 8192
             # With dropout of a size at which t is fused, where it ever is.
@@ -295,7 +297,9 @@ def adapter_calls(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
             described = f"{size.width}², rank {size.rank}, {size.quant_type}, blocks of {size.blocksize}"
             yield f"dora_norm, {name}, {described}{', nested' * size.nested}", partial(norm, *quantized, A, B, 0.5)
         rules = configurations.tables()[target][f"qlora_linear {8 * dtype.itemsize}"]
-        for chosen in {rule.use.way: rule for rule in reversed(rules) if rule.use.way != "dense"}.values():  # one a way
+        for chosen in {
+            rule.use.way: rule for rule in reversed(rules) if rule.use.way in ("direct", "split")
+        }.values():  # one a way
             rows = chosen.rows or 8192
             for rank, width in ((16, 4096), (64, 4097)):
                 size = Size(rows, width, dtype, rank=rank)
@@ -389,7 +393,7 @@ def built(targets: list[str]) -> list[Outcome]:
             shared = dict(re.findall(r"Function (\S+):\n.*SHARED:(\d+)", usage))
             for mangled, registers, words in machine_code(cubin):
                 name = _demangled(mangled)
-                multiplies = name.startswith(MATRIX_KERNELS)
+                multiplies = any(name.startswith(k) and target.startswith(t) for k, t in MATRIX_KERNELS.items())
                 found.append(_judged(target, name, "CUDA C++", registers, words, int(shared[mangled]), multiplies))
     return found
 

@@ -1,4 +1,4 @@
-"""`make gpu`: the extension built, the GPU tests, then the GPU bench, on a machine with an NVIDIA GPU.
+"""`make gpu`: the extension built, the GPU tests, a few under compute-sanitizer, then the GPU bench, where a GPU is.
 
 Needs torch 2.10 or later with CUDA, ninja, setuptools, pytest and rich; no internet, no installation. bitsandbytes,
 PEFT and others take part where they can be imported. Runs from the sources:
@@ -12,6 +12,7 @@ that of the first part that failed; the bench runs all the same, since a machine
 import argparse
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = ROOT / "build" / "gpu" / "lib"
+SANITIZER_S = 60  # for each tool
 
 
 def main() -> int:
@@ -74,9 +76,26 @@ def main() -> int:
     tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *many, *marked]
     statuses["tests"] = subprocess.run(tests, cwd=ROOT, env=environment, check=False).returncode
     print(f"[{time.monotonic() - began:5.0f} s] tests done", flush=True)
+    statuses |= _sanitized(environment)
+    print(f"[{time.monotonic() - began:5.0f} s] sanitized", flush=True)
     sys.path.insert(0, str(BUILT))
     status = _bench(options, statuses, max(2.0, options.minutes - (time.monotonic() - began) / 60))
-    return statuses["tests"] or status
+    return next((each for each in statuses.values() if each), status)
+
+
+def _sanitized(environment: dict[str, str]) -> dict[str, int]:
+    """Exit statuses of a few of the tests of CUDA C++ under compute-sanitizer's tools, none where it is missing."""
+    program, statuses = shutil.which("compute-sanitizer"), {}
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py", "-k", "strides"]
+    for tool in ("memcheck", "racecheck") if program else ():
+        command = [str(program), "--tool", tool, "--error-exitcode", "3", *tests]
+        try:
+            statuses[tool] = subprocess.run(
+                command, cwd=ROOT, env=environment, check=False, timeout=SANITIZER_S
+            ).returncode
+        except subprocess.TimeoutExpired:
+            statuses[tool] = 124
+    return statuses
 
 
 def _bench(options: argparse.Namespace, statuses: dict[str, int], minutes: float) -> int:

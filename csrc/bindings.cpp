@@ -8,6 +8,7 @@
 
 #include "cpu/operators.h"
 #include "cuda/dequantize_4bit.h"
+#include "cuda/qlora_gemm_sm90.h"
 #include "cuda/qlora_gemv.h"
 #include "gpu/launches.h"
 
@@ -25,6 +26,8 @@ STABLE_TORCH_LIBRARY(harlora_cpp, library) {
               HARLORA_NESTED ", int precision=0) -> Tensor");
   library.def("qlora_gemv(Tensor x, " HARLORA_WEIGHT ", Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling,"
               " Tensor(a!) y, Tensor(b!) t, " HARLORA_NESTED ", int stream=0) -> ()");
+  library.def("qlora_gemm(Tensor x, " HARLORA_WEIGHT ", Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling,"
+              " Tensor(a!) y, Tensor(b!) t, int tile, int parts, " HARLORA_NESTED ", int stream=0) -> ()");
   library.def("qlora_linear_backward(Tensor grad, Tensor? x, Tensor? t, " HARLORA_WEIGHT
               ", int in_features, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor(a!)? grad_x,"
               " Tensor(b!)? grad_bias, Tensor(c!)? grad_A, Tensor(d!)? grad_B, " HARLORA_NESTED ") -> ()");
@@ -78,5 +81,6 @@ STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CompositeExplicitAutograd, library) {
 STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CUDA, library) {
   library.impl("dequantize_4bit", TORCH_BOX(&harlora::cuda::dequantize_4bit));
   library.impl("qlora_gemv", TORCH_BOX(&harlora::cuda::qlora_gemv));
+  library.impl("qlora_gemm", TORCH_BOX(&harlora::cuda::qlora_gemm));
 }
 #endif

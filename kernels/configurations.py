@@ -18,8 +18,8 @@ import torch
 FILE = Path(__file__).parent / "configurations.json"
 OPERATORS = ("qlora_linear", "qlora_linear_backward")
 WAYS = ("direct", "split", "dense")
-# CUDA C++, which serves what cuda.py says and is in no table of the repository before it has run on a card.
-CUDA_WAYS = ("gemv",)
+# CUDA C++, which serves what cuda.py says and is in no table of the repository before it has run on such a card.
+CUDA_WAYS = ("gemv", "gemm")
 GEMV_ROWS = 8  # at most
 
 
@@ -27,8 +27,8 @@ GEMV_ROWS = 8  # at most
 class Configuration:
     """How the kernels of a call are launched.
 
-    way: ``"direct"``, ``"split"`` or ``"dense"``, as triton/qlora_linear.py describes them, or one of CUDA C++, for
-        which nothing else counts.
+    way: ``"direct"``, ``"split"`` or ``"dense"``, as triton/qlora_linear.py describes them, or one of CUDA C++: then
+        block_rows alone counts, with ``"gemm"``.
     block_rows, block_out, block_in: the tile of rows of x, out_features and in_features that is in registers.
     permute: decode by byte permutes in PTX; in float32 only with up to 16 rows.
     programs: with ``"split"``, how many programs there should be, at most, for each multiprocessor.
@@ -125,21 +125,27 @@ def candidates(operator: str, dtype: torch.dtype, rows: int) -> list[Configurati
         for stages in (3, 5) if rows <= 32 else (3,):
             found.append(Configuration("direct", height, width, depth, warps, stages))
             found += [Configuration("split", height, width, depth, warps, stages, programs=n) for n in (1, 2, 4)]
-    if dtype.itemsize == 2 and operator == "qlora_linear" and rows <= GEMV_ROWS:
-        found.append(Configuration("gemv"))
+    if dtype.itemsize == 2 and operator == "qlora_linear":
+        few = rows <= GEMV_ROWS
+        found += [Configuration("gemv")] if few else [Configuration("gemm", tile) for tile in (64, 128, 256)]
     return [*found, Configuration("dense")] if rows >= 64 else found
 
 
 def choose(
-    table: Table, operator: str, dtype: torch.dtype, rows: int, weights: int, can: Callable[[str], bool] | None = None
+    table: Table,
+    operator: str,
+    dtype: torch.dtype,
+    rows: int,
+    weights: int,
+    can: Callable[[Configuration], bool] | None = None,
 ) -> Configuration:
     """The configuration of the first rule that fits.
 
-    can: whether a way of CUDA C++ serves; by default none does.
+    can: whether a configuration of CUDA C++ serves and is fast; by default none is.
     """
     rules = table[f"{operator} {8 * dtype.itemsize}"]
     return next(
         rule.use
         for rule in rules
-        if rule.fits(rows, weights) and (rule.use.way in WAYS or (can is not None and can(rule.use.way)))
+        if rule.fits(rows, weights) and (rule.use.way in WAYS or (can is not None and can(rule.use)))
     )

@@ -69,6 +69,7 @@ class Backend:
 
 
 UNVERIFIED = "it has not yet run correctly on such a device"
+IN_THE_TABLE = "the table of configurations names its ways where they are faster than Triton's"
 
 
 @cache
@@ -86,7 +87,7 @@ def backends(operator: str) -> tuple[Backend, ...]:
         if cpp.has_kernel(operator, "cpu"):
             table.append(Backend("cpp", function, "cpu", cpp.DTYPES))
         if operator in cuda.WAYS:
-            table.append(Backend("cpp", partial(_cuda, operator), "cuda", cpp.DTYPES, UNVERIFIED))
+            table.append(Backend("cpp", partial(_cuda, operator), "cuda", cpp.DTYPES, IN_THE_TABLE))
         elif cpp.has_kernel(operator, "cuda"):
             table.append(Backend("cpp", function, "cuda", on_request=UNVERIFIED))
     return (*table, Backend("reference", getattr(reference, operator)))
@@ -129,11 +130,11 @@ def _table(device: torch.device) -> configurations.Table:
 
 def configuration(
     operator: str, device: torch.device, dtype: torch.dtype, rows: int, weights: int,
-    can: Callable[[str], bool] | None = None,
+    can: Callable[[Configuration], bool] | None = None,
 ) -> Configuration:  # fmt: skip
     """How the kernels of ``operator`` are launched for ``rows`` of x over ``weights`` values of the weight.
 
-    can: whether a way of CUDA C++ serves the call; by default none does.
+    can: whether a configuration of CUDA C++ serves the call and is fast; by default none is.
     """
     return configurations.choose(_table(device), operator, dtype, rows, weights, can)
 
@@ -141,7 +142,8 @@ def configuration(
 def launcher(operator: str, chosen: Configuration | tuple[Configuration, ...]) -> Callable[..., Any]:
     """The function for ``operator`` with a configuration; it takes the operator's arguments."""
     if isinstance(chosen, Configuration) and chosen.way in configurations.CUDA_WAYS:
-        return cuda.WAYS[operator][chosen.way]
+        way = cuda.WAYS[operator][chosen.way]
+        return partial(way, tile=chosen.block_rows) if chosen.block_rows else way
     return partial(_launcher(operator), configuration=chosen)
 
 
@@ -233,7 +235,11 @@ def proven_function(operator: str, *arguments: Any) -> Callable[..., Any] | None
     wide, in_features, out_features, *_ = _sizes(operator, arguments)
     rows = wide.numel() // max(1, wide.shape[-1])
     size = (wide.device, wide.dtype, rows, in_features * out_features)
-    chosen = configuration(_TRITON[operator][1], *size, lambda way: cuda.serves(operator, way, *arguments))
+
+    def can(chosen: Configuration) -> bool:
+        return cuda.serves(operator, chosen.way, *arguments) and cuda.worth(chosen, *arguments)
+
+    chosen = configuration(_TRITON[operator][1], *size, can)
     return launcher(operator, chosen) if serves(operator, chosen, *arguments) else None
 
 

@@ -599,10 +599,14 @@ def check_weight(function: str, x: Tensor, weight: QuantizedWeight) -> None:
         )
 
 
+# Asked for once: torch.compile of torch 2.11 does not trace the question.
+_WITH_AUTOCAST = frozenset(name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name))
+
+
 def as_autocast(x: Tensor) -> Tensor:
     """``x`` in autocast's dtype where that is on, as it treats the input of nn.Linear."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if device in _WITH_AUTOCAST and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
 

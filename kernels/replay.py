@@ -42,7 +42,10 @@ _VIEWS = {
     _aten.detach.default, _aten.alias.default, _aten.as_strided.default,
 }  # fmt: skip
 
+# What is repeated beside launches, by the numbers of launches.h.
 _PRODUCTS = {_aten.mm.out: 2, _aten.addmm.out: 1, _aten.addmm_.default: 1, _aten.copy_.default: 3}
+_CUDA = {"harlora_cpp::qlora_gemv": (4, 0), "harlora_cpp::qlora_gemm": (5, 2)}  # and how many numbers follow t
+_CUDA_WORKS = {work for work, _ in _CUDA.values()}
 
 remembered: dict[Hashable, Any] = {}  # what callers know of their keys, until `reset`
 _held: dict[Hashable, int] = {}  # the number of a recording, or minus the attempts that failed
@@ -112,19 +115,29 @@ def _launch() -> Any:
 
 
 class _Product(NamedTuple):
-    """A product or copy of torch's: what launches_hold calls it, its tensors, the result first, and beta and alpha."""
+    """A product that is not a launch: what launches_hold calls it, and its tensors, numbers and factors in order."""
 
     work: int
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[Tensor | None, ...]
+    numbers: tuple[int, ...] = ()
     beta: float = 0.0
     alpha: float = 0.0
 
 
-def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Product:
-    work, out = _PRODUCTS[func], kwargs.get("out", args[0])
-    if work == 1:
-        return _Product(work, (out, *args[:3]), float(kwargs.get("beta", 1)), float(kwargs.get("alpha", 1)))
-    return _Product(work, (out, *args[:2]) if work == 2 else args[:2])
+def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Product | None:
+    """What ``func`` is called for, if it can be repeated."""
+    if func in _PRODUCTS:
+        work, out = _PRODUCTS[func], kwargs.get("out", args[0])
+        if work == 1:
+            beta, alpha = float(kwargs.get("beta", 1)), float(kwargs.get("alpha", 1))
+            return _Product(work, (out, *args[:3]), (), beta, alpha)
+        return _Product(work, (out, *args[:2]) if work == 2 else args[:2])
+    if func._schema.name not in _CUDA:
+        return None
+    work, further = _CUDA[func._schema.name]
+    x, packed, absmax, code, blocksize, bias, A, B, scaling, y, t, *rest = args
+    tensors = (x, packed, absmax, code, bias, A, B, y, t, *(rest[further:] or (None, None, None)))
+    return _Product(work, tensors, (blocksize, *rest[:further]), 0.0, scaling)
 
 
 class _Watch(TorchDispatchMode):
@@ -143,10 +156,12 @@ class _Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS:
             self.allocated.append(result)
-        elif func in _PRODUCTS:
-            self.steps.append(_product(func, args, kwargs or {}))
         elif func not in _VIEWS:
-            self.computed = True
+            product = _product(func, args, kwargs or {})
+            if product is None:
+                self.computed = True
+            else:
+                self.steps.append(product)
         return result
 
 
@@ -177,11 +192,28 @@ def record(inputs: list[Tensor], function: Callable[[], Sequence[Tensor]], drive
     try:
         facts, needed = _facts(inputs, watch.allocated, result, launched)
         number: int = torch.ops.harlora_cpp.launches_hold(facts, driver)
+        if any(isinstance(step, _Product) and step.work in _CUDA_WORKS for step in launched):
+            number = number if _repeats(inputs, number, result) else 0
     except (_UnrepeatableError, AttributeError, KeyError, RuntimeError):
         # The last three: another version of Triton describes its kernels in another way; there is no such driver.
         return result, 0
     _needed[number] = needed
     return result, number
+
+
+def _repeats(inputs: list[Tensor], number: int, result: Sequence[Tensor]) -> bool:
+    """Whether a recording gives the very bits of ``result``; it is let go if not, or where that cannot be seen now."""
+    again: Sequence[Tensor] = ()
+    if not torch.cuda.is_current_stream_capturing():
+        stream = torch._C._cuda_getCurrentRawStream(inputs[0].get_device())
+        again = torch.ops.harlora_cpp.launches_run(inputs, number, stream)
+    same = len(again) == len(result) and all(
+        one.shape == other.shape and torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+        for one, other in zip(again, result, strict=True)
+    )
+    if not same:
+        torch.ops.harlora_cpp.launches_release(number)
+    return same
 
 
 class _UnrepeatableError(Exception):
@@ -219,7 +251,7 @@ def _facts(
     launches: list[int] = []
     for step in launched:
         if isinstance(step, _Product):
-            launches += _product_facts(step, inputs, allocated, given, made)
+            launches += _product_facts(step, inputs, allocated, given, made, needed)
             continue
         kernel, grid, args, kwargs = step
         metadata, signature = kernel.metadata, kernel.src.signature
@@ -268,25 +300,38 @@ def _facts(
 
 def _product_facts(
     product: _Product, inputs: Sequence[Tensor], allocated: Sequence[Tensor], given: Sequence[tuple[int, int]],
-    made: Sequence[tuple[int, int]],
+    made: Sequence[tuple[int, int]], needed: list[Any],
 ) -> list[int]:  # fmt: skip
     """A product as launches_hold reads it."""
-    facts = [product.work]
+    facts = [product.work, len(product.tensors)]
     for tensor in product.tensors:
-        begin, end = _extent(tensor)
-        for which, extents, tensors in ((0, given, inputs), (1, made, allocated)):
-            place = _place(begin, extents)
-            if place is not None:
-                number, offset = place
-                whole = tensors[number]
-                if end > extents[number][1] or whole.dtype != tensor.dtype or not end > begin:
-                    raise _UnrepeatableError
-                facts += [which, number, offset // tensor.element_size()]
-                break
-        else:
-            raise _UnrepeatableError
-        facts += [tensor.dim(), *tensor.shape, *tensor.stride()]
-    return [*facts, *(struct.unpack("<q", struct.pack("<d", factor))[0] for factor in product[2:])]
+        facts += [3] if tensor is None else _view(tensor, inputs, allocated, given, made, needed)
+    factors = (struct.unpack("<q", struct.pack("<d", factor))[0] for factor in (product.beta, product.alpha))
+    return [*facts, len(product.numbers), *product.numbers, *factors]
+
+
+def _view(
+    tensor: Tensor, inputs: Sequence[Tensor], allocated: Sequence[Tensor], given: Sequence[tuple[int, int]],
+    made: Sequence[tuple[int, int]], needed: list[Any],
+) -> list[int]:  # fmt: skip
+    """A tensor of a product: a part of an input or buffer, or a table that is there for good."""
+    layout = [tensor.dim(), *tensor.shape, *tensor.stride()]
+    begin, end = _extent(tensor)
+    if not end > begin:
+        # An empty t, of which there is a buffer of that size.
+        for number, other in enumerate(allocated):
+            if other is tensor:
+                return [1, number, 0, *layout]
+        raise _UnrepeatableError
+    for which, extents, tensors in ((0, given, inputs), (1, made, allocated)):
+        place = _place(begin, extents)
+        if place is not None:
+            number, offset = place
+            if end > extents[number][1] or tensors[number].dtype != tensor.dtype:
+                raise _UnrepeatableError
+            return [which, number, offset // tensor.element_size(), *layout]
+    needed.append(tensor)
+    return [2, begin, _DTYPES[tensor.dtype], *layout]
 
 
 def _parameter(

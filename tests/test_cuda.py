@@ -1,5 +1,7 @@
 """CUDA C++ as a way of the layer: when it is chosen, what it refuses, and on a GPU what it computes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from needs import needs_extension
@@ -29,6 +31,8 @@ def card(monkeypatch):
 
     monkeypatch.setitem(cuda.WAYS["qlora_linear"], "gemv", gemv)
     monkeypatch.setattr(cuda, "serves", lambda _, way, *arguments: cuda._SERVES[way](*arguments))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=132))
     monkeypatch.setattr(dispatch, "_table", lambda _: TABLE)
     monkeypatch.setattr(dispatch, "_wrong", {})
     return called
@@ -76,9 +80,35 @@ def test_a_wrong_one_is_left_out_with_one_warning_that_names_it(card, monkeypatc
     assert not card
 
 
-def test_no_table_of_the_repository_has_what_no_card_has_run():
-    for table in configurations.tables().values():
-        assert all(rule.use.way in configurations.WAYS for rules in table.values() for rule in rules)
+def test_the_tables_of_the_repository_have_it_where_it_has_run_on_a_card():
+    for name, table in configurations.tables().items():
+        for title, rules in table.items():
+            if (name, title) != ("sm_90", "qlora_linear 16"):
+                assert all(rule.use.way in configurations.WAYS for rule in rules)
+
+
+# Those of which bench/results/gpu/h200-gemm.json and h200-gemv.json have the times.
+@pytest.mark.parametrize(
+    ("rows", "shape", "way", "tile"),
+    [
+        (1, (4096, 4096), "gemv", 0), (8, (8192, 8192), "gemv", 0), (8, (768, 3072), "split", 16),
+        (16, (8192, 8192), "split", 16), (64, (8192, 8192), "split", 64),
+        (128, (4096, 4096), "split", 128), (128, (8192, 8192), "gemm", 128), (128, (4096, 14336), "gemm", 128),
+        (128, (14336, 4096), "split", 128), (256, (4096, 4096), "gemm", 128), (256, (8192, 8192), "gemm", 256),
+        (256, (14336, 4096), "gemm", 128), (512, (4096, 4096), "gemm", 256), (512, (4096, 14336), "gemm", 256),
+        (1024, (8192, 8192), "dense", 0), (1024, (14336, 4096), "gemm", 256), (2048, (4096, 4096), "dense", 0),
+    ],
+)  # fmt: skip
+def test_the_table_of_hopper_names_the_fastest(rows, shape, way, tile, card, monkeypatch):
+    x = torch.zeros(1, dtype=torch.bfloat16).expand(rows, shape[0])
+    packed = torch.zeros(1, dtype=torch.uint8).expand(shape[0] * shape[1] // 2, 1)
+    layer = (packed, packed, None, None, "nf4", 64, shape[1], None, None, None, 1.0)
+    monkeypatch.setattr(dispatch, "_table", lambda _: configurations.tables()["sm_90"])
+    chosen = dispatch.configuration(
+        "qlora_linear", CPU, x.dtype, rows, shape[0] * shape[1],
+        lambda use: cuda.serves("qlora_linear", use.way, x, *layer) and cuda.worth(use, x, *layer),
+    )  # fmt: skip
+    assert (chosen.way, chosen.block_rows) == (way, tile)
 
 
 def test_a_table_must_end_with_a_way_that_serves_everything():
@@ -100,7 +130,7 @@ def test_on_request_the_reference_serves_what_it_does_not(monkeypatch):
         assert torch.equal(found, right)
     if cpp.has_kernel("qlora_gemv", "cuda"):
         (backend,) = [b for b in dispatch.backends("qlora_linear") if b.name == "cpp" and b.device_type == "cuda"]
-        assert backend.on_request == dispatch.UNVERIFIED
+        assert backend.on_request == dispatch.IN_THE_TABLE
 
 
 # On a GPU ------------------------------------------------------------------------------------------------------------
@@ -115,13 +145,13 @@ def gpu():
     return torch.device("cuda")
 
 
-def check(arguments):
-    assert cuda.serves("qlora_linear", "gemv", *arguments)
+def check(arguments, way="gemv", **options):
+    assert cuda.serves("qlora_linear", way, *arguments)
     x = arguments[0]
     exact = reference.qlora_linear(
         *(each.double() if isinstance(each, torch.Tensor) and each.dtype == x.dtype else each for each in arguments)
     )
-    for found, right in zip(cuda.qlora_gemv(*arguments), exact, strict=True):
+    for found, right in zip(cuda.WAYS["qlora_linear"][way](*arguments, **options), exact, strict=True):
         assert found.shape == right.shape
         assert found.dtype == x.dtype
         if right.numel():
@@ -168,3 +198,74 @@ class TestOnAGpu:
         for i, (y, t) in enumerate(found):
             assert torch.equal(y, right[i // 8][0])
             assert torch.equal(t, right[i // 8][1])
+
+
+@pytest.fixture
+def hopper(gpu):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("wgmma is of compute capability 9.0")
+    return gpu
+
+
+class TestManyRowsOnAGpu:
+    pytestmark = needs_gpu
+
+    @pytest.mark.parametrize("dtype", list(ERROR), ids=str)
+    @pytest.mark.parametrize("tile", [64, 128, 256])
+    @pytest.mark.parametrize("parts", [1, 2, 8, None])
+    def test_it_agrees_with_the_reference(self, hopper, dtype, tile, parts):
+        for rows, *size in (
+            (1, 512, 8, 1, 64, False, "nf4"), (70, 1536, 192, 16, 64, False, "nf4"),
+            (300, 2048, 136, 5, 128, False, "fp4"), (65, 1024, 264, 128, 1024, True, "fp4"),
+            (257, 640, 1024, 0, 64, False, "nf4"), (33, 4096, 512, 70, 64, True, "nf4"),
+        ):  # fmt: skip
+            steps = size[0] // 64
+            if parts is None or (parts - 1) * -(-steps // parts) < steps:
+                check(problem(hopper, dtype, rows, *size), "gemm", tile=tile, parts=parts)
+
+    def test_without_bias_and_with_strides(self, hopper):
+        x, *layer = problem(hopper, torch.bfloat16, 60, 128, 200)
+        layer[7] = None
+        check((x.T.contiguous().T, *layer), "gemm")
+        check((x[::2], *layer), "gemm")
+        check((x.view(2, 30, -1), *layer), "gemm")
+
+    def test_float32_adapters_are_rounded_as_they_are_read(self, hopper):
+        x, *layer = problem(hopper, torch.bfloat16, 30, 256, 72, 8)
+        wide = [each.float() if i in (8, 9) else each for i, each in enumerate(layer)]
+        for one, other in zip(cuda.qlora_gemm(x, *layer), cuda.qlora_gemm(x, *wide), strict=True):
+            assert torch.equal(one, other)
+
+    def test_infinite_and_nan_values_stay_in_their_rows(self, hopper):
+        x, *layer = problem(hopper, torch.bfloat16, 130, 512, 128, 0)
+        right = cuda.qlora_gemm(x, *layer)[0]
+        x[5, 100], x[100, 7] = torch.inf, torch.nan
+        found = cuda.qlora_gemm(x, *layer)[0]
+        assert not found[5].isfinite().any()
+        assert found[100].isnan().all()
+        others = [row for row in range(130) if row not in (5, 100)]
+        assert torch.equal(found[others], right[others])
+
+    def test_many_launches_in_a_graph_give_what_each_gives(self, hopper):
+        calls = [problem(hopper, torch.bfloat16, 100, 4096, 1024, 16) for _ in range(4)]
+        right = [cuda.qlora_gemm(*call) for call in calls]
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = [cuda.qlora_gemm(*call) for call in calls for _ in range(8)]
+        for _ in range(20):
+            graph.replay()
+        torch.cuda.synchronize()
+        for i, (y, t) in enumerate(found):
+            assert torch.equal(y, right[i // 8][0])
+            assert torch.equal(t, right[i // 8][1])
+
+    def test_what_it_does_not_serve(self, hopper):
+        for changed in (
+            {"dtype": torch.float32}, {"rows": 0}, {"blocksize": 32}, {"in_features": 96}, {"out_features": 33},
+        ):  # fmt: skip
+            arguments = problem(hopper, **{"dtype": torch.float16, "rows": 3, "out_features": 40} | changed)
+            assert not cuda.serves("qlora_linear", "gemm", *arguments)
+        arguments = problem(hopper, torch.float16, 3, out_features=40)
+        assert cuda.serves("qlora_linear", "gemm", *arguments)
+        assert not cuda.serves("qlora_linear", "gemm", *dispatch.with_dropout(arguments, hopper))

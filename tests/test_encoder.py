@@ -98,7 +98,9 @@ def check(encoder, shape, dtype, x_trains=True):
         inferred = whole.encode_tokens(encoder, x)
     found = whole.encode_tokens(encoder, x)
     assert found.dtype == dtype
-    assert torch.equal(found, inferred)
+    # What is kept for backward is compiled in, so that float32 products may be fused with other sums on a GPU.
+    exactly = {"rtol": 0, "atol": 0} if dtype != torch.float32 or DEVICE.type == "cpu" else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(found, inferred, **exactly)
     leaves, exact_leaves = ({"x": at, **dict(of.named_parameters())} for at, of in ((x, encoder), (x64, exact)))
     names = [name for name, leaf in leaves.items() if leaf.requires_grad]
     seed = torch.randn_like(found)
@@ -546,7 +548,8 @@ def test_a_captured_step_of_the_blocks_on_a_gpu():
 
     def step():
         y = whole.encode_tokens(encoder, x)
-        return [y, *torch.autograd.grad(F.mse_loss(y.float(), torch.ones_like(y, dtype=torch.float32)), parameters)]
+        grads = torch.autograd.grad(F.mse_loss(y.float(), torch.ones_like(y, dtype=torch.float32)), parameters)
+        return [y.detach(), *grads]  # the graph of a step in capture must not live on into one outside
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -11,7 +11,7 @@ from needs import needs_extension
 from torch import nn
 
 from harlora import QLoRALinear
-from harlora.kernels import dispatch, eager, replay
+from harlora.kernels import cuda, dispatch, eager, replay
 from harlora.kernels.configurations import Configuration
 from harlora.kernels.dropout import draw_seed
 
@@ -143,10 +143,11 @@ def test_products_are_repeated_between_launches(driver):
             torch.addmm(bias, x, wide.T, alpha=0.5, out=y)
             y[:, 4:9].addmm_(x, w[4:9].T)
             torch.mm(t, A[:, 2:5], out=y[:, 1:4])
+            torch.mm(x[:, :5], table[:, :2], out=y[:, 10:])
         assert not watch.computed
         return [y, t], watch.allocated, steps
 
-    inputs = [torch.randn(5, 8), torch.randn(12, 8), torch.randn(12), torch.randn(3, 8)]
+    inputs, table = [torch.randn(5, 8), torch.randn(12, 8), torch.randn(12), torch.randn(3, 8)], torch.randn(5, 3)
     result, allocated, steps = computed(*inputs)
     number = held(driver, inputs, allocated, result, steps)
     moved = torch.randn(16 + 5 * 8)[16:].view(5, 8)
@@ -160,15 +161,35 @@ def test_products_are_repeated_between_launches(driver):
 
 def test_products_that_cannot_be_repeated():
     x, w, out = torch.randn(5, 8), torch.randn(12, 8), torch.empty(5, 12)
-    elsewhere = torch.randn(12, 8)
     for product in (
-        replay._Product(2, (out, x, elsewhere.T)),
-        replay._Product(2, (out, x, w.double().T)),
         replay._Product(2, (out, x, w.view(torch.int32).T)),
         replay._Product(3, (out[:0], x[:0])),
     ):
         with pytest.raises(replay._UnrepeatableError):
             replay._facts([x, w], [out], [out], [product])
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("name", "numbers"), [("qlora_gemv", ()), ("qlora_gemm", (64, 2))])
+def test_calls_of_cuda_are_held_with_their_arguments_in_order(name, numbers, nested, driver):
+    x, y, t, table = torch.randn(3, 128), torch.empty(3, 16), torch.empty(0), torch.randn(16)
+    packed, absmax, A, B = (
+        torch.zeros(1024, 1, dtype=torch.uint8),
+        torch.ones(32),
+        torch.randn(4, 128),
+        torch.ones(16, 4),
+    )
+    scales = (torch.ones(1), torch.zeros(1), torch.ones(256)) if nested else ()
+    arguments = (x, packed, absmax, table, 64, None, A, B, 0.5, y, t, *numbers, *scales)
+    product = replay._product(getattr(torch.ops.harlora_cpp, name).default, arguments, {"stream": 3})
+    assert product.numbers == (64, *numbers)
+    assert product.alpha == 0.5
+    wanted = (x, packed, absmax, table, None, A, B, y, t, *(scales or (None, None, None)))
+    assert all(one is other for one, other in zip(product.tensors, wanted, strict=True))
+    number = held(driver, [x, packed, absmax, A, B, *scales[:2]], [y, t], [y, t], [product])
+    with pytest.raises(RuntimeError):  # there is no GPU to compute this on
+        torch.ops.harlora_cpp.launches_run([x, packed, absmax, A, B, *scales[:2]], number, 5)
+    torch.ops.harlora_cpp.launches_release(number)
 
 
 @pytest.mark.parametrize("way", ["direct", "split", "dense"])
@@ -255,6 +276,25 @@ def test_layers_repeat_on_a_gpu(dtype, rows, options, monkeypatch):
             assert torch.equal(layer(x), wanted)
     # Without an adapter dbias is a sum of torch's, and so is all of backward.
     assert sum(number > 0 for number in replay._held.values()) >= (2 if layers[0].rank else 1)
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@pytest.mark.usefixtures("nan_filled_memory")
+@pytest.mark.parametrize("way", ["gemv", "gemm"])
+@pytest.mark.parametrize("options", [{}, {"rank": 0}, {"rank": 40}, {"bias": False}, {"double_quant": True}], ids=str)
+def test_the_ways_of_cuda_repeat_on_a_gpu(way, options, monkeypatch):
+    layers = [layer_of(torch.bfloat16, **options) for _ in range(2)]
+    x = torch.randn(5, 128, device="cuda", dtype=torch.bfloat16)
+    if not cuda.serves("qlora_linear", way, x, *layers[0].operands()):
+        pytest.skip(f"{way} does not serve here")
+    monkeypatch.setattr(dispatch, "configuration", lambda *_: Configuration(way))
+    eager.reset()
+    with torch.no_grad():
+        for turn in range(6):
+            x = torch.randn(5, 128, device="cuda", dtype=torch.bfloat16)
+            assert torch.equal(layers[turn % 2](x), cuda.WAYS["qlora_linear"][way](x, *layers[turn % 2].operands())[0])
+    assert sum(number > 0 for number in replay._held.values()) == 1
 
 
 @pytest.mark.gpu

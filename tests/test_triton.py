@@ -39,7 +39,7 @@ def tables():
         for table in configurations.tables().values()
         for rules in table.values()
         for rule in rules
-        if rule.use.way != "dense"
+        if rule.use.way in ("direct", "split")
     }
 
 

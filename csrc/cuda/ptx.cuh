@@ -44,11 +44,70 @@ __device__ __forceinline__ uint2 load_once(const void* from) {
   return words;
 }
 
+__device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
+  uint4 words;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "r"(address)
+               : "memory");
+  return words;
+}
+
 // ld.shared by its 32-bit address: of a generic one the compiler keeps and adds both halves.
 __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
   uint32_t word;
   asm("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address));
   return word;
+}
+
+// cp.async: 16 bytes from global to shared memory without a register between, zeros if not `there`. L2::128B: the rest
+// of the 128 bytes comes into the second cache, where the next step of the same row finds it. sm_80.
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool there) {
+  const int bytes = there ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most kPending groups of this thread's copies are on their way.
+template <int kPending>
+__device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// fence.proxy.async: what this thread has written to shared memory is seen by wgmma after the next barrier. sm_90.
+__device__ __forceinline__ void show_to_async_units() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// barrier.cluster: what the threads of all blocks of a cluster wrote before is seen by all after it. sm_90.
+__device__ __forceinline__ void cluster_barrier() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
+// mapa: the address of the same place in the shared memory of another block of the cluster. sm_90.
+__device__ __forceinline__ uint32_t shared_of(uint32_t block, uint32_t address) {
+  uint32_t there = address;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
+#endif
+  return there;
+}
+
+// ld.shared::cluster: 16 bytes from there. sm_90.
+__device__ __forceinline__ float4 load_cluster(uint32_t address) {
+  float4 four{};
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(four.x), "=f"(four.y), "=f"(four.z), "=f"(four.w)
+               : "r"(address)
+               : "memory");
+#endif
+  return four;
 }
 
 // griddepcontrol.launch_dependents: the next kernel of the stream, if launched so, may start before this one ends.

@@ -1,20 +1,18 @@
 // The layer for at most 8 rows of x, written to take as long as reading the packed weight: t = x·lora_Aᵀ is a small
 // kernel of its own that runs beside the large one, which asks for t when it has read its part of the weight.
-//
-// Not yet run on a card: kernels/dispatch.py offers it on request only.
 
 #include "qlora_gemv.cuh"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <array>
 #include <atomic>
 
+#include "lora_down.cuh"
 #include "ptx.cuh"
 #include "qlora_gemv.h"
+#include "types.cuh"
 
 namespace harlora::cuda {
 namespace {
@@ -25,8 +23,7 @@ using gemv::kThreads;
 using gemv::kTokens;
 using gemv::kWarps;
 
-constexpr int kAhead = 4;          // steps of a warp whose codes are on their way at a time
-constexpr int kRankThreads = 128;  // for one row of lora_A
+constexpr int kAhead = 4;  // steps of a warp whose codes are on their way at a time
 
 template <typename T>
 struct Arguments {
@@ -51,83 +48,11 @@ struct Arguments {
   bool wide;
 };
 
-template <typename T>
-__device__ __forceinline__ T rounded(float value);
-template <>
-__device__ __forceinline__ __nv_bfloat16 rounded(float value) {
-  return __float2bfloat16_rn(value);
-}
-template <>
-__device__ __forceinline__ __half rounded(float value) {
-  return __float2half_rn(value);
-}
-
-__device__ __forceinline__ uint16_t pattern(__nv_bfloat16 value) { return __bfloat16_as_ushort(value); }
-__device__ __forceinline__ uint16_t pattern(__half value) { return __half_as_ushort(value); }
-
-__device__ __forceinline__ float2 unpacked(uint32_t pair, __nv_bfloat16) {
-  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
-}
-__device__ __forceinline__ float2 unpacked(uint32_t pair, __half) {
-  return __half22float2(reinterpret_cast<const __half2&>(pair));
-}
-
-// Eight values of an adapter, two in a word.
-template <typename T, bool kWide>
-__device__ __forceinline__ uint4 eight(const void* from, int64_t place) {
-  if constexpr (!kWide) {
-    return *reinterpret_cast<const uint4*>(static_cast<const T*>(from) + place);
-  } else {
-    const float4* wide = reinterpret_cast<const float4*>(static_cast<const float*>(from) + place);
-    const float4 low = wide[0], high = wide[1];
-    alignas(16) const T values[8] = {rounded<T>(low.x),  rounded<T>(low.y),  rounded<T>(low.z),  rounded<T>(low.w),
-                         rounded<T>(high.x), rounded<T>(high.y), rounded<T>(high.z), rounded<T>(high.w)};
-    return *reinterpret_cast<const uint4*>(values);
-  }
-}
-
-// One row of lora_A for a block of threads: t[token][row].
-template <typename T, bool kWide>
-__global__ void __launch_bounds__(kRankThreads) lora_down_kernel(const Arguments<T> a) {
-  let_next_start();
-  const int row = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  float sums[kTokens] = {};
-  for (int64_t k = 8 * threadIdx.x; k < a.in_features; k += 8 * kRankThreads) {
-    const uint4 weights = eight<T, kWide>(a.A, row * a.in_features + k);
-    const uint32_t w[4] = {weights.x, weights.y, weights.z, weights.w};
-#pragma unroll
-    for (int token = 0; token < kTokens; ++token) {
-      if (token >= a.tokens) break;
-      const uint4 values = *reinterpret_cast<const uint4*>(a.x + token * a.in_features + k);
-      const uint32_t v[4] = {values.x, values.y, values.z, values.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 one = unpacked(w[i], T{}), other = unpacked(v[i], T{});
-        sums[token] += one.x * other.x + one.y * other.y;
-      }
-    }
-  }
-  __shared__ float parts[kRankThreads / 32][kTokens];
-#pragma unroll
-  for (int token = 0; token < kTokens; ++token) {
-#pragma unroll
-    for (int distance = 16; distance; distance /= 2) {
-      sums[token] += __shfl_xor_sync(0xFFFFFFFFu, sums[token], distance);
-    }
-    if (lane == 0) parts[warp][token] = sums[token];
-  }
-  __syncthreads();
-  if (threadIdx.x < a.tokens) {
-    float sum = 0;
-    for (int i = 0; i < kRankThreads / 32; ++i) sum += parts[i][threadIdx.x];
-    a.t[threadIdx.x * a.rank + row] = rounded<T>(sum);
-  }
-}
-
-// What a warp has read of one step: the codes of two rows and their scales.
+// What a warp has read of one step: the codes of two rows and their scales, of nested ones what they are made of.
 struct Read {
   uint2 codes[2];
   float scales[2];
+  int numbers[2];
 };
 
 template <typename T, bool kNested>
@@ -160,8 +85,8 @@ __global__ void __launch_bounds__(kThreads, 2) qlora_gemv_kernel(const Arguments
         codes[i] += kWarps * kStep / 2;
         const int64_t block = first_block[i] + (ahead >> shift);
         if constexpr (kNested) {
-          const int number = static_cast<const uint8_t*>(a.absmax)[block];
-          into.scales[i] = nested_scale(nested_code[number], a.nested_absmax[block >> 8], offset);
+          into.numbers[i] = static_cast<const uint8_t*>(a.absmax)[block];
+          into.scales[i] = a.nested_absmax[block >> 8];
         } else {
           into.scales[i] = static_cast<const float*>(a.absmax)[block];
         }
@@ -173,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, 2) qlora_gemv_kernel(const Arguments
   if (threadIdx.x < 16) values[threadIdx.x] = pattern(rounded<T>(a.code[threadIdx.x]));
   if constexpr (kNested) nested_code[threadIdx.x] = a.nested_code[threadIdx.x];
   __syncthreads();
-  Read next[kAhead];
+  Read next[kAhead] = {};
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) read(next[i]);
   // The table is written while the first codes are on their way.
@@ -184,21 +109,26 @@ __global__ void __launch_bounds__(kThreads, 2) qlora_gemv_kernel(const Arguments
   const uint4* x = reinterpret_cast<const uint4*>(a.x + token * a.in_features + gemv::first_k(lane));
   const uint32_t copy = static_cast<uint32_t>(__cvta_generic_to_shared(table)) + 4 * lane;
   const auto pair_at = [copy](uint32_t place) { return load_shared(copy + place); };
+  uint4 next_low, next_high;  // x of the next step, which takes as long to come as this step does
+  const auto read_x = [&](int step) {
+    const int place = min(step, steps - 1) * (kStep / 8);
+    next_low = x[place];
+    next_high = x[place + 1];
+    asm volatile("" ::: "memory");  // not that of all steps at once, which would take too many registers
+  };
+  read_x(warp);
   float total[4] = {};
   for (int begin = warp; begin < steps; begin += kWarps * kAhead) {
-    Read now[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) now[i] = next[i];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) read(next[i]);
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const int step = begin + kWarps * i;
-      if (step >= steps) break;  // the whole warp
-      const uint4 low = x[step * (kStep / 8)], high = x[step * (kStep / 8) + 1];
+      const Read now = next[i];
+      const uint4 low = next_low, high = next_high;
+      read(next[i]);
+      read_x(step + kWarps);
       const uint32_t values_of_x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-      const uint32_t first[2] = {now[i].codes[0].x, now[i].codes[0].y};
-      const uint32_t second[2] = {now[i].codes[1].x, now[i].codes[1].y};
+      const uint32_t first[2] = {now.codes[0].x, now.codes[0].y};
+      const uint32_t second[2] = {now.codes[1].x, now.codes[1].y};
       float sums[4] = {};
 #pragma unroll
       for (int product = 0; product < gemv::kProducts; ++product) {
@@ -207,7 +137,10 @@ __global__ void __launch_bounds__(kThreads, 2) qlora_gemv_kernel(const Arguments
         gemv::token_operand(values_of_x, product, tokens);
         multiply_add<T>(sums, weights, tokens);
       }
-      gemv::add_scaled(total, sums, now[i].scales[0], now[i].scales[1]);
+      const auto scale = [&](int which) {
+        return kNested ? nested_scale(nested_code[now.numbers[which]], now.scales[which], offset) : now.scales[which];
+      };
+      if (step < steps) gemv::add_scaled(total, sums, scale(0), scale(1));
     }
   }
 #pragma unroll
@@ -252,8 +185,7 @@ template <typename T>
 void launch(const Arguments<T>& a, bool nested, cudaStream_t stream) {
   const auto kernel = nested ? qlora_gemv_kernel<T, true> : qlora_gemv_kernel<T, false>;
   if (a.rank) {
-    (a.wide ? lora_down_kernel<T, true> : lora_down_kernel<T, false>)<<<a.rank, kRankThreads, 0, stream>>>(a);
-    check_launch(cudaGetLastError());
+    check_launch(lora_down(a.x, a.A, a.wide, a.t, a.in_features, a.tokens, a.rank, stream));
   }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>((a.out_features + kRows - 1) / kRows));

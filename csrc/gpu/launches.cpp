@@ -7,9 +7,13 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <unordered_map>
 #include <utility>
 #include <variant>
+
+#include "../cuda/qlora_gemm_sm90.h"
+#include "../cuda/qlora_gemv.h"
 
 namespace harlora::gpu {
 namespace {
@@ -73,19 +77,25 @@ struct Products {
   }
 };
 
-// A part of an input or buffer; offset in values, from its first.
+enum class Place : int64_t { input = 0, buffer = 1, constant = 2, absent = 3 };
+
+// A part of an input or buffer, offset in values from its first, or all of it; a tensor that is there for good; none.
 struct View {
-  Kind kind;
+  Place place;
   int64_t which, offset;
   std::vector<int64_t> sizes, strides;
+  bool whole;
+  std::optional<Tensor> constant;
 };
 
-enum class Work : int64_t { launch = 0, addmm = 1, mm = 2, copy = 3 };
+enum class Work : int64_t { launch = 0, addmm = 1, mm = 2, copy = 3, gemv = 4, gemm = 5 };
 
-// out = beta·self + alpha·a·b (out, self, a, b), out = a·b, or out = a rounded.
+// What is done with whole tensors: out = beta·self + alpha·a·b (out, self, a, b), out = a·b, out = a rounded, or what
+// csrc/cuda/ has of that name, with the tensors, numbers and factor of its arguments in their order.
 struct Product {
   Work work;
-  std::vector<View> tensors;  // the first of them is written
+  std::vector<View> tensors;
+  std::vector<int64_t> numbers;
   double beta, alpha;
 };
 
@@ -152,24 +162,47 @@ Launch launch_of(Reader& facts, int64_t inputs, int64_t buffers) {
   return launch;
 }
 
-Product product_of(Reader& facts, Work work, int64_t inputs, int64_t buffers) {
-  Product product{work, {}, 0, 0};
-  const int64_t wanted = work == Work::addmm ? 4 : work == Work::mm ? 3 : 2;
-  for (int64_t i = 0; i < wanted; ++i) {
-    View view{};
-    view.kind = static_cast<Kind>(facts.below(2));
-    view.which = facts.below(view.kind == Kind::input ? inputs : buffers);
-    view.offset = facts.next();
-    view.sizes.resize(facts.below(64));
-    view.strides.resize(view.sizes.size());
-    for (int64_t& size : view.sizes) size = facts.next();
-    for (int64_t& stride : view.strides) stride = facts.next();
-    product.tensors.push_back(std::move(view));
+View view_of(Reader& facts, const Recording& recording) {
+  View view{};
+  view.place = static_cast<Place>(facts.below(4));
+  if (view.place == Place::absent) return view;
+  const bool constant = view.place == Place::constant;
+  const auto& wholes = view.place == Place::input ? recording.inputs : recording.buffers;
+  view.which = constant ? facts.next() : facts.below(static_cast<int64_t>(wholes.size()));
+  view.offset = facts.next();
+  view.sizes.resize(facts.below(64));
+  view.strides.resize(view.sizes.size());
+  for (int64_t& size : view.sizes) size = facts.next();
+  for (int64_t& stride : view.strides) stride = facts.next();
+  if (constant) {  // by its address and dtype
+    AtenTensorHandle handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
+        reinterpret_cast<void*>(view.which), static_cast<int64_t>(view.sizes.size()), view.sizes.data(),
+        view.strides.data(), 0, static_cast<int32_t>(view.offset), recording.device_type, recording.device_index,
+        &handle));
+    view.constant = Tensor(handle);
+  } else {
+    const Layout& layout = wholes[view.which];
+    view.whole = view.offset == 0 && view.sizes == layout.sizes && view.strides == layout.strides;
   }
+  return view;
+}
+
+Product product_of(Reader& facts, Work work, const Recording& recording) {
+  Product product{work, {}, {}, 0, 0};
+  for (int64_t i = facts.below(64); i > 0; --i) product.tensors.push_back(view_of(facts, recording));
+  for (int64_t i = facts.below(64); i > 0; --i) product.numbers.push_back(facts.next());
   for (double* factor : {&product.beta, &product.alpha}) {
     const int64_t bits = facts.next();
     std::memcpy(factor, &bits, sizeof bits);
   }
+  const std::pair<size_t, size_t> wanted = work == Work::addmm  ? std::pair{4, 0}
+                                           : work == Work::mm   ? std::pair{3, 0}
+                                           : work == Work::copy ? std::pair{2, 0}
+                                           : work == Work::gemv ? std::pair{12, 1}
+                                                                : std::pair{12, 3};
+  STD_TORCH_CHECK(std::pair(product.tensors.size(), product.numbers.size()) == wanted,
+                  "launches_hold: facts have another number of arguments");
   return product;
 }
 
@@ -185,13 +218,13 @@ Recording recording_of(const std::vector<int64_t>& numbers, const std::string& d
   const auto buffers = static_cast<int64_t>(recording.buffers.size());
   for (int64_t i = facts.below(most); i > 0; --i) recording.outputs.push_back(facts.below(buffers));
   for (int64_t i = facts.below(most); i > 0; --i) {
-    const auto work = static_cast<Work>(facts.below(4));
+    const auto work = static_cast<Work>(facts.below(6));
     if (work == Work::launch) {
       recording.steps.emplace_back(launch_of(facts, inputs, buffers));
       continue;
     }
-    if (!recording.products.mm) recording.products = Products::load(recording.device_type);
-    recording.steps.emplace_back(product_of(facts, work, inputs, buffers));
+    if (work < Work::gemv && !recording.products.mm) recording.products = Products::load(recording.device_type);
+    recording.steps.emplace_back(product_of(facts, work, recording));
   }
   STD_TORCH_CHECK(facts.ended(), "launches_hold: facts are left over");
   return recording;
@@ -227,18 +260,26 @@ bool fits(const Tensor& tensor, const Layout& layout, const Recording& recording
 }
 
 void multiply(const Product& product, const Products& by, const std::vector<Tensor>& inputs,
-              const std::vector<Tensor>& buffers) {
-  std::vector<Tensor> tensors;
+              const std::vector<Tensor>& buffers, int64_t stream) {
+  std::vector<std::optional<Tensor>> tensors;
   tensors.reserve(product.tensors.size());
   for (const View& view : product.tensors) {
-    const Tensor& whole = (view.kind == Kind::input ? inputs : buffers)[view.which];
+    if (view.place == Place::constant || view.place == Place::absent) {
+      tensors.push_back(view.constant);
+      continue;
+    }
+    const Tensor& whole = (view.place == Place::input ? inputs : buffers)[view.which];
+    if (view.whole) {
+      tensors.emplace_back(whole);
+      continue;
+    }
     AtenTensorHandle handle = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(whole.get(), static_cast<int64_t>(view.sizes.size()),
                                                           view.sizes.data(), view.strides.data(), view.offset,
                                                           &handle));
-    tensors.emplace_back(handle);
+    tensors.emplace_back(Tensor(handle));
   }
-  const auto at = [&](size_t place) { return tensors[place].get(); };
+  const auto at = [&](size_t place) { return tensors[place]->get(); };
   switch (product.work) {
     case Work::addmm:
       TORCH_ERROR_CODE_CHECK(by.addmm(at(0), at(1), at(2), at(3), product.beta, product.alpha));
@@ -246,8 +287,21 @@ void multiply(const Product& product, const Products& by, const std::vector<Tens
     case Work::mm:
       TORCH_ERROR_CODE_CHECK(by.mm(at(0), at(1), at(2)));
       return;
-    default:
+    case Work::copy:
       TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(at(0), at(1), 1));
+      return;
+#ifdef HARLORA_CUDA
+    case Work::gemv:
+      return cuda::qlora_gemv(*tensors[0], *tensors[1], *tensors[2], *tensors[3], product.numbers[0], tensors[4],
+                              tensors[5], tensors[6], product.alpha, *tensors[7], *tensors[8], tensors[9],
+                              tensors[10], tensors[11], stream);
+    case Work::gemm:
+      return cuda::qlora_gemm(*tensors[0], *tensors[1], *tensors[2], *tensors[3], product.numbers[0], tensors[4],
+                              tensors[5], tensors[6], product.alpha, *tensors[7], *tensors[8], product.numbers[1],
+                              product.numbers[2], tensors[9], tensors[10], tensors[11], stream);
+#endif
+    default:
+      STD_TORCH_CHECK(stream < 0, "launches_run: the extension was built without CUDA");
   }
 }
 
@@ -299,7 +353,7 @@ std::vector<Tensor> launches_run(std::vector<Tensor> inputs, int64_t held, int64
   std::vector<void*> pointers;
   for (const auto& step : recording->steps) {
     if (const auto* product = std::get_if<Product>(&step)) {
-      multiply(*product, recording->products, inputs, buffers);
+      multiply(*product, recording->products, inputs, buffers, stream);
       continue;
     }
     const Launch& launch = std::get<Launch>(step);

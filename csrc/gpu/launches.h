@@ -21,10 +21,13 @@ namespace harlora::gpu {
 //   outputs:   the buffer of each
 //   steps:     0, function, grid x, y, z, threads, bytes of shared memory, and the parameters:
 //                 0, input, byte offset | 1, buffer, byte offset | 2, 32 bits, 0 | 3, 64 bits, 0
-//              1, out, self, a, b, beta, alpha: out = beta·self + alpha·a·b by torch's own product
-//              2, out, a, b, 0, 0: out = a·b;  3, out, a, 0, 0: a copy, rounded
-//              of which each tensor is 0 or 1, input or buffer, offset in values, dim, sizes, strides; factors are the
-//              bits of a double
+//              1, out, self, a, b: out = beta·self + alpha·a·b by torch's own product;  2, out, a, b: out = a·b
+//              3, out, a: a copy, rounded
+//              4 and 5, x, packed, absmax, code, bias, lora_A, lora_B, y, t, nested_absmax, nested_offset, nested_code:
+//                 cuda::qlora_gemv with the number blocksize, qlora_gemm with blocksize, tile, parts; alpha: scaling
+//              of which each is the list of tensors, the list of numbers, and beta and alpha as the bits of doubles;
+//              a tensor: 0 or 1, input or buffer, offset in values, dim, sizes, strides
+//                 2, one that is there for good, address, dtype, dim, sizes, strides | 3, none
 //
 // `driver`: the library with cuLaunchKernel and cuCtxGetDevice.
 int64_t launches_hold(std::vector<int64_t> facts, std::string driver);

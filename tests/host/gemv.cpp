@@ -5,26 +5,13 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <vector>
+
+#include "values.h"
 
 using namespace harlora::cuda;
 
 namespace {
-
-float value_of(uint16_t bits, bool bfloat16) {
-  if (bfloat16) {
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, 4);
-    return value;
-  }
-  _Float16 value;
-  std::memcpy(&value, &bits, 2);
-  return static_cast<float>(value);
-}
-
-uint16_t half_of(uint32_t word, int which) { return static_cast<uint16_t>(word >> (16 * which)); }
 
 // "Matrix Fragments for mma.m16n8k16": a0..a7, b0..b3 and c0..c3 of the lane whose groupID is lane >> 2 and whose
 // threadID_in_group is lane % 4.

@@ -1,0 +1,42 @@
+#pragma once
+
+// The 16-bit types that kernels are written for. Included by .cu files alone.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace harlora::cuda {
+
+template <typename T>
+__device__ __forceinline__ T rounded(float value);
+template <>
+__device__ __forceinline__ __nv_bfloat16 rounded(float value) {
+  return __float2bfloat16_rn(value);
+}
+template <>
+__device__ __forceinline__ __half rounded(float value) {
+  return __float2half_rn(value);
+}
+
+__device__ __forceinline__ uint16_t pattern(__nv_bfloat16 value) { return __bfloat16_as_ushort(value); }
+__device__ __forceinline__ uint16_t pattern(__half value) { return __half_as_ushort(value); }
+
+__device__ __forceinline__ float2 unpacked(uint32_t pair, __nv_bfloat16) {
+  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
+}
+__device__ __forceinline__ float2 unpacked(uint32_t pair, __half) {
+  return __half22float2(reinterpret_cast<const __half2&>(pair));
+}
+
+__device__ __forceinline__ uint32_t packed_pair(float low, float high, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+__device__ __forceinline__ uint32_t packed_pair(float low, float high, __half) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+}  // namespace harlora::cuda
