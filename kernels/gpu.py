@@ -462,6 +462,10 @@ def encoder_blocks(x: Tensor, tensors: Sequence[Tensor], blocks: Blocks) -> Tens
         if train and route is None:
             return None
     x = x.contiguous()
+    if not train and (parts := _parts_of_batch(x)) > 1:
+        encoded = [encoder_blocks(part, tensors, blocks) for part in x.chunk(parts)]
+        together = [each for each in encoded if each is not None]
+        return torch.cat(together) if len(together) == len(encoded) else None
     key = ("encoder_blocks", blocks, x.get_device(), *_arithmetic(x), x.shape, train)
 
     def function() -> Sequence[Tensor]:
@@ -479,8 +483,16 @@ def encoder_blocks(x: Tensor, tensors: Sequence[Tensor], blocks: Blocks) -> Tens
     if not train:
         return found[0]
     assert route is not None
-    encoded: Tensor = _Encoder.apply(key, blocks, route, found, tensors, x, *[tensors[i] for i in route.leaves])
-    return encoded
+    trained: Tensor = _Encoder.apply(key, blocks, route, found, tensors, x, *[tensors[i] for i in route.leaves])
+    return trained
+
+
+def _parts_of_batch(x: Tensor) -> int:
+    """Into how many parts ``(windows, tokens, width)`` x is cut so that the launchers take each."""
+    from harlora.kernels.triton.qlora_mlp import MOST_ROWS
+
+    windows, tokens, _ = x.shape
+    return -(-windows // max(1, MOST_ROWS // max(1, tokens)))
 
 
 def _block_functions(

@@ -145,6 +145,22 @@ def test_long_windows_with_large_heads_in_half_precision(tokens, dtype):
 
 
 @pytest.mark.usefixtures("nan_filled_memory", "_believed")
+@pytest.mark.parametrize("windows", [4, 5, 6])
+def test_more_windows_than_the_launchers_take_are_encoded_in_parts(windows, monkeypatch, taken):
+    encoder, x = make(depth=1), torch.randn(windows, 5, 32, device=DEVICE)
+    with torch.no_grad():
+        together = whole.encode_tokens(encoder, x)
+        monkeypatch.setattr("harlora.kernels.triton.qlora_mlp.MOST_ROWS", 11)
+        shapes, original = [], kernels.encoder_blocks
+        monkeypatch.setattr(kernels, "encoder_blocks", lambda x, *a, **b: shapes.append(len(x)) or original(x, *a, **b))
+        eager.reset()
+        parts = whole.encode_tokens(encoder, x)
+    assert shapes == {4: [2, 2], 5: [2, 2, 1], 6: [2, 2, 2]}[windows]
+    torch.testing.assert_close(parts, together, rtol=1e-5, atol=1e-6)
+    assert whole.encode_tokens(encoder, x) is None  # to train, they are not
+
+
+@pytest.mark.usefixtures("nan_filled_memory", "_believed")
 @pytest.mark.parametrize(
     "trains", ["biases", "lora_A", "lora_B", "second block", "v and fc1", "o bias", "one fc2", "x", "mixed ranks"]
 )

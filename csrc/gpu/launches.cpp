@@ -86,6 +86,11 @@ struct View {
   std::vector<int64_t> sizes, strides;
   bool whole;
   std::optional<Tensor> constant;
+
+  bool same_as(const View& other) const {
+    return place == other.place && which == other.which && offset == other.offset && sizes == other.sizes &&
+           strides == other.strides;
+  }
 };
 
 enum class Work : int64_t { launch = 0, addmm = 1, mm = 2, copy = 3, gemv = 4, gemm = 5 };
@@ -97,6 +102,7 @@ struct Product {
   std::vector<View> tensors;
   std::vector<int64_t> numbers;
   double beta, alpha;
+  bool adds;  // to what is in `out`, which is self
 };
 
 struct Recording {
@@ -189,7 +195,7 @@ View view_of(Reader& facts, const Recording& recording) {
 }
 
 Product product_of(Reader& facts, Work work, const Recording& recording) {
-  Product product{work, {}, {}, 0, 0};
+  Product product{work, {}, {}, 0, 0, false};
   for (int64_t i = facts.below(64); i > 0; --i) product.tensors.push_back(view_of(facts, recording));
   for (int64_t i = facts.below(64); i > 0; --i) product.numbers.push_back(facts.next());
   for (double* factor : {&product.beta, &product.alpha}) {
@@ -203,6 +209,7 @@ Product product_of(Reader& facts, Work work, const Recording& recording) {
                                                                 : std::pair{12, 3};
   STD_TORCH_CHECK(std::pair(product.tensors.size(), product.numbers.size()) == wanted,
                   "launches_hold: facts have another number of arguments");
+  product.adds = work == Work::addmm && product.tensors[0].same_as(product.tensors[1]);
   return product;
 }
 
@@ -282,7 +289,9 @@ void multiply(const Product& product, const Products& by, const std::vector<Tens
   const auto at = [&](size_t place) { return tensors[place]->get(); };
   switch (product.work) {
     case Work::addmm:
-      TORCH_ERROR_CODE_CHECK(by.addmm(at(0), at(1), at(2), at(3), product.beta, product.alpha));
+      // Of another tensor over the same memory torch would make a copy first.
+      TORCH_ERROR_CODE_CHECK(
+          by.addmm(at(0), product.adds ? at(0) : at(1), at(2), at(3), product.beta, product.alpha));
       return;
     case Work::mm:
       TORCH_ERROR_CODE_CHECK(by.mm(at(0), at(1), at(2)));
