@@ -8,8 +8,8 @@ operators run on their PyTorch reference.
 Environment: CXX, the C++ compiler; CUDA_HOME, the CUDA toolkit (otherwise found through nvcc on PATH);
 HARLORA_CUDA=0 leaves the CUDA part out; TORCH_CUDA_ARCH_LIST, as torch's extensions read it ("8.0;9.0a;10.0+PTX"), by
 default all GPUs that the kernels are written for and the toolkit knows; HARLORA_WERROR=1 makes nvcc's warnings errors,
-as this repository's own builds do. HARLORA_SANITIZE=1 compiles the CPU part with
-AddressSanitizer and UBSan, for ``make sanitize`` alone: what comes out loads only behind their runtime.
+as this repository's own builds do. HARLORA_SANITIZE=1 compiles the CPU part with AddressSanitizer and UBSan, for
+``make sanitize`` alone: what comes out loads only behind their runtime.
 """
 
 import os

@@ -31,10 +31,10 @@ def qlora_gemv(
 ) -> tuple[Tensor, Tensor]:
     """As `reference.qlora_linear`, for what `serves`; lora_A and lora_B may be float32, rounded as they are read."""
     rows, rank = x.numel() // x.shape[-1], 0 if lora_A is None else lora_A.shape[0]
-    flat = x.reshape(rows, x.shape[-1]).contiguous()
+    flat, packed = _aligned(x.reshape(rows, x.shape[-1])), _aligned(packed)
     y, t = x.new_empty(rows, out_features), x.new_empty((rows, rank) if lora_A is not None else 0)
     nested = cpp.nested_scales(nested_absmax, nested_offset)
-    bias, lora_A, lora_B = (None if each is None else each.contiguous() for each in (bias, lora_A, lora_B))
+    bias, lora_A, lora_B = (None if each is None else _aligned(each) for each in (bias, lora_A, lora_B))
     stream = torch.cuda.current_stream(x.device).cuda_stream
     torch.ops.harlora_cpp.qlora_gemv(
         flat, packed, absmax, code_table(quant_type, x.device), blocksize, bias, lora_A, lora_B, scaling, y, t, *nested,
@@ -45,17 +45,27 @@ def qlora_gemv(
 
 
 def _serves_gemv(x: Tensor, *arguments: Any) -> bool:
+    return _has_whole_steps(x, *arguments) and x.numel() <= GEMV_ROWS * x.shape[-1]
+
+
+def _has_whole_steps(x: Tensor, *arguments: Any) -> bool:
+    """Whether the layer is one that kernels read in steps of 64 values of k with one scale, 16 bytes at a time."""
     packed, *_, blocksize, out_features, _, lora_A, lora_B, _ = arguments[:11]
     seed = arguments[12] if len(arguments) > 12 else None
-    in_features = x.shape[-1]
     return (
         x.dtype in (torch.bfloat16, torch.float16)
-        and 0 < x.numel() <= GEMV_ROWS * in_features
-        and out_features > 0 and blocksize >= STEP and in_features % blocksize == 0
+        and x.numel() > 0 and out_features > 0
+        and blocksize >= STEP and x.shape[-1] % blocksize == 0
         and seed is None
         and all(each is None or each.dtype in (x.dtype, torch.float32) for each in (lora_A, lora_B))
         and all(each is None or each.data_ptr() % 16 == 0 for each in (x, packed, lora_A))
     )  # fmt: skip
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """``tensor``, contiguous at a multiple of 16 bytes: what is chosen for one may later be called with another."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def qlora_gemm(
@@ -84,11 +94,11 @@ def qlora_gemm(
         there are fewer tiles than multiprocessors. Larger clusters do not all find room at once.
     """
     in_features = x.shape[-1]
-    flat = x.reshape(-1, in_features).contiguous()
+    flat, packed = _aligned(x.reshape(-1, in_features)), _aligned(packed)
     rows, rank = len(flat), 0 if lora_A is None else lora_A.shape[0]
     y, t = x.new_empty(rows, out_features), x.new_empty((rows, rank) if lora_A is not None else 0)
     nested = cpp.nested_scales(nested_absmax, nested_offset)
-    bias, lora_A, lora_B = (None if each is None else each.contiguous() for each in (bias, lora_A, lora_B))
+    bias, lora_A, lora_B = (None if each is None else _aligned(each) for each in (bias, lora_A, lora_B))
     tile = tile or _tile(rows)
     torch.ops.harlora_cpp.qlora_gemm(
         flat, packed, absmax, code_table(quant_type, x.device), blocksize, bias, lora_A, lora_B, scaling, y, t, tile,
@@ -118,19 +128,14 @@ def _parts(device: torch.device, rows: int, in_features: int, out_features: int,
 
 
 def _serves_gemm(x: Tensor, *arguments: Any) -> bool:
-    packed, *_, blocksize, out_features, bias, lora_A, lora_B, _ = arguments[:11]
-    seed = arguments[12] if len(arguments) > 12 else None
-    in_features = x.shape[-1]
+    out_features, bias = arguments[6:8]
     return (
-        x.dtype in (torch.bfloat16, torch.float16)
+        _has_whole_steps(x, *arguments)
         and torch.cuda.get_device_capability(x.device) == (9, 0)
-        and 0 < x.numel() < 2**31 and in_features % 64 == 0
-        and out_features > 0 and out_features % 8 == 0 and blocksize >= STEP and in_features % blocksize == 0
-        and seed is None
+        and x.numel() < 2**31
+        and out_features % 8 == 0
         and (bias is None or bias.dtype == x.dtype)
-        and all(each is None or each.dtype in (x.dtype, torch.float32) for each in (lora_A, lora_B))
-        and all(each is None or each.data_ptr() % 16 == 0 for each in (x, packed, lora_A))
-    )  # fmt: skip
+    )
 
 
 # The ways of each operator, fastest first.

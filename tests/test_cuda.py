@@ -230,6 +230,16 @@ class TestManyRowsOnAGpu:
         check((x[::2], *layer), "gemm")
         check((x.view(2, 30, -1), *layer), "gemm")
 
+    def test_what_lies_elsewhere_is_moved(self, hopper):
+        for way in ("gemv", "gemm"):
+            x, packed, *layer = problem(hopper, torch.bfloat16, 5, 128, 200)
+            right = cuda.WAYS["qlora_linear"][way](x, packed, *layer)
+            moved = [torch.cat([each.new_zeros(1), each.flatten()])[1:].view_as(each) for each in (x, packed, layer[7])]
+            assert all(each.data_ptr() % 16 for each in moved)
+            layer[7] = moved[2]
+            found = cuda.WAYS["qlora_linear"][way](moved[0], moved[1], *layer)
+            assert all(map(torch.equal, found, right))
+
     def test_float32_adapters_are_rounded_as_they_are_read(self, hopper):
         x, *layer = problem(hopper, torch.bfloat16, 30, 256, 72, 8)
         wide = [each.float() if i in (8, 9) else each for i, each in enumerate(layer)]
