@@ -145,7 +145,9 @@ def ninja_file(torch: Path, cxx: str, cuda: Path | None, gencode: list[str], tar
             continue
         objects.append(f"{source.parent.name}_{source.stem}.o")
         lines.append(f"build {objects[-1]}: cxx {quoted(source)}")
-        lines.append(f" more = {VARIANTS.get(source.stem, '')}" + " -DHARLORA_CUDA" * bool(cuda))
+        hopper = any("sm_90a" in each for each in gencode)
+        defined = " -DHARLORA_CUDA" * bool(cuda) + " -DHARLORA_SM90A" * (bool(cuda) and hopper)
+        lines.append(f" more = {VARIANTS.get(source.stem, '')}{defined}")
     if cuda:
         strict = "-Werror all-warnings " if os.environ.get("HARLORA_WERROR") == "1" else ""
         lines.append(

@@ -81,6 +81,8 @@ STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CompositeExplicitAutograd, library) {
 STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CUDA, library) {
   library.impl("dequantize_4bit", TORCH_BOX(&harlora::cuda::dequantize_4bit));
   library.impl("qlora_gemv", TORCH_BOX(&harlora::cuda::qlora_gemv));
+#ifdef HARLORA_SM90A  // for GPUs of 9.0 alone, whose machine code is here
   library.impl("qlora_gemm", TORCH_BOX(&harlora::cuda::qlora_gemm));
+#endif
 }
 #endif

@@ -148,3 +148,13 @@ def test_the_gpus_that_are_built_for(given, expected, tmp_path, monkeypatch):
             build_file["architectures"](tmp_path)
     else:
         assert build_file["architectures"](tmp_path) == [f"-gencode=arch=compute_{each}" for each in expected]
+
+
+def test_what_is_for_hopper_alone_is_offered_where_its_machine_code_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    build_file = runpy.run_path(str(ROOT / "setup.py"))
+    for arches, offered in ((["80"], False), (["80", "90"], False), (["80", "90a"], True)):
+        gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in arches]
+        text = build_file["ninja_file"](tmp_path, "c++", tmp_path, gencode, tmp_path / "_C.so")
+        assert ("-DHARLORA_SM90A" in text) == offered
+    assert "-DHARLORA_SM90A" not in build_file["ninja_file"](tmp_path, "c++", None, [], tmp_path / "_C.so")

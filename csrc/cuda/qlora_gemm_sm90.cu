@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include "layer.h"
 #include "lora_down.cuh"
 #include "ptx.cuh"
 #include "qlora_gemm_sm90.h"
@@ -342,80 +343,36 @@ void launch(const Arguments<T>& a, const void* A, T* t, int64_t tile, int parts,
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-bool aligned(const Tensor& tensor) {
-  return tensor.is_contiguous() && reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
-}
-
-template <typename T>
-const T* pointer(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<const T*>(tensor->data_ptr()) : nullptr;
-}
-
 }  // namespace
 
 void qlora_gemm(Tensor x, Tensor packed, Tensor absmax, Tensor code, int64_t blocksize, std::optional<Tensor> bias,
                 std::optional<Tensor> lora_A, std::optional<Tensor> lora_B, double scaling, Tensor y, Tensor t,
                 int64_t tile, int64_t parts, std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_offset,
                 std::optional<Tensor> nested_code, int64_t stream_handle) {
-  const auto type = x.scalar_type();
-  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && y.size(0) == x.size(0) && x.size(0) > 0 &&
-                      y.scalar_type() == type && aligned(x) && aligned(y),
-                  "qlora_gemm: x and y must be matrices of as many rows, of one dtype, contiguous at 16 bytes");
-  const int64_t rows = x.size(0), in_features = x.size(1), out_features = y.size(1);
-  STD_TORCH_CHECK(blocksize >= kStep && (blocksize & (blocksize - 1)) == 0 && in_features % blocksize == 0 &&
-                      in_features > 0 && out_features > 0 && out_features % 8 == 0,
-                  "qlora_gemm: in_features must be a multiple of blocksize, a power of two of at least 64, and "
-                  "out_features of 8");
+  const LayerFacts facts = checked_layer("qlora_gemm", x, packed, absmax, code, blocksize, bias, lora_A, lora_B, y, t,
+                                         nested_absmax, nested_offset, nested_code);
+  STD_TORCH_CHECK(facts.out_features % 8 == 0, "qlora_gemm: out_features must be a multiple of 8");
   STD_TORCH_CHECK(tile == 64 || tile == 128 || tile == 256, "qlora_gemm: tile must be 64, 128 or 256");
-  STD_TORCH_CHECK(rows <= 65535 * tile, "qlora_gemm: at most 65535 tiles of rows");
-  STD_TORCH_CHECK(aligned(packed) && packed.scalar_type() == ScalarType::Byte &&
-                      packed.numel() == in_features * out_features / 2,
-                  "qlora_gemm: packed must be contiguous at a multiple of 16 bytes, two codes in a byte");
-  const int64_t blocks = in_features * out_features / blocksize;
-  const bool nested = nested_absmax.has_value();
-  const auto floats = [](const std::optional<Tensor>& tensor, int64_t numel) {
-    return tensor && tensor->is_contiguous() && tensor->numel() == numel && tensor->scalar_type() == ScalarType::Float;
-  };
-  STD_TORCH_CHECK(absmax.is_contiguous() && absmax.numel() == blocks && floats(code, 16) &&
-                      absmax.scalar_type() == (nested ? ScalarType::Byte : ScalarType::Float),
-                  "qlora_gemm: absmax must have a value for each block, float32 or, if nested, uint8; code 16");
-  STD_TORCH_CHECK(!nested || (floats(nested_absmax, (blocks + 255) / 256) && floats(nested_offset, 1) &&
-                              floats(nested_code, 256)),
-                  "qlora_gemm: nested scales need nested_absmax, nested_offset and nested_code, float32");
-  STD_TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == out_features && bias->scalar_type() == type),
-                  "qlora_gemm: bias must have out_features values in the dtype of x");
-  STD_TORCH_CHECK(lora_A.has_value() == lora_B.has_value(), "qlora_gemm: lora_A and lora_B must be given together");
-  const int64_t rank = lora_A ? lora_A->size(0) : 0;
-  const auto adapter = [&](const Tensor& tensor, int64_t numel) {
-    return tensor.is_contiguous() && tensor.numel() == numel && tensor.scalar_type() == lora_A->scalar_type() &&
-           (tensor.scalar_type() == type || tensor.scalar_type() == ScalarType::Float);
-  };
-  STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == type && t.numel() == rows * rank &&
-                      (!lora_A || (aligned(*lora_A) && adapter(*lora_A, rank * in_features) &&
-                                   adapter(*lora_B, out_features * rank))),
-                  "qlora_gemm: t (rows, rank) must be in the dtype of x, lora_A (rank, in_features) and lora_B "
-                  "(out_features, rank) in one dtype, that or float32");
-  const int64_t steps = in_features / kStep, steps_of_part = (steps + parts - 1) / parts;
-  STD_TORCH_CHECK(parts >= 1 && parts <= 8 && (parts - 1) * steps_of_part < steps,
-                  "qlora_gemm: parts must be 1 to 8, each with a step of 64 values of k");
+  STD_TORCH_CHECK(facts.rows <= 65535 * tile, "qlora_gemm: at most 65535 tiles of rows");
+  STD_TORCH_CHECK(parts >= 1 && parts <= 8, "qlora_gemm: parts must be 1 to 8");
+  const int64_t steps = facts.in_features / kStep, steps_of_part = (steps + parts - 1) / parts;
+  STD_TORCH_CHECK((parts - 1) * steps_of_part < steps, "qlora_gemm: each part needs a step of 64 values of k");
   torch::stable::accelerator::DeviceGuard guard(x.get_device());
-  int shift = 0;
-  while ((int64_t{1} << shift) < blocksize) ++shift;
   const auto run = [&]<typename T>(T) {
     launch(Arguments<T>{static_cast<const T*>(x.data_ptr()), static_cast<const uint8_t*>(packed.data_ptr()),
                         absmax.data_ptr(), static_cast<const float*>(code.data_ptr()), pointer<T>(bias),
                         static_cast<const T*>(t.data_ptr()), pointer<void>(lora_B), pointer<float>(nested_absmax),
                         pointer<float>(nested_offset), pointer<float>(nested_code), static_cast<T*>(y.data_ptr()),
-                        in_features, out_features, static_cast<int>(rows), static_cast<int>(rank), shift,
-                        static_cast<int>(steps_of_part), static_cast<float>(scaling),
-                        lora_A && lora_A->scalar_type() == ScalarType::Float},
+                        facts.in_features, facts.out_features, static_cast<int>(facts.rows),
+                        static_cast<int>(facts.rank), facts.shift, static_cast<int>(steps_of_part),
+                        static_cast<float>(scaling), facts.wide},
            pointer<void>(lora_A), static_cast<T*>(t.data_ptr()), tile, static_cast<int>(parts),
            reinterpret_cast<cudaStream_t>(stream_handle));
   };
-  switch (type) {
-    case ScalarType::BFloat16: return run(__nv_bfloat16{});
-    case ScalarType::Half: return run(__half{});
-    default: STD_TORCH_CHECK(false, "qlora_gemm: x must be bfloat16 or float16");
+  if (x.scalar_type() == ScalarType::BFloat16) {
+    run(__nv_bfloat16{});
+  } else {
+    run(__half{});
   }
 }
 

@@ -9,6 +9,7 @@
 #include <array>
 #include <atomic>
 
+#include "layer.h"
 #include "lora_down.cuh"
 #include "ptx.cuh"
 #include "qlora_gemv.h"
@@ -184,9 +185,7 @@ bool waits_for_previous(const void* kernel) {
 template <typename T>
 void launch(const Arguments<T>& a, bool nested, cudaStream_t stream) {
   const auto kernel = nested ? qlora_gemv_kernel<T, true> : qlora_gemv_kernel<T, false>;
-  if (a.rank) {
-    check_launch(lora_down(a.x, a.A, a.wide, a.t, a.in_features, a.tokens, a.rank, stream));
-  }
+  if (a.rank) check_launch(lora_down(a.x, a.A, a.wide, a.t, a.in_features, a.tokens, a.rank, stream));
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>((a.out_features + kRows - 1) / kRows));
   config.blockDim = dim3(kThreads);
@@ -202,83 +201,30 @@ void launch(const Arguments<T>& a, bool nested, cudaStream_t stream) {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-void check(const Tensor& x, const Tensor& packed, const Tensor& absmax, const Tensor& code, int64_t blocksize,
-           const std::optional<Tensor>& bias, const std::optional<Tensor>& A, const std::optional<Tensor>& B,
-           const Tensor& y, const Tensor& t, const std::optional<Tensor>& nested_absmax,
-           const std::optional<Tensor>& nested_offset, const std::optional<Tensor>& nested_code) {
-  const auto aligned = [](const Tensor& tensor) {
-    return tensor.is_contiguous() && reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
-  };
-  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && y.size(0) == x.size(0) && x.size(0) >= 1 && x.size(0) <= kTokens,
-                  "qlora_gemv: x and y must have 1 to 8 rows");
-  const int64_t in_features = x.size(1), out_features = y.size(1);
-  STD_TORCH_CHECK(blocksize >= kStep && (blocksize & (blocksize - 1)) == 0 && in_features % blocksize == 0 &&
-                      in_features > 0 && out_features > 0,
-                  "qlora_gemv: in_features must be a multiple of blocksize, a power of two of at least 64");
-  STD_TORCH_CHECK(aligned(x) && aligned(packed) && packed.scalar_type() == ScalarType::Byte &&
-                      packed.numel() == in_features * out_features / 2,
-                  "qlora_gemv: x and packed must be contiguous at multiples of 16 bytes, two codes in a byte");
-  const int64_t blocks = in_features * out_features / blocksize;
-  const bool nested = nested_absmax.has_value();
-  STD_TORCH_CHECK(absmax.is_contiguous() && absmax.numel() == blocks &&
-                      absmax.scalar_type() == (nested ? ScalarType::Byte : ScalarType::Float),
-                  "qlora_gemv: absmax must have one contiguous value for each block, float32 or, if nested, uint8");
-  STD_TORCH_CHECK(code.is_contiguous() && code.numel() == 16 && code.scalar_type() == ScalarType::Float,
-                  "qlora_gemv: code must be 16 contiguous float32 values");
-  if (nested) {
-    for (const auto& [tensor, numel] :
-         {std::pair{nested_absmax, (blocks + 255) / 256}, std::pair{nested_offset, int64_t{1}},
-          std::pair{nested_code, int64_t{256}}}) {
-      STD_TORCH_CHECK(tensor && tensor->is_contiguous() && tensor->numel() == numel &&
-                          tensor->scalar_type() == ScalarType::Float,
-                      "qlora_gemv: nested scales need nested_absmax, nested_offset and nested_code, float32");
-    }
-  }
-  const auto type = x.scalar_type();
-  const auto like_x = [&](const Tensor& tensor, int64_t numel) {
-    return tensor.is_contiguous() && tensor.scalar_type() == type && tensor.numel() == numel;
-  };
-  const auto adapter = [&](const Tensor& tensor, int64_t numel) {
-    return tensor.is_contiguous() && tensor.numel() == numel && tensor.scalar_type() == A->scalar_type() &&
-           (tensor.scalar_type() == type || tensor.scalar_type() == ScalarType::Float);
-  };
-  STD_TORCH_CHECK(A.has_value() == B.has_value(), "qlora_gemv: lora_A and lora_B must be given together");
-  const int64_t rank = A ? A->size(0) : 0;
-  STD_TORCH_CHECK(like_x(y, y.numel()) && like_x(t, x.size(0) * rank) && (!bias || like_x(*bias, out_features)) &&
-                      (!A || (aligned(*A) && adapter(*A, rank * in_features) && adapter(*B, out_features * rank))),
-                  "qlora_gemv: bias, lora_A, lora_B, y and t must be contiguous, in the dtype of x or, of the adapter, "
-                  "float32, and fit it");
-}
-
-template <typename T>
-const T* pointer(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<const T*>(tensor->data_ptr()) : nullptr;
-}
-
 }  // namespace
 
 void qlora_gemv(Tensor x, Tensor packed, Tensor absmax, Tensor code, int64_t blocksize, std::optional<Tensor> bias,
                 std::optional<Tensor> lora_A, std::optional<Tensor> lora_B, double scaling, Tensor y, Tensor t,
                 std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_offset,
                 std::optional<Tensor> nested_code, int64_t stream_handle) {
-  check(x, packed, absmax, code, blocksize, bias, lora_A, lora_B, y, t, nested_absmax, nested_offset, nested_code);
+  const LayerFacts facts = checked_layer("qlora_gemv", x, packed, absmax, code, blocksize, bias, lora_A, lora_B, y, t,
+                                         nested_absmax, nested_offset, nested_code);
+  STD_TORCH_CHECK(facts.rows <= kTokens, "qlora_gemv: x must have 1 to 8 rows");
   torch::stable::accelerator::DeviceGuard guard(x.get_device());
-  int shift = 0;
-  while ((int64_t{1} << shift) < blocksize) ++shift;
   const auto run = [&]<typename T>(T) {
     launch(Arguments<T>{static_cast<const T*>(x.data_ptr()), static_cast<const uint8_t*>(packed.data_ptr()),
                         absmax.data_ptr(), static_cast<const float*>(code.data_ptr()), pointer<T>(bias),
                         pointer<void>(lora_A), pointer<void>(lora_B), pointer<float>(nested_absmax),
                         pointer<float>(nested_offset), pointer<float>(nested_code), static_cast<T*>(y.data_ptr()),
-                        static_cast<T*>(t.data_ptr()), x.size(1), y.size(1), static_cast<int>(x.size(0)),
-                        static_cast<int>(lora_A ? lora_A->size(0) : 0), shift, static_cast<float>(scaling),
-                        lora_A && lora_A->scalar_type() == ScalarType::Float},
-           nested_absmax.has_value(), reinterpret_cast<cudaStream_t>(stream_handle));
+                        static_cast<T*>(t.data_ptr()), facts.in_features, facts.out_features,
+                        static_cast<int>(facts.rows), static_cast<int>(facts.rank), facts.shift,
+                        static_cast<float>(scaling), facts.wide},
+           facts.nested, reinterpret_cast<cudaStream_t>(stream_handle));
   };
-  switch (x.scalar_type()) {
-    case ScalarType::BFloat16: return run(__nv_bfloat16{});
-    case ScalarType::Half: return run(__half{});
-    default: STD_TORCH_CHECK(false, "qlora_gemv: x must be bfloat16 or float16");
+  if (x.scalar_type() == ScalarType::BFloat16) {
+    run(__nv_bfloat16{});
+  } else {
+    run(__half{});
   }
 }
 
