@@ -126,8 +126,8 @@ def candidates(operator: str, dtype: torch.dtype, rows: int) -> list[Configurati
             found.append(Configuration("direct", height, width, depth, warps, stages))
             found += [Configuration("split", height, width, depth, warps, stages, programs=n) for n in (1, 2, 4)]
     if dtype.itemsize == 2 and operator == "qlora_linear":
-        few = rows <= GEMV_ROWS
-        found += [Configuration("gemv")] if few else [Configuration("gemm", tile) for tile in (64, 128, 256)]
+        found += [Configuration("gemv")] if rows <= GEMV_ROWS else []
+        found += [Configuration("gemm", tile) for tile in (64, 128, 256) if tile <= 2 * rows]
     return [*found, Configuration("dense")] if rows >= 64 else found
 
 
