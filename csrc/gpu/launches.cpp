@@ -267,7 +267,7 @@ bool fits(const Tensor& tensor, const Layout& layout, const Recording& recording
 }
 
 void multiply(const Product& product, const Products& by, const std::vector<Tensor>& inputs,
-              const std::vector<Tensor>& buffers, int64_t stream) {
+              const std::vector<Tensor>& buffers, [[maybe_unused]] int64_t stream) {
   std::vector<std::optional<Tensor>> tensors;
   tensors.reserve(product.tensors.size());
   for (const View& view : product.tensors) {
@@ -310,7 +310,7 @@ void multiply(const Product& product, const Products& by, const std::vector<Tens
                               product.numbers[2], tensors[9], tensors[10], tensors[11], stream);
 #endif
     default:
-      STD_TORCH_CHECK(stream < 0, "launches_run: the extension was built without CUDA");
+      STD_TORCH_CHECK(false, "launches_run: the extension was built without CUDA");
   }
 }
 
