@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "launch.cuh"
 #include "ptx.cuh"
 #include "types.cuh"
 
@@ -62,12 +63,11 @@ __global__ void __launch_bounds__(kDownThreads)
 }
 
 template <typename T>
-cudaError_t lora_down(const T* x, const void* A, bool wide, T* t, int64_t in_features, int rows, int rank,
-                      cudaStream_t stream) {
+void lora_down(const char* name, const T* x, const void* A, bool wide, T* t, int64_t in_features, int rows, int rank,
+               cudaStream_t stream) {
   const dim3 grid((rows + kDownTokens - 1) / kDownTokens, (rank + kDownRanks - 1) / kDownRanks);
-  (wide ? lora_down_kernel<T, true> : lora_down_kernel<T, false>)<<<grid, kDownThreads, 0, stream>>>(
-      x, A, t, in_features, rows, rank);
-  return cudaGetLastError();
+  launch_kernel(name, wide ? lora_down_kernel<T, true> : lora_down_kernel<T, false>, {grid, kDownThreads, stream}, x, A,
+                t, in_features, rows, rank);
 }
 
 }  // namespace harlora::cuda

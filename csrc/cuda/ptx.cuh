@@ -1,6 +1,11 @@
 #pragma once
 
-// Instructions that CUDA C++ has no words for, each wrapped once. Included by .cu files alone.
+// Instructions that CUDA C++ has no words for, each wrapped once. Included by .cu files alone, which tests/host/device/
+// also compiles for CPUs, with a model of each.
+
+#ifndef __CUDACC__
+#include "ptx_model.h"
+#else
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -51,6 +56,11 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
                : "r"(address)
                : "memory");
   return words;
+}
+
+// The 32-bit address that instructions know shared memory by.
+__device__ __forceinline__ uint32_t address_of_shared(const void* place) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(place));
 }
 
 // ld.shared by its 32-bit address: of a generic one the compiler keeps and adds both halves.
@@ -126,3 +136,5 @@ __device__ __forceinline__ void wait_for_previous() {
 }
 
 }  // namespace harlora::cuda
+
+#endif

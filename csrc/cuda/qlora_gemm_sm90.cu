@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include "launch.cuh"
 #include "layer.h"
 #include "lora_down.cuh"
 #include "ptx.cuh"
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, 1) qlora_gemm_sm90_kernel(const Argu
   __shared__ uint16_t values[16];
   __shared__ float nested_code[kNested ? 256 : 1];
   const int thread = threadIdx.x;
-  const uint32_t begin_of_shared = static_cast<uint32_t>(__cvta_generic_to_shared(dynamic));
+  const uint32_t begin_of_shared = address_of_shared(dynamic);
   const uint32_t x_base = (begin_of_shared + 1023) & ~1023u, codes_base = x_base + stages * tile_bytes;
   uint8_t* const aligned = dynamic + (x_base - begin_of_shared);
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
@@ -157,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, 1) qlora_gemm_sm90_kernel(const Argu
   fetch(1);
 
   const int rows[2] = {row_of(thread, 0), row_of(thread, 1)};
-  const uint32_t copy = static_cast<uint32_t>(__cvta_generic_to_shared(table)) + 4 * (thread & 31);
+  const uint32_t copy = address_of_shared(table) + 4 * (thread & 31);
   const uint32_t byte = 0x4440 + byte_of(thread);
   const auto pair_at = [&](uint32_t word) {
     return load_shared(copy + __byte_perm(word, 0, byte) * static_cast<uint32_t>(4 * kPairCopies));
@@ -304,35 +305,24 @@ __global__ void __launch_bounds__(kThreads, 1) qlora_gemm_sm90_kernel(const Argu
 #endif
 }
 
-void check_launch(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "qlora_gemm: launch failed: ", cudaGetErrorString(error));
-}
+constexpr const char* kName = "qlora_gemm";
 
 template <typename T, int kTile>
 void launch_tile(const Arguments<T>& a, int parts, cudaStream_t stream) {
-  const auto kernel =
-      a.nested_code ? qlora_gemm_sm90_kernel<T, kTile, true> : qlora_gemm_sm90_kernel<T, kTile, false>;
-  check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kDynamicBytes<kTile>));
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>((a.out_features + kRows - 1) / kRows),
-                        static_cast<unsigned>((a.rows + kTile - 1) / kTile), static_cast<unsigned>(parts));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kDynamicBytes<kTile>;
-  config.stream = stream;
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = attributes[0].val.clusterDim.y = 1;
-  attributes[0].val.clusterDim.z = static_cast<unsigned>(parts);
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;  // beside the kernel before
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = attributes;
-  config.numAttrs = a.rank ? 2 : 1;
-  check_launch(cudaLaunchKernelEx(&config, kernel, a));
+  launch_kernel(kName, a.nested_code ? qlora_gemm_sm90_kernel<T, kTile, true> : qlora_gemm_sm90_kernel<T, kTile, false>,
+                {.grid = dim3(static_cast<unsigned>((a.out_features + kRows - 1) / kRows),
+                              static_cast<unsigned>((a.rows + kTile - 1) / kTile), static_cast<unsigned>(parts)),
+                 .threads = kThreads,
+                 .stream = stream,
+                 .dynamic_bytes = kDynamicBytes<kTile>,
+                 .cluster = true,
+                 .early = a.rank > 0},
+                a);
 }
 
 template <typename T>
 void launch(const Arguments<T>& a, const void* A, T* t, int64_t tile, int parts, cudaStream_t stream) {
-  if (a.rank) check_launch(lora_down(a.x, A, a.wide, t, a.in_features, a.rows, a.rank, stream));
+  if (a.rank) lora_down(kName, a.x, A, a.wide, t, a.in_features, a.rows, a.rank, stream);
   switch (tile) {
     case 64: return launch_tile<T, 64>(a, parts, stream);
     case 128: return launch_tile<T, 128>(a, parts, stream);

@@ -6,9 +6,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/util/shim_utils.h>
 
-#include <array>
-#include <atomic>
-
+#include "launch.cuh"
 #include "layer.h"
 #include "lora_down.cuh"
 #include "ptx.cuh"
@@ -108,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, 2) qlora_gemv_kernel(const Arguments
 
   const int token = min(gemv::token_of(lane), a.tokens - 1);
   const uint4* x = reinterpret_cast<const uint4*>(a.x + token * a.in_features + gemv::first_k(lane));
-  const uint32_t copy = static_cast<uint32_t>(__cvta_generic_to_shared(table)) + 4 * lane;
+  const uint32_t copy = address_of_shared(table) + 4 * lane;
   const auto pair_at = [copy](uint32_t place) { return load_shared(copy + place); };
   uint4 next_low, next_high;  // x of the next step, which takes as long to come as this step does
   const auto read_x = [&](int step) {
@@ -163,39 +161,16 @@ __global__ void __launch_bounds__(kThreads, 2) qlora_gemv_kernel(const Arguments
   a.y[of_token * a.out_features + row] = rounded<T>(sum + a.scaling * adapter);
 }
 
-void check_launch(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "qlora_gemv: launch failed: ", cudaGetErrorString(error));
-}
-
-// Whether the kernel that runs on this device waits for the one before: machine code made at start from older PTX has
-// no such instruction, and must not start early.
-bool waits_for_previous(const void* kernel) {
-  static std::array<std::atomic<int>, 64> known{};  // by device, PTX version; 0 where it was not asked
-  int device = 0;
-  check_launch(cudaGetDevice(&device));
-  std::atomic<int>& version = known.at(device);
-  if (!version) {
-    cudaFuncAttributes attributes{};
-    check_launch(cudaFuncGetAttributes(&attributes, kernel));
-    version = attributes.ptxVersion;
-  }
-  return version >= 90;
-}
-
 template <typename T>
 void launch(const Arguments<T>& a, bool nested, cudaStream_t stream) {
-  const auto kernel = nested ? qlora_gemv_kernel<T, true> : qlora_gemv_kernel<T, false>;
-  if (a.rank) check_launch(lora_down(a.x, a.A, a.wide, a.t, a.in_features, a.tokens, a.rank, stream));
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>((a.out_features + kRows - 1) / kRows));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  cudaLaunchAttribute early{};  // beside the kernel before
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &early;
-  config.numAttrs = a.rank && waits_for_previous(reinterpret_cast<const void*>(kernel)) ? 1 : 0;
-  check_launch(cudaLaunchKernelEx(&config, kernel, a));
+  constexpr const char* name = "qlora_gemv";
+  if (a.rank) lora_down(name, a.x, a.A, a.wide, a.t, a.in_features, a.tokens, a.rank, stream);
+  launch_kernel(name, nested ? qlora_gemv_kernel<T, true> : qlora_gemv_kernel<T, false>,
+                {.grid = dim3(static_cast<unsigned>((a.out_features + kRows - 1) / kRows)),
+                 .threads = kThreads,
+                 .stream = stream,
+                 .early = a.rank > 0},
+                a);
 }
 
 using torch::headeronly::ScalarType;

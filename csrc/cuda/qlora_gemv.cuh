@@ -33,7 +33,7 @@ HARLORA_HOST_DEVICE int token_of(int lane) { return lane >> 2; }
 // The first of the values of k that a lane reads in a step.
 HARLORA_HOST_DEVICE int first_k(int lane) { return kLaneValues * (lane & 3); }
 
-// The operand of a product from the 8 bytes of each of the two rows; pair_at has the pairs of the table by their places.
+// The operand of a product from the 8 bytes of each of the two rows; pair_at has the pairs of the table by place.
 template <typename PairAt>
 HARLORA_HOST_DEVICE void weight_operand(const PairAt& pair_at, const uint32_t (&first)[2], const uint32_t (&second)[2],
                                         int product, uint32_t (&a)[4]) {

@@ -1,0 +1,144 @@
+#pragma once
+
+// What csrc/cuda/ptx.cuh has, in the model of device.h.
+
+namespace harlora::cuda {
+
+template <typename T>
+inline constexpr bool is_bfloat16 = std::is_same_v<T, __nv_bfloat16>;
+
+// Shared memory by 32-bit addresses: as far from the model's as they say.
+inline uint32_t address_of_shared(const void* place) {
+  return static_cast<uint32_t>(static_cast<const uint8_t*>(place) - &device_model::shared[0][0]);
+}
+inline uint8_t* place_in_shared(uint32_t address) {
+  return &device_model::shared[0][0] + static_cast<int32_t>(address);
+}
+inline uint8_t* dynamic_shared() { return device_model::shared[device_model::self->block->rank]; }
+
+// "Matrix Fragments for mma.m16n8k16": a0..a7, b0..b3 and c0..c3 of the lane whose groupID is lane >> 2 and whose
+// threadID_in_group is lane % 4.
+template <typename T>
+void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  device_model::Warp& warp = *device_model::self->warp;
+  const int own = device_model::self->lane;
+  std::memcpy(&warp.given[own][0], a, 16);
+  std::memcpy(&warp.given[own][4], b, 8);
+  std::memcpy(&warp.given[own][6], sums, 16);
+  device_model::meet(warp.meeting, "mma.sync", [&] {
+    float A[16][16], B[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const int group = lane >> 2, thread = lane % 4;
+      for (int i = 0; i < 8; ++i) {
+        const int row = (i < 2 || (4 <= i && i < 6)) ? group : group + 8;
+        const int column = i < 4 ? thread * 2 + (i & 1) : thread * 2 + (i & 1) + 8;
+        A[row][column] = value_of(half_of(warp.given[lane][i / 2], i % 2), is_bfloat16<T>);
+      }
+      for (int i = 0; i < 4; ++i) {
+        const int row = i < 2 ? thread * 2 + (i & 1) : thread * 2 + (i & 1) + 8;
+        B[row][group] = value_of(half_of(warp.given[lane][4 + i / 2], i % 2), is_bfloat16<T>);
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      float C[4];
+      std::memcpy(C, &warp.given[lane][6], 16);
+      for (int i = 0; i < 4; ++i) {
+        const int row = i < 2 ? lane >> 2 : (lane >> 2) + 8, column = (lane % 4) * 2 + (i & 1);
+        for (int k = 0; k < 16; ++k) C[i] += A[row][k] * B[k][column];
+      }
+      std::memcpy(warp.taken[lane], C, 16);
+    }
+  });
+  std::memcpy(sums, warp.taken[own], 16);
+}
+
+// "movmatrix": each lane has elements (row lane / 4, columns 2·(lane % 4) and the next) of an 8×8 matrix.
+inline uint32_t transposed(uint32_t pair) {
+  device_model::Warp& warp = *device_model::self->warp;
+  const int own = device_model::self->lane;
+  warp.given[own][0] = pair;
+  device_model::meet(warp.meeting, "movmatrix", [&] {
+    for (int lane = 0; lane < 32; ++lane) {
+      uint32_t result = 0;
+      for (int i = 0; i < 2; ++i) {
+        const int row = lane / 4, column = 2 * (lane % 4) + i;  // of the result; of what is given the other way round
+        result |= static_cast<uint32_t>(half_of(warp.given[4 * column + row / 2][0], row % 2)) << (16 * i);
+      }
+      warp.taken[lane][0] = result;
+    }
+  });
+  return warp.taken[own][0];
+}
+
+// "ldmatrix .x2 .trans": lanes 0 to 7 name the rows of the first matrix, 8 to 15 those of the second.
+inline void load_transposed(uint32_t (&b)[2], uint32_t address) {
+  device_model::Warp& warp = *device_model::self->warp;
+  const int own = device_model::self->lane;
+  warp.given[own][0] = address;
+  device_model::meet(warp.meeting, "ldmatrix", [&] {
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int matrix = 0; matrix < 2; ++matrix) {
+        uint32_t result = 0;
+        for (int i = 0; i < 2; ++i) {
+          const int row = 2 * (lane % 4) + i, column = lane / 4;
+          const uint32_t from = warp.given[8 * matrix + row][0];
+          if (from % 16) device_model::fail("ldmatrix of a row that is not at a multiple of 16 bytes");
+          uint16_t bits;
+          std::memcpy(&bits, place_in_shared(from) + 2 * column, 2);
+          result |= static_cast<uint32_t>(bits) << (16 * i);
+        }
+        warp.taken[lane][matrix] = result;
+      }
+    }
+  });
+  b[0] = warp.taken[own][0], b[1] = warp.taken[own][1];
+}
+
+template <typename Words>
+Words loaded(const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(Words)) device_model::fail("a load that is not aligned");
+  Words words;
+  std::memcpy(&words, from, sizeof words);
+  return words;
+}
+inline uint2 load_once(const void* from) { return loaded<uint2>(from); }
+inline uint4 load_shared_16(uint32_t address) { return loaded<uint4>(place_in_shared(address)); }
+inline uint32_t load_shared(uint32_t address) { return loaded<uint32_t>(place_in_shared(address)); }
+
+// As late as it may be.
+inline void copy_async(uint32_t to, const void* from, bool there) {
+  device_model::self->copies.push_back({place_in_shared(to), from, there ? 16u : 0u, there ? 0u : 16u});
+}
+inline void copy_commit() {
+  device_model::self->groups.push_back(std::move(device_model::self->copies));
+  device_model::self->copies.clear();
+}
+template <int kPending>
+void copy_wait() {
+  auto& groups = device_model::self->groups;
+  for (; groups.size() > kPending; groups.pop_front()) {
+    for (const auto& copy : groups.front()) {
+      std::memcpy(copy.to, copy.from, copy.bytes);
+      std::memset(copy.to + copy.bytes, 0, copy.zeros);
+    }
+  }
+}
+
+inline void show_to_async_units() {}
+inline void cluster_barrier() {
+  device_model::meet(device_model::of_cluster, "barrier.cluster", [] {});
+}
+inline uint32_t shared_of(uint32_t block, uint32_t address) {
+  const auto place = static_cast<int32_t>(address) - static_cast<int32_t>(device_model::self->block->rank *
+                                                                          device_model::kShared);
+  if (place < 0 || place >= static_cast<int32_t>(device_model::kShared) || block >= device_model::cluster_size) {
+    device_model::fail("mapa of what is not dynamic shared memory of the cluster");
+  }
+  return static_cast<uint32_t>(place + block * device_model::kShared);
+}
+inline float4 load_cluster(uint32_t address) { return loaded<float4>(place_in_shared(address)); }
+inline void store_cluster(uint32_t address, uint32_t word) { std::memcpy(place_in_shared(address), &word, 4); }
+inline void let_next_start() {}
+inline void wait_for_previous() {}
+
+}  // namespace harlora::cuda
