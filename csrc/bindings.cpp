@@ -8,6 +8,7 @@
 
 #include "cpu/operators.h"
 #include "cuda/dequantize_4bit.h"
+#include "cuda/encoder.h"
 #include "cuda/qlora_gemm_sm90.h"
 #include "cuda/qlora_gemv.h"
 #include "gpu/launches.h"
@@ -43,6 +44,10 @@ STABLE_TORCH_LIBRARY(harlora_cpp, library) {
   library.def("encoder_hold(" HARLORA_LAYERS ") -> int");
   library.def("encoder_release(int held) -> ()");
   library.def("encoder(Tensor x, int held, int precision=0) -> Tensor");
+  library.def("encoder_blocks(Tensor x, Tensor[] tensors, int heads, int hidden, int blocksize, bool bias, bool adapter,"
+              " float[] eps, float[] scaling, Tensor code, Tensor(a!) y, int token_tiles, int parts,"
+              " Tensor? nested_code=None, int stream=0) -> ()");
+  library.def("encoder_shared_bytes(int width, int hidden, int rank, int token_tiles) -> int");
   library.def("launches_hold(int[] facts, str driver) -> int");
   library.def("launches_release(int held) -> ()");
   library.def("launches_run(Tensor[] inputs, int held, int stream) -> Tensor[]");
@@ -78,9 +83,14 @@ STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CompositeExplicitAutograd, library) {
 }
 
 #ifdef HARLORA_CUDA
+STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CompositeExplicitAutograd, library) {
+  library.impl("encoder_shared_bytes", TORCH_BOX(&harlora::cuda::encoder_shared_bytes));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CUDA, library) {
   library.impl("dequantize_4bit", TORCH_BOX(&harlora::cuda::dequantize_4bit));
   library.impl("qlora_gemv", TORCH_BOX(&harlora::cuda::qlora_gemv));
+  library.impl("encoder_blocks", TORCH_BOX(&harlora::cuda::encoder_blocks));
 #ifdef HARLORA_SM90A  // for GPUs of 9.0 alone, whose machine code is here
   library.impl("qlora_gemm", TORCH_BOX(&harlora::cuda::qlora_gemm));
 #endif

@@ -17,9 +17,9 @@ import torch
 
 FILE = Path(__file__).parent / "configurations.json"
 OPERATORS = ("qlora_linear", "qlora_linear_backward")
-WAYS = ("direct", "split", "dense")
+WAYS = ("direct", "split", "dense", "launches")
 # CUDA C++, which serves what cuda.py says and is in no table of the repository before it has run on such a card.
-CUDA_WAYS = ("gemv", "gemm")
+CUDA_WAYS = ("gemv", "gemm", "encoder")
 GEMV_ROWS = 8  # at most
 
 
@@ -28,7 +28,8 @@ class Configuration:
     """How the kernels of a call are launched.
 
     way: ``"direct"``, ``"split"`` or ``"dense"``, as triton/qlora_linear.py describes them, or one of CUDA C++: then
-        block_rows alone counts, with ``"gemm"``.
+        block_rows alone counts, with ``"gemm"`` and ``"encoder"``. Of an encoder's blocks also ``"launches"``, one
+        after the other, each by its own rule.
     block_rows, block_out, block_in: the tile of rows of x, out_features and in_features that is in registers.
     permute: decode by byte permutes in PTX; in float32 only with up to 16 rows.
     programs: with ``"split"``, how many programs there should be, at most, for each multiprocessor.

@@ -1,6 +1,6 @@
 """The layer's ways in CUDA C++: what each serves, and the calls. dispatch.py chooses between them and Triton's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,8 +9,10 @@ from torch import Tensor
 from harlora.kernels import cpp
 from harlora.kernels.configurations import GEMV_ROWS, Configuration
 from harlora.kernels.format import code_table
+from harlora.kernels.reference import Block, Layer, Norm
 
 STEP = 64  # values of k that must have one scale
+ENCODER_TILES = (16, 32, 64)
 
 
 def qlora_gemv(
@@ -138,8 +140,121 @@ def _serves_gemm(x: Tensor, *arguments: Any) -> bool:
     )
 
 
+# The blocks of an encoder -------------------------------------------------------------------------------------------
+
+
+def encoder_blocks(
+    x: Tensor, blocks: Sequence[Block], norm: Norm, heads: int, keep: bool, *, tile: int = 0, parts: int = 0
+) -> list[Tensor]:
+    """As `reference.encoder_blocks` without ``keep``, for what `serves_encoder`: all blocks in one launch.
+
+    tile: rows of x of a block of threads, 16, 32 or 64, of whole windows; by default the fewest that hold one, or twice
+        as many where there are more blocks of threads than find room at once.
+    parts: blocks of threads, a cluster, that share the rows of each weight, 1, 2, 4 or 8; by default as many as find
+        room at once.
+    """
+    assert not keep
+    tensors = [
+        each
+        for norm1, *attention, norm2, fc1, fc2 in blocks
+        for part in (norm1[:2], *map(_tensors, attention), norm2[:2], _tensors(fc1), _tensors(fc2))
+        for each in part
+    ]
+    layers = [layer for block in blocks for layer in _layers(block)]
+    eps = [each[2] for block in blocks for each in (block[0], block[5])]
+    _, _, *nested, quant_type, blocksize, hidden, bias, A, _, _ = blocks[0][6]
+    x, y = _aligned(x), torch.empty_like(x, memory_format=torch.contiguous_format)
+    windows, tokens, _ = x.shape
+    tile = tile or _tile_of_encoder(x)
+    torch.ops.harlora_cpp.encoder_blocks(
+        x, [*tensors, *norm[:2]], heads, hidden, blocksize, bias is not None, A is not None, [*eps, norm[2]],
+        [layer[10] for layer in layers], code_table(quant_type, x.device), y, tile // 8,
+        parts or _parts_of_encoder(x.device, -(-windows // (tile // tokens))), *cpp.nested_scales(*nested)[2:],
+        stream=torch.cuda.current_stream(x.device).cuda_stream,
+    )  # fmt: skip
+    return [y]
+
+
+def _layers(block: Block) -> tuple[Layer, ...]:
+    _, q, k, v, o, _, fc1, fc2 = block
+    return q, k, v, o, fc1, fc2
+
+
+def _tensors(layer: Layer) -> list[Tensor]:
+    """What a launch reads of a layer."""
+    packed, absmax, nested_absmax, nested_offset, _, _, _, bias, A, B, _ = layer
+    given = (packed, absmax, nested_absmax, nested_offset, bias, A, B)
+    return [tensor for tensor in given if tensor is not None]
+
+
+def _room(device: torch.device) -> int:
+    """How many blocks of threads of an encoder find room at once: two on a multiprocessor, as a rule."""
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _tile_of_encoder(x: Tensor) -> int:
+    windows, tokens, _ = x.shape
+    least = next(tile for tile in ENCODER_TILES if tokens <= tile)
+    return 32 if least == 16 and -(-windows // (16 // tokens)) > _room(x.device) else least
+
+
+def _parts_of_encoder(device: torch.device, groups: int) -> int:
+    if torch.cuda.get_device_capability(device) < (9, 0):  # which has no clusters
+        return 1
+    return next((parts for parts in (8, 4, 2) if groups * parts <= _room(device)), 1)
+
+
+def serves_encoder(x: Tensor, blocks: Sequence[Block], norm: Norm, heads: int) -> bool:
+    """Whether one launch is for such an encoder, on a GPU; of every layer the sizes are right in themselves."""
+    if cpp.load_extension() or not cpp.has_kernel("encoder_blocks", "cuda") or not x.is_cuda:
+        return False
+    if not _fits_encoder(x, blocks, norm, heads):
+        return False
+    properties: Any = torch.cuda.get_device_properties(x.device)
+    A = blocks[0][6][8]
+    rank, tile = 0 if A is None else A.shape[0], _tile_of_encoder(x)
+    wanted = torch.ops.harlora_cpp.encoder_shared_bytes(x.shape[-1], blocks[0][6][6], rank, tile // 8)
+    return (properties.major, properties.minor) >= (8, 0) and wanted <= properties.shared_memory_per_block_optin
+
+
+def _fits_encoder(x: Tensor, blocks: Sequence[Block], norm: Norm, heads: int) -> bool:
+    if x.dim() != 3 or not x.numel() or not blocks or heads < 1 or x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    _, tokens, width = x.shape
+    size = width // heads
+    if tokens > ENCODER_TILES[-1] or width % 64 or width > 256 or width % heads or size % 16 or size > 64:
+        return False
+
+    def kind(layer: Layer) -> tuple[Any, ...]:
+        _, _, nested_absmax, _, quant_type, blocksize, _, bias, A, B, _ = layer
+        adapter = None if A is None or B is None else (A.shape[0], A.dtype, B.dtype)
+        return quant_type, blocksize, nested_absmax is None, None if bias is None else bias.dtype, adapter
+
+    hidden, kinds = blocks[0][6][6], {kind(layer) for block in blocks for layer in _layers(block)}
+    (_, blocksize, _, bias, adapter), *others = kinds
+    outs = {tuple(layer[6] for layer in _layers(block)) for block in blocks}
+    norms = [each for block in blocks for each in (block[0], block[5])] + [norm]
+    vectors = [vector for each in norms for vector in each[:2]]
+    tensors = [tensor for block in blocks for layer in _layers(block) for tensor in _tensors(layer)]
+    return (
+        not others
+        and outs == {(width,) * 4 + (hidden, width)}
+        and hidden % 64 == 0
+        and blocksize >= STEP
+        and bias in (None, x.dtype)
+        and (
+            adapter is None or (adapter[0] > 0 and adapter[1:] in {(dtype,) * 2 for dtype in (x.dtype, torch.float32)})
+        )
+        and all(each.dtype == x.dtype and each.is_contiguous() for each in vectors)
+        and all(each.data_ptr() % 16 == 0 and each.is_contiguous() for each in (*vectors, *tensors))
+    )
+
+
 # The ways of each operator, fastest first.
-WAYS: dict[str, dict[str, Callable[..., Any]]] = {"qlora_linear": {"gemv": qlora_gemv, "gemm": qlora_gemm}}
+WAYS: dict[str, dict[str, Callable[..., Any]]] = {
+    "qlora_linear": {"gemv": qlora_gemv, "gemm": qlora_gemm},
+    "encoder_blocks": {"encoder": encoder_blocks},
+}
 _SERVES: dict[str, Callable[..., bool]] = {"gemv": _serves_gemv, "gemm": _serves_gemm}
 PROVEN_ROWS = {"gemv": GEMV_ROWS - 1}  # of the problem on which a way is proven: of the columns of a product not all
 # Blocks of threads for each multiprocessor, from fewer and up to more of which dequantising or Triton was faster on an

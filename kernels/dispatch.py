@@ -192,12 +192,23 @@ def group(operator: str, x: Tensor, layers: tuple[reference.Layer, ...]) -> Call
 
 
 def encoder_blocks(
-    x: Tensor, blocks: Sequence[reference.Block], heads: int, train: bool
+    x: Tensor, blocks: Sequence[reference.Block], norm: reference.Norm, heads: int, train: bool
 ) -> list[Callable[..., Any]] | None:
     """Triton's function for an encoder's blocks, all of one size, and if they ``train`` its backward, or None.
 
-    As for `group`; each part is proven, and the whole on a small problem.
+    As for `group`; each part is proven, and the whole on a small problem. Or that of CUDA C++, where it was asked for
+    or is in the table.
     """
+    at_once = encoder_way(x.device, x.dtype, x.numel() // x.shape[-1])
+    if not train and at_once.way == "encoder":
+        fc1 = blocks[0][6]
+        probe = _probe("encoder_blocks", at_once, x.device, x.dtype, x.shape[-1], fc1[:6], fc1[8])
+        if cuda.serves_encoder(x, blocks, norm, heads) and _proven(
+            replace(probe, shape=(x.shape[1], heads, x.shape[2]))
+        ):
+            return [launcher("encoder_blocks", at_once)]
+    if not served_by_triton(x.device, x.dtype) or not _module("encoder").fits(x, blocks, heads):
+        return None
     functions: list[Callable[..., Any]] = []
     for suffix in ("", "_backward") if train else ("",):
         for _, q, k, v, o, _, fc1, fc2 in blocks:
@@ -212,6 +223,26 @@ def encoder_blocks(
             return None
         functions.append(launcher(operator, chosen))
     return functions
+
+
+@cache
+def encoder_way(device: torch.device, dtype: torch.dtype, rows: int) -> Configuration:
+    """How an encoder's blocks are computed for ``rows`` rows of x in all: as the table says, or was asked for.
+
+    One launch of CUDA C++ counts where it serves them; else they are launched one after the other.
+    """
+    forced, title = os.environ.get(ENVIRONMENT), f"encoder_blocks {8 * dtype.itemsize}"
+    if device.type == "cuda" and dtype.itemsize == 2:
+        if forced == "cpp":
+            return Configuration("encoder")
+        if not forced and title in _table(device):
+            return configuration("encoder_blocks", device, dtype, rows, 0, lambda _: True)
+    return Configuration("launches")
+
+
+def encodes_at_once(device: torch.device, dtype: torch.dtype, rows: int) -> bool:
+    """Whether an encoder's blocks are to be one launch."""
+    return encoder_way(device, dtype, rows).way == "encoder"
 
 
 def _sizes(operator: str, arguments: tuple[Any, ...]) -> tuple[Tensor, int, int, tuple[Any, ...], Tensor | None]:
@@ -464,9 +495,10 @@ def _problem_of_blocks(probe: _Probe, dtype: torch.dtype, **given: Any) -> tuple
     blocks = [
         (norms[2 * i], *layers[6 * i : 6 * i + 4], norms[2 * i + 1], *layers[6 * i + 4 : 6 * i + 6]) for i in (0, 1)
     ]
-    if probe.operator == "encoder_blocks":
-        return x, blocks, norms[4], heads, True
-    exact = _problem_of_blocks(replace(probe, operator="encoder_blocks"), torch.float32, rounded=probe.dtype)
+    if probe.operator == "encoder_blocks":  # what one launch computes has nothing kept for backward
+        return x, blocks, norms[4], heads, not isinstance(probe.configuration, Configuration)
+    forward = replace(probe, operator="encoder_blocks")
+    exact = _problem_of_blocks(forward, torch.float32, rounded=probe.dtype)
     _, *kept = reference.encoder_blocks(*exact)
     kept = [each if each.dim() == 2 else each.to(dtype) for each in kept]  # mean and deviation stay float32
     return grad, x, kept, blocks, norms[4], heads, (True, [(True, probe.rank > 0, probe.rank > 0) * 4] * 2)

@@ -35,6 +35,7 @@ def reset() -> None:
     """Forget which backend serves, after ``HARLORA_BACKEND`` was changed."""
     dispatch.select.cache_clear()
     dispatch.served_by_triton.cache_clear()
+    dispatch.encoder_way.cache_clear()
     replay.reset()
     _served.clear()
 

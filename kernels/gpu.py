@@ -22,6 +22,19 @@ _Quantized = tuple[Tensor, Tensor, Tensor | None, Tensor | None, str, int]
 
 def serves(x: Tensor) -> bool:
     """Whether Triton's kernels may be called for ``x`` past the public operators."""
+    return _plain(x) and dispatch.served_by_triton(x.device, x.dtype) and not _autocast(x)
+
+
+def serves_blocks(x: Tensor) -> bool:
+    """Whether `encoder_blocks` may be called for ``x``."""
+    if not _plain(x):
+        return False
+    rows = x.numel() // max(1, x.shape[-1])
+    there = dispatch.served_by_triton(x.device, x.dtype) or dispatch.encodes_at_once(x.device, x.dtype, rows)
+    return there and not _autocast(x)
+
+
+def _plain(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
@@ -29,9 +42,11 @@ def serves(x: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
         and forward_ad._current_level < 0
-        and dispatch.served_by_triton(x.device, x.dtype)
-        and not torch.is_autocast_enabled(x.device.type)  # which devices without autocast refuse to say
     )
+
+
+def _autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)  # which devices without autocast refuse to say
 
 
 def _trains(*tensors: Tensor | None) -> bool:
@@ -451,7 +466,7 @@ class _Encoder(torch.autograd.Function):
 def encoder_blocks(x: Tensor, tensors: Sequence[Tensor], blocks: Blocks) -> Tensor | None:
     """The last norm of what the blocks make of ``x``, or None where the modules have to run.
 
-    x: ``(windows, tokens, width)``, which `serves` was asked about.
+    x: ``(windows, tokens, width)``, which `serves_blocks` was asked about.
     tensors: as `Blocks` lists them.
     """
     train, route = False, None
@@ -462,10 +477,9 @@ def encoder_blocks(x: Tensor, tensors: Sequence[Tensor], blocks: Blocks) -> Tens
         if train and route is None:
             return None
     x = x.contiguous()
-    if not train and (parts := _parts_of_batch(x)) > 1:
-        encoded = [encoder_blocks(part, tensors, blocks) for part in x.chunk(parts)]
-        together = [each for each in encoded if each is not None]
-        return torch.cat(together) if len(together) == len(encoded) else None
+    parts = 1 if train or not dispatch.served_by_triton(x.device, x.dtype) else _parts_of_batch(x)
+    if parts > 1 and not dispatch.encodes_at_once(x.device, x.dtype, x.shape[0] * x.shape[1]):
+        return _in_parts(x, parts, tensors, blocks)
     key = ("encoder_blocks", blocks, x.get_device(), *_arithmetic(x), x.shape, train)
 
     def function() -> Sequence[Tensor]:
@@ -479,12 +493,18 @@ def encoder_blocks(x: Tensor, tensors: Sequence[Tensor], blocks: Blocks) -> Tens
     with torch.no_grad():
         found = replay.run(key, [x, *tensors], function)
     if not found:
-        return None
+        return _in_parts(x, parts, tensors, blocks) if parts > 1 else None
     if not train:
         return found[0]
     assert route is not None
     trained: Tensor = _Encoder.apply(key, blocks, route, found, tensors, x, *[tensors[i] for i in route.leaves])
     return trained
+
+
+def _in_parts(x: Tensor, parts: int, tensors: Sequence[Tensor], blocks: Blocks) -> Tensor | None:
+    encoded = [encoder_blocks(part, tensors, blocks) for part in x.chunk(parts)]
+    together = [each for each in encoded if each is not None]
+    return torch.cat(together) if len(together) == len(encoded) else None
 
 
 def _parts_of_batch(x: Tensor) -> int:
@@ -499,8 +519,6 @@ def _block_functions(
     key: Hashable, x: Tensor, tensors: Sequence[Tensor], blocks: Blocks, train: bool
 ) -> list[Callable[..., Any]] | None:
     """What computes forward and, to ``train``, backward, or None where the launchers do not take such tensors."""
-    from harlora.kernels.triton import encoder
-
     kinds = [(tensor.dtype, tensor.shape, tensor.stride(), tensor.device) for tensor in tensors]
     remembered = replay.remembered.get(key)
     if remembered is not None and remembered[0] == kinds:
@@ -516,8 +534,7 @@ def _block_functions(
         for _, q, k, v, o, _, fc1, fc2 in layers:
             for layer, width in zip((q, k, v, o, fc1, fc2), (*[x.shape[-1]] * 5, fc1[6]), strict=True):
                 _check(x, width, layer)
-        if encoder.fits(x, layers, blocks.heads):
-            functions = dispatch.encoder_blocks(x, layers, blocks.heads, train)
+        functions = dispatch.encoder_blocks(x, layers, norm, blocks.heads, train)
     # What cannot be proven while a graph is captured can be later.
     if functions is not None or not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         replay.remember(key, (kinds, functions))

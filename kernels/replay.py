@@ -45,7 +45,8 @@ _VIEWS = {
 # What is repeated beside launches, by the numbers of launches.h.
 _PRODUCTS = {_aten.mm.out: 2, _aten.addmm.out: 1, _aten.addmm_.default: 1, _aten.copy_.default: 3}
 _CUDA = {"harlora_cpp::qlora_gemv": (4, 0), "harlora_cpp::qlora_gemm": (5, 2)}  # and how many numbers follow t
-_CUDA_WORKS = {work for work, _ in _CUDA.values()}
+_ENCODER = "harlora_cpp::encoder_blocks", 6
+_CUDA_WORKS = {_ENCODER[1], *(work for work, _ in _CUDA.values())}
 
 remembered: dict[Hashable, Any] = {}  # what callers know of their keys, until `reset`
 _held: dict[Hashable, int] = {}  # the number of a recording, or minus the attempts that failed
@@ -132,6 +133,11 @@ def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Produ
             beta, alpha = float(kwargs.get("beta", 1)), float(kwargs.get("alpha", 1))
             return _Product(work, (out, *args[:3]), (), beta, alpha)
         return _Product(work, (out, *args[:2]) if work == 2 else args[:2])
+    if func._schema.name == _ENCODER[0]:
+        x, tensors, *numbers, eps, scaling, code, y, tile, parts = args[:13]
+        sizes = (*map(int, numbers), tile, parts, len(eps))
+        factors = tuple(_bits(factor) for factor in (*eps, *scaling))
+        return _Product(_ENCODER[1], (x, y, code, *(args[13:] or (None,)), *tensors), (*sizes, *factors))
     if func._schema.name not in _CUDA:
         return None
     work, further = _CUDA[func._schema.name]
@@ -307,8 +313,13 @@ def _product_facts(
     facts = [product.work, len(product.tensors)]
     for tensor in product.tensors:
         facts += [3] if tensor is None else _view(tensor, inputs, allocated, given, made, needed)
-    factors = (struct.unpack("<q", struct.pack("<d", factor))[0] for factor in (product.beta, product.alpha))
-    return [*facts, len(product.numbers), *product.numbers, *factors]
+    return [*facts, len(product.numbers), *product.numbers, _bits(product.beta), _bits(product.alpha)]
+
+
+def _bits(factor: float) -> int:
+    """A float64 as launches_hold reads it."""
+    bits: int = struct.unpack("<q", struct.pack("<d", factor))[0]
+    return bits
 
 
 def _view(

@@ -121,6 +121,24 @@ def test_it_does_not_serve_where_there_is_no_gpu():
     assert not cuda.serves("qlora_linear_backward", "gemv", *problem(CPU, torch.float16, 3))
 
 
+def test_an_encoder_is_one_launch_on_request_or_by_the_table(monkeypatch):
+    gpu, sizes = torch.device("cuda"), (torch.bfloat16, 1024)
+    rules = (Rule(Configuration("encoder", 32), 512), Rule(Configuration("launches")))
+    tables = {"with": {"encoder_blocks 16": rules}, "without": {}}
+    for forced, table, device, asked, expected in (
+        ("", "without", gpu, sizes, "launches"), ("cpp", "without", gpu, sizes, "encoder"),
+        ("triton", "with", gpu, (torch.bfloat16, 64), "launches"), ("", "with", gpu, (torch.bfloat16, 64), "encoder"),
+        ("", "with", gpu, sizes, "launches"), ("cpp", "with", CPU, sizes, "launches"),
+        ("cpp", "with", gpu, (torch.float32, 64), "launches"),
+    ):  # fmt: skip
+        monkeypatch.setenv("HARLORA_BACKEND", forced)
+        monkeypatch.setattr(dispatch, "_table", lambda _, table=table: tables[table])
+        dispatch.encoder_way.cache_clear()
+        assert dispatch.encodes_at_once(device, *asked) == (expected == "encoder")
+    dispatch.encoder_way.cache_clear()
+    assert all(f"encoder_blocks {bits}" not in table for table in configurations.tables().values() for bits in (16, 32))
+
+
 @needs_extension
 def test_on_request_the_reference_serves_what_it_does_not(monkeypatch):
     arguments = problem(CPU, torch.float16, 3)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +15,11 @@ import pytest
 import torch
 from needs import needs_extension
 
-from harlora.kernels import cuda, dispatch, reference
+import harlora
+from harlora.kernels import cuda, dispatch, eager, gpu, reference, replay
+from harlora.kernels.configurations import Configuration
 from harlora.kernels.format import code_table
+from harlora.models import MAE, MAEConfig, whole
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -51,18 +55,42 @@ def compiled(name, *options):
 def model():
     """The model of a GPU, whose kernels are then those of the CPU."""
     device = ROOT / "tests" / "host" / "device"
-    torch.ops.load_library(
-        compiled(
-            "device/kernels.cpp", "-include", device / "device.h", "-I", device, "-fvisibility=hidden",
-            "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-psabi", "-Wno-unknown-pragmas",
-            "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        )
+    library = compiled(
+        "device/kernels.cpp", "-include", device / "device.h", "-I", device, "-fvisibility=hidden",
+        "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-psabi", "-Wno-unknown-pragmas",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
     )  # fmt: skip
+    torch.ops.load_library(library)
+    return library
 
 
 @pytest.fixture
 def on_model(model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+
+
+@pytest.fixture
+def recorded(on_model, model, monkeypatch):
+    """Calls a function, then the recording of its call on other inputs: what both give."""
+    operators, recordings = torch.ops.harlora_cpp, torch.ops.harlora_model
+
+    class Operators:
+        def __getattr__(self, name):
+            return getattr(recordings if name.startswith("launches_") else operators, name)
+
+    monkeypatch.setattr(torch.ops, "harlora_cpp", Operators())
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    code_table("nf4", CPU)  # made once, not while a call is watched
+
+    def call(function, inputs, others):
+        result, number = replay.record(inputs, lambda: function(inputs), str(model))
+        assert number
+        again = torch.ops.harlora_cpp.launches_run(others, number, 0)
+        torch.ops.harlora_cpp.launches_release(number)
+        return result, again
+
+    return call
 
 
 def exactly(arguments):
@@ -106,6 +134,252 @@ def test_each_byte_is_decoded_exactly(on_model, quant_type, dtype):
         x = torch.zeros(8, 512, dtype=dtype)
         x[range(8), range(first, first + 8)] = 1
         assert torch.equal(cuda.qlora_gemv(x, *layer)[0], weight[:, first : first + 8].T.to(dtype))
+
+
+@needs_extension
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_recorded_call_of_few_rows_is_that_call(recorded, nested):
+    def given(seed):
+        arguments = dispatch.problem("qlora_linear", CPU, torch.bfloat16, 5, 256, 40, 8, "nf4", 64, nested, seed=seed)
+        return arguments, [each for each in arguments if torch.is_tensor(each)]
+
+    (arguments, inputs), (further, others) = given(1), given(2)
+
+    def call(tensors):
+        left = iter(tensors)
+        return cuda.qlora_gemv(*(next(left) if torch.is_tensor(each) else each for each in arguments))
+
+    for found, right in zip(recorded(call, inputs, others)[1], cuda.qlora_gemv(*further), strict=True):
+        assert torch.equal(found, right)
+
+
+# A whole encoder ----------------------------------------------------------------------------------------------------
+
+
+def an_encoder(
+    dtype, windows, tokens, heads, width, hidden, count, rank, blocksize=64, nested=False, quant_type="nf4", seed=0,
+    **options,
+):  # fmt: skip
+    """Arguments of the operator; its layers are alike, so of each tensor there are as many as layers."""
+    sizes = [*[(width, width)] * 4, (width, hidden), (hidden, width)]
+    layers = [
+        dispatch.problem(
+            "qlora_linear", CPU, dtype, 1, *sizes[i % 6], rank, quant_type, blocksize, nested, seed=seed + i, **options
+        )[1:]
+        for i in range(6 * count)
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(windows, tokens, width, generator=generator).to(dtype)
+    norms = [
+        (
+            (1 + 0.1 * torch.randn(width, generator=generator)).to(dtype),
+            (0.1 * torch.randn(width, generator=generator)).to(dtype), 1e-5,
+        )
+        for _ in range(2 * count + 1)
+    ]  # fmt: skip
+    blocks = [
+        (norms[2 * i], *layers[6 * i : 6 * i + 4], norms[2 * i + 1], *layers[6 * i + 4 : 6 * i + 6])
+        for i in range(count)
+    ]
+    return x, blocks, norms[-1], heads, False
+
+
+def by_reference(dtype, x, blocks, norm, heads, keep):
+    def converted(part):
+        scales = part[1:5] if len(part) > 3 else ()
+        part = [each.to(dtype) if torch.is_tensor(each) and each.is_floating_point() else each for each in part]
+        return (part[0], *scales, *part[len(scales) + 1 :])
+
+    blocks = [tuple(map(converted, block)) for block in blocks]
+    return reference.encoder_blocks(x.to(dtype), blocks, converted(norm), heads, keep)[0]
+
+
+def assert_encodes(arguments, **options):
+    (found,), right = cuda.encoder_blocks(*arguments, **options), by_reference(torch.float64, *arguments)
+    same = by_reference(arguments[0].dtype, *arguments)  # every step of it rounded
+    assert found.shape == right.shape
+    assert (found - right).abs().max() <= 2 * (same - right).abs().max()
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("tile", "parts", "sizes", "options"),
+    [
+        (16, 1, (1, 16, 4, 64, 128, 1, 0), {}),
+        (16, 2, (3, 8, 4, 64, 128, 2, 16), {}),
+        (16, 8, (2, 5, 1, 64, 192, 1, 3), {"nested": True}),
+        (32, 4, (3, 13, 2, 128, 192, 1, 5), {"blocksize": 128, "nested": True, "quant_type": "fp4"}),
+        (32, 1, (5, 16, 4, 256, 64, 1, 70), {"adapter_dtype": torch.float32}),
+        (64, 1, (2, 64, 3, 192, 128, 1, 40), {"quant_type": "fp4"}),
+        (64, 2, (3, 33, 6, 192, 512, 1, 16), {"blocksize": 512}),
+        (16, 4, (2, 16, 6, 192, 512, 3, 16), {}),  # the package's own, by half
+    ],
+)  # fmt: skip
+def test_an_encoder_in_one_launch(on_model, tile, parts, sizes, options, dtype):
+    assert_encodes(an_encoder(dtype, *sizes, **options), tile=tile, parts=parts)
+
+
+@needs_extension
+def test_more_blocks_than_one_launch_has(on_model):
+    assert_encodes(an_encoder(torch.float16, 2, 9, 4, 64, 128, 9, 8), tile=16, parts=2)
+
+
+@needs_extension
+def test_without_bias(on_model):
+    x, blocks, norm, *rest = an_encoder(torch.float16, 2, 9, 4, 64, 128, 1, 8)
+    blocks = [[(*part[:7], None, *part[8:]) if len(part) > 3 else part for part in block] for block in blocks]
+    assert_encodes((x, blocks, norm, *rest), tile=32, parts=1)
+
+
+@needs_extension
+def test_no_window_sees_another(on_model):
+    x, *rest = an_encoder(torch.float16, 5, 6, 4, 64, 128, 1, 8)
+    (right,) = cuda.encoder_blocks(x, *rest, tile=32, parts=2)
+    x = x.clone()
+    x[1, 2, 3], x[3, 5, 0] = torch.nan, torch.inf
+    (found,) = cuda.encoder_blocks(x, *rest, tile=32, parts=2)
+    assert found[[1, 3]].isnan().all()
+    assert torch.equal(found[[0, 2, 4]], right[[0, 2, 4]])
+
+
+@needs_extension
+def test_the_tile_and_the_parts_follow_from_the_windows_and_the_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=132))
+    for windows, tokens, tile, parts in (
+        (1, 16, 16, 8), (64, 16, 16, 4), (64, 8, 16, 8), (132, 16, 16, 2), (200, 16, 16, 1), (512, 16, 32, 1),
+        (3, 17, 32, 8), (64, 64, 64, 4), (4, 33, 64, 8),
+    ):  # fmt: skip
+        x = torch.empty(windows, tokens, 64)
+        assert cuda._tile_of_encoder(x) == tile
+        assert cuda._parts_of_encoder(x.device, -(-windows // (tile // tokens))) == parts
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
+    assert cuda._parts_of_encoder(CPU, 1) == 1
+
+
+@needs_extension
+def test_two_blocks_of_threads_find_room_on_a_multiprocessor(model):
+    """Of the package's own encoder with adapters, as the number of parts supposes; a kibibyte of each is taken."""
+    for token_tiles in (2, 4):
+        taken = torch.ops.harlora_model.encoder_shared_bytes(192, 512, 16, token_tiles)
+        assert 2 * (taken + 1024) <= 228 * 1024
+    assert torch.ops.harlora_model.encoder_shared_bytes(192, 512, 16, 8) <= 227 * 1024
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": 3}, r"width / heads must be a multiple of 16"),
+        ({"tile": 24}, "token_tiles must be 2, 4 or 8"),
+        ({"parts": 3}, "parts must be 1, 2, 4 or 8"),
+        ({"tokens": 17}, "at most 8 tokens for each of token_tiles"),
+        ({"dtype": torch.float32}, "x must be bfloat16 or float16"),
+        ({"hidden": 96}, "must be multiples of 64"),
+        ({"norm": torch.ones(3).half()}, "tensor 34 must have 64 contiguous values"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_one_launch_cannot_serve_is_refused(on_model, change, message):
+    given = {"dtype": torch.float16, "windows": 1, "tokens": 4, "heads": 4, "width": 64, "hidden": 128, "count": 1}
+    options = {"tile": change.get("tile", 16), "parts": change.get("parts", 1)}
+    known = {name: value for name, value in change.items() if name in given}
+    x, blocks, norm, heads, keep = an_encoder(**given | {"rank": 2} | known)
+    if "norm" in change:
+        norm = (change["norm"], *norm[1:])
+    with pytest.raises(RuntimeError, match=message):
+        cuda.encoder_blocks(x, blocks, norm, heads, keep, **options)
+
+
+@needs_extension
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_recorded_call_of_an_encoder_is_that_call(recorded, nested):
+    given = (torch.bfloat16, 3, 8, 4, 64, 128, 2, 4)
+    (x, blocks, norm, heads, _), further = (an_encoder(*given, nested=nested, seed=seed) for seed in (3, 4))
+    facts = tuple(
+        (*layer[4:7], layer[10], nested, True, True) for block in blocks for layer in cuda._layers(block)
+    )  # fmt: skip
+    held = gpu.Blocks(heads, facts, (*[1e-5] * 4, norm[2]))
+
+    def tensors(x, blocks, norm):
+        parts = [part for block in blocks for part in block]
+        return [x, *(each for part in (*parts, norm) for each in part if torch.is_tensor(each))]
+
+    def call(inputs):
+        made, last = held.assembled(inputs[1:])
+        return cuda.encoder_blocks(inputs[0], made, last, heads, False, tile=16, parts=2)
+
+    first, (again,) = recorded(call, tensors(x, blocks, norm), tensors(*further[:3]))
+    assert torch.equal(again, cuda.encoder_blocks(*further, tile=16, parts=2)[0])
+    assert not torch.equal(again, first[0])
+
+
+@pytest.fixture
+def asked_for(on_model, monkeypatch):
+    """A machine whose CPU is the model's GPU, and encodes in one launch; the sizes of what it encoded."""
+    shapes, original = [], cuda.encoder_blocks
+
+    def encoder_blocks(x, *arguments, **options):
+        shapes.append(tuple(x.shape))
+        return original(x, *arguments, **options)
+
+    monkeypatch.setitem(cuda.WAYS["encoder_blocks"], "encoder", encoder_blocks)
+    monkeypatch.setattr(dispatch, "encoder_way", cache(lambda *_: Configuration("encoder")))
+    monkeypatch.setattr(dispatch, "served_by_triton", cache(lambda *_: False))
+    monkeypatch.setattr(dispatch, "_wrong", {})
+    monkeypatch.setattr(cuda, "serves_encoder", cuda._fits_encoder)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=2))
+    eager.reset()
+    yield shapes
+    eager.reset()
+
+
+def a_model(**options):
+    config = MAEConfig(
+        width=64, heads=4, ffn=128, depth=2, window=40, decoder_width=32, decoder_depth=1, decoder_ffn=32
+    )
+    encoder = harlora.apply_qlora(MAE(config).encoder, ["q", "k", "v", "o", "fc1", "fc2"], rank=3, **options)
+    for name, parameter in encoder.named_parameters():
+        if "lora_B" in name or name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return encoder.bfloat16()
+
+
+@needs_extension
+@pytest.mark.parametrize("options", [{}, {"double_quant": True, "quant_type": "fp4"}], ids=str)
+def test_a_model_is_encoded_in_one_launch_where_that_is_asked_for(asked_for, options):
+    encoder, x = a_model(**options), torch.randn(9, 5, 64).bfloat16()
+    with torch.no_grad():
+        found, again = (whole.encode_tokens(encoder, x) for _ in range(2))
+        assert asked_for == [(3, 5, 64), (9, 5, 64), (9, 5, 64)]  # it is proven once
+        right = x
+        for block in encoder.blocks:
+            right = block(right)
+        right = encoder.norm(right)
+    assert torch.equal(found, again)
+    assert (found - right).abs().max() <= 0.05 * right.abs().max()
+    assert whole.encode_tokens(encoder, x) is None  # to train, its modules run
+
+
+@needs_extension
+def test_what_one_launch_is_not_for_is_left_to_the_modules(asked_for):
+    with torch.no_grad():
+        for encoder, x in (
+            (a_model(), torch.randn(2, 65, 64).bfloat16()),
+            (a_model(blocksize=32), torch.randn(2, 5, 64).bfloat16()),
+            (a_model().float(), torch.randn(2, 5, 64)),
+        ):
+            assert whole.encode_tokens(encoder, x) is None
+        mixed = a_model()
+        mixed.blocks[1].fc2.lora_A.data = mixed.blocks[1].fc2.lora_A.data[:2].clone()
+        mixed.blocks[1].fc2.lora_B.data = mixed.blocks[1].fc2.lora_B.data[:, :2].clone()
+        assert whole.encode_tokens(mixed, torch.randn(2, 5, 64).bfloat16()) is None
+    assert not asked_for
+
+
+# Layouts of wgmma ---------------------------------------------------------------------------------------------------
 
 
 def pointer(tensor):

@@ -63,11 +63,37 @@ __device__ __forceinline__ uint32_t address_of_shared(const void* place) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(place));
 }
 
+// What a launch gave a block of shared memory.
+__device__ __forceinline__ uint8_t* dynamic_shared() {
+  extern __shared__ __align__(1024) uint8_t dynamic_shared_memory[];
+  return dynamic_shared_memory;
+}
+
 // ld.shared by its 32-bit address: of a generic one the compiler keeps and adds both halves.
 __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
   uint32_t word;
   asm("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address));
   return word;
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t word) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
+}
+
+// movmatrix: of an 8 × 8 matrix of 16 bits, of which lane 4·row + i has columns 2i and 2i + 1, the transposed.
+__device__ __forceinline__ uint32_t transposed(uint32_t pair) {
+  uint32_t result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  return result;
+}
+
+// ldmatrix: the second factor of mma.sync, (16, 8), from rows of 8 values; lanes 0 to 15 give the address of one each,
+// a multiple of 16.
+__device__ __forceinline__ void load_transposed(uint32_t (&b)[2], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(b[0]), "=r"(b[1])
+               : "r"(address)
+               : "memory");
 }
 
 // cp.async: 16 bytes from global to shared memory without a register between, zeros if not `there`. L2::128B: the rest
@@ -118,6 +144,13 @@ __device__ __forceinline__ float4 load_cluster(uint32_t address) {
                : "memory");
 #endif
   return four;
+}
+
+// st.shared::cluster: a word to there. sm_90.
+__device__ __forceinline__ void store_cluster([[maybe_unused]] uint32_t address, [[maybe_unused]] uint32_t word) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
+#endif
 }
 
 // griddepcontrol.launch_dependents: the next kernel of the stream, if launched so, may start before this one ends.

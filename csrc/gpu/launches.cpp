@@ -12,6 +12,7 @@
 #include <utility>
 #include <variant>
 
+#include "../cuda/encoder.h"
 #include "../cuda/qlora_gemm_sm90.h"
 #include "../cuda/qlora_gemv.h"
 
@@ -93,7 +94,8 @@ struct View {
   }
 };
 
-enum class Work : int64_t { launch = 0, addmm = 1, mm = 2, copy = 3, gemv = 4, gemm = 5 };
+enum class Work : int64_t { launch = 0, addmm = 1, mm = 2, copy = 3, gemv = 4, gemm = 5, encoder = 6 };
+constexpr int64_t works = 7;
 
 // What is done with whole tensors: out = beta·self + alpha·a·b (out, self, a, b), out = a·b, out = a rounded, or what
 // csrc/cuda/ has of that name, with the tensors, numbers and factor of its arguments in their order.
@@ -196,8 +198,8 @@ View view_of(Reader& facts, const Recording& recording) {
 
 Product product_of(Reader& facts, Work work, const Recording& recording) {
   Product product{work, {}, {}, 0, 0, false};
-  for (int64_t i = facts.below(64); i > 0; --i) product.tensors.push_back(view_of(facts, recording));
-  for (int64_t i = facts.below(64); i > 0; --i) product.numbers.push_back(facts.next());
+  for (int64_t i = facts.below(most); i > 0; --i) product.tensors.push_back(view_of(facts, recording));
+  for (int64_t i = facts.below(most); i > 0; --i) product.numbers.push_back(facts.next());
   for (double* factor : {&product.beta, &product.alpha}) {
     const int64_t bits = facts.next();
     std::memcpy(factor, &bits, sizeof bits);
@@ -207,7 +209,12 @@ Product product_of(Reader& facts, Work work, const Recording& recording) {
                                            : work == Work::copy ? std::pair{2, 0}
                                            : work == Work::gemv ? std::pair{12, 1}
                                                                 : std::pair{12, 3};
-  STD_TORCH_CHECK(std::pair(product.tensors.size(), product.numbers.size()) == wanted,
+  const std::pair found(product.tensors.size(), product.numbers.size());
+  // Of an encoder there are as many as it has layers; the eighth number says how many of the rest are eps.
+  const bool fits = work != Work::encoder ? found == wanted
+                                          : found.first > 4 && found.second > 8 && product.numbers[7] >= 0 &&
+                                                product.numbers[7] <= static_cast<int64_t>(found.second) - 8;
+  STD_TORCH_CHECK(fits,
                   "launches_hold: facts have another number of arguments");
   product.adds = work == Work::addmm && product.tensors[0].same_as(product.tensors[1]);
   return product;
@@ -225,7 +232,7 @@ Recording recording_of(const std::vector<int64_t>& numbers, const std::string& d
   const auto buffers = static_cast<int64_t>(recording.buffers.size());
   for (int64_t i = facts.below(most); i > 0; --i) recording.outputs.push_back(facts.below(buffers));
   for (int64_t i = facts.below(most); i > 0; --i) {
-    const auto work = static_cast<Work>(facts.below(6));
+    const auto work = static_cast<Work>(facts.below(works));
     if (work == Work::launch) {
       recording.steps.emplace_back(launch_of(facts, inputs, buffers));
       continue;
@@ -308,6 +315,18 @@ void multiply(const Product& product, const Products& by, const std::vector<Tens
       return cuda::qlora_gemm(*tensors[0], *tensors[1], *tensors[2], *tensors[3], product.numbers[0], tensors[4],
                               tensors[5], tensors[6], product.alpha, *tensors[7], *tensors[8], product.numbers[1],
                               product.numbers[2], tensors[9], tensors[10], tensors[11], stream);
+    case Work::encoder: {
+      const std::vector<int64_t>& sizes = product.numbers;
+      std::vector<Tensor> of_layers;
+      of_layers.reserve(tensors.size() - 4);
+      for (size_t i = 4; i < tensors.size(); ++i) of_layers.push_back(tensors[i].value());
+      std::vector<double> factors(sizes.size() - 8);
+      std::memcpy(factors.data(), sizes.data() + 8, factors.size() * sizeof(double));
+      const auto scaling = factors.begin() + sizes[7];
+      return cuda::encoder_blocks(*tensors[0], std::move(of_layers), sizes[0], sizes[1], sizes[2], sizes[3] != 0,
+                                  sizes[4] != 0, {factors.begin(), scaling}, {scaling, factors.end()}, *tensors[2],
+                                  *tensors[1], sizes[5], sizes[6], tensors[3], stream);
+    }
 #endif
     default:
       STD_TORCH_CHECK(false, "launches_run: the extension was built without CUDA");

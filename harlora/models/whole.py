@@ -202,7 +202,7 @@ def encode_tokens(encoder: nn.Module, tokens: Tensor) -> Tensor | None:
 
     tokens: ``(batch, tokens, width)``.
     """
-    if not gpu.serves(tokens):
+    if not gpu.serves_blocks(tokens):
         return None
     plan = _plan(encoder)
     if plan is None or plan.blocks is None:

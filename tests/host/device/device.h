@@ -32,6 +32,7 @@
 #define __host__
 #define __device__
 #define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __shared__ static  // of the one block that runs; kernels of clusters have dynamic shared memory alone

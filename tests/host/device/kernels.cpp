@@ -1,9 +1,44 @@
-// The kernels of csrc/cuda/ that the model of device.h can run, as the CPU's kernels of their operators.
+// The kernels of csrc/cuda/ that the model of device.h can run, as the CPU's kernels of their operators, and recordings
+// of their calls: csrc/gpu/, here its own operators, whose driver is this library.
 
 #include <torch/csrc/stable/library.h>
 
+#include "cuda/encoder.cu"
 #include "cuda/qlora_gemv.cu"
+#define HARLORA_CUDA
+#include "gpu/launches.cpp"
+
+extern "C" __attribute__((visibility("default"))) int cuCtxGetDevice(int* device) {
+  *device = -1;  // of tensors on a CPU
+  return 0;
+}
+extern "C" __attribute__((visibility("default"))) int cuLaunchKernel() { return 1; }
+
+namespace harlora::cuda {
+
+void qlora_gemm(Tensor, Tensor, Tensor, Tensor, int64_t, std::optional<Tensor>, std::optional<Tensor>,
+                std::optional<Tensor>, double, Tensor, Tensor, int64_t, int64_t, std::optional<Tensor>,
+                std::optional<Tensor>, std::optional<Tensor>, int64_t) {
+  STD_TORCH_CHECK(false, "the model of a GPU has no wgmma");
+}
+
+}  // namespace harlora::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CPU, library) {
   library.impl("qlora_gemv", TORCH_BOX(&harlora::cuda::qlora_gemv));
+  library.impl("encoder_blocks", TORCH_BOX(&harlora::cuda::encoder_blocks));
+}
+
+STABLE_TORCH_LIBRARY(harlora_model, library) {
+  library.def("encoder_shared_bytes(int width, int hidden, int rank, int token_tiles) -> int");
+  library.def("launches_hold(int[] facts, str driver) -> int");
+  library.def("launches_release(int held) -> ()");
+  library.def("launches_run(Tensor[] inputs, int held, int stream) -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(harlora_model, CompositeExplicitAutograd, library) {
+  library.impl("encoder_shared_bytes", TORCH_BOX(&harlora::cuda::encoder_shared_bytes));
+  library.impl("launches_hold", TORCH_BOX(&harlora::gpu::launches_hold));
+  library.impl("launches_release", TORCH_BOX(&harlora::gpu::launches_release));
+  library.impl("launches_run", TORCH_BOX(&harlora::gpu::launches_run));
 }

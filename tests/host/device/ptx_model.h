@@ -104,6 +104,7 @@ Words loaded(const void* from) {
 inline uint2 load_once(const void* from) { return loaded<uint2>(from); }
 inline uint4 load_shared_16(uint32_t address) { return loaded<uint4>(place_in_shared(address)); }
 inline uint32_t load_shared(uint32_t address) { return loaded<uint32_t>(place_in_shared(address)); }
+inline void store_shared(uint32_t address, uint32_t word) { std::memcpy(place_in_shared(address), &word, 4); }
 
 // As late as it may be.
 inline void copy_async(uint32_t to, const void* from, bool there) {
