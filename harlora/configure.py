@@ -20,6 +20,7 @@ import torch
 
 from harlora.kernels import configurations, cuda, dispatch, replay
 from harlora.kernels.configurations import Configuration, Rule
+from harlora.models import MAEConfig
 
 Report = Callable[[int, int, str], None]
 
@@ -29,6 +30,8 @@ WEIGHTS: tuple[tuple[tuple[int, int], int | None], ...] = (
 )  # fmt: skip
 ROWS: tuple[int | None, ...] = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, None)
 MANY_ROWS = 8192  # measured for what has no limit
+WINDOWS: tuple[int | None, ...] = (1, 8, 32, 64, 128, None)  # of an encoder
+MANY_WINDOWS = 256  # of which Triton's launches take more in parts
 RANK = 16
 CALLS = 8  # in one sample
 DTYPES = (torch.bfloat16, torch.float32)
@@ -71,6 +74,48 @@ def measure(
     return table, measured
 
 
+def measure_encoders(
+    device: torch.device, report: Report | None = None, *, windows: Sequence[int | None] = WINDOWS
+) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+    """As `measure`: whether, and how, all blocks of the package's own encoder are one launch, by rows of x in all."""
+    config, title = MAEConfig(), "encoder_blocks 16"
+    rules, measured = [], []
+    for done, most in enumerate(windows):
+        if report is not None:
+            report(done, len(windows), title)
+        x, *blocks = dispatch.problem_of_encoder(
+            device, torch.bfloat16, most or MANY_WINDOWS, config.tokens, config.heads, config.width, config.ffn,
+            config.depth, RANK, "nf4", 64, False,
+        )  # fmt: skip
+        times = _in_turn(_encoder_samples(x, blocks, device))
+        rows = x.shape[0] * x.shape[1]
+        measured.append({"title": title, "shape": list(x.shape[1:]), "rows": rows, "times_us": times})
+        if times:
+            best = min(times, key=lambda name: times[name])
+            chosen = next(each for each in configurations.ENCODER_CANDIDATES if str(each) == best)
+            rules.append(Rule(chosen, None if most is None else rows))
+    if not any(rule.use.way == "encoder" for rule in rules):
+        return {}, measured
+    if rules[-1].rows is not None or rules[-1].use.way == "encoder":
+        rules.append(Rule(Configuration("launches")))
+    return {title: [rule.to_json() for rule in rules]}, measured
+
+
+def _encoder_samples(x: torch.Tensor, blocks: list[Any], device: torch.device) -> dict[str, Callable[[], float]]:
+    layers, norm, heads = blocks
+    samples = {}
+    for candidate in configurations.ENCODER_CANDIDATES:
+        if candidate.way == "launches":
+            functions = dispatch.encoder_launches(x, layers, heads, False)
+            encode = functions[0] if functions else None
+        else:
+            right = dispatch.encodes(candidate, x, layers, norm, heads)
+            encode = dispatch.launcher("encoder_blocks", candidate) if right else None
+        if encode is not None:
+            samples[str(candidate)] = _sampler([partial(encode, x, layers, norm, heads, False)], device)
+    return samples
+
+
 def _candidate(operator: str, dtype: torch.dtype, rows: int, name: str) -> Configuration:
     return next(each for each in configurations.candidates(operator, dtype, rows) if str(each) == name)
 
@@ -95,6 +140,10 @@ def _times(
             warnings.simplefilter("ignore")  # of what does not fit this GPU; it is left out
             if dispatch.serves(operator, candidate, *calls[0]) and not _spills(first):
                 samples[str(candidate)] = _sampler([partial(launch, *call) for call in calls], device)
+    return _in_turn(samples)
+
+
+def _in_turn(samples: dict[str, Callable[[], float]]) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in samples}
     for number in range(6):
         for name, sample in samples.items():
@@ -220,7 +269,10 @@ def gain(device: torch.device, measured: list[dict[str, Any]]) -> dict[str, dict
         operator, bits = title.split()
         dtype = torch.float32 if bits == "32" else torch.bfloat16
         for case in (each for each in measured if each["title"] == title):
-            chosen = dispatch.configuration(operator, device, dtype, case["rows"], math.prod(case["shape"]))
+            if operator == "encoder_blocks":
+                chosen = dispatch.encoder_way(device, dtype, case["rows"])
+            else:
+                chosen = dispatch.configuration(operator, device, dtype, case["rows"], math.prod(case["shape"]))
             before = case["times_us"].get(str(chosen))
             if before:
                 ratios.append(min(case["times_us"].values()) / before)

@@ -598,8 +598,10 @@ def tune(device: torch.device, problems: list[Problem], report: Report | None = 
         table["kernels"] = _faster_first(variants, ratios)[0]
     if device.type == "cuda" and not dispatch.load_triton():
         configure.compile_ahead(device, report)
-        rules, measured = configure.measure(device, report)
-        table |= {"triton": configurations.fingerprint(), "configurations": rules, "times": measured}
+        rules, times = configure.measure(device, report)
+        of_encoders, times_of_encoders = configure.measure_encoders(device, report)
+        measured = [*times, *times_of_encoders]
+        table |= {"triton": configurations.fingerprint(), "configurations": rules | of_encoders, "times": measured}
         table["measured"] |= configure.gain(device, measured)
     try:
         devices = tuning.read(file)

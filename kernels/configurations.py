@@ -132,6 +132,10 @@ def candidates(operator: str, dtype: torch.dtype, rows: int) -> list[Configurati
     return [*found, Configuration("dense")] if rows >= 64 else found
 
 
+# Likewise for an encoder's blocks, for any number of rows.
+ENCODER_CANDIDATES = (Configuration("launches"), *(Configuration("encoder", tile) for tile in (16, 32, 64)))
+
+
 def choose(
     table: Table,
     operator: str,

@@ -204,7 +204,7 @@ def _parts_of_encoder(device: torch.device, groups: int) -> int:
     return next((parts for parts in (8, 4, 2) if groups * parts <= _room(device)), 1)
 
 
-def serves_encoder(x: Tensor, blocks: Sequence[Block], norm: Norm, heads: int) -> bool:
+def serves_encoder(x: Tensor, blocks: Sequence[Block], norm: Norm, heads: int, tile: int = 0) -> bool:
     """Whether one launch is for such an encoder, on a GPU; of every layer the sizes are right in themselves."""
     if cpp.load_extension() or not cpp.has_kernel("encoder_blocks", "cuda") or not x.is_cuda:
         return False
@@ -212,7 +212,9 @@ def serves_encoder(x: Tensor, blocks: Sequence[Block], norm: Norm, heads: int) -
         return False
     properties: Any = torch.cuda.get_device_properties(x.device)
     A = blocks[0][6][8]
-    rank, tile = 0 if A is None else A.shape[0], _tile_of_encoder(x)
+    rank, tile = 0 if A is None else A.shape[0], tile or _tile_of_encoder(x)
+    if x.shape[1] > tile:
+        return False
     wanted = torch.ops.harlora_cpp.encoder_shared_bytes(x.shape[-1], blocks[0][6][6], rank, tile // 8)
     return (properties.major, properties.minor) >= (8, 0) and wanted <= properties.shared_memory_per_block_optin
 

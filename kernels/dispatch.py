@@ -194,19 +194,32 @@ def group(operator: str, x: Tensor, layers: tuple[reference.Layer, ...]) -> Call
 def encoder_blocks(
     x: Tensor, blocks: Sequence[reference.Block], norm: reference.Norm, heads: int, train: bool
 ) -> list[Callable[..., Any]] | None:
-    """Triton's function for an encoder's blocks, all of one size, and if they ``train`` its backward, or None.
+    """The function for an encoder's blocks, all of one size, and if they ``train`` its backward, or None.
 
-    As for `group`; each part is proven, and the whole on a small problem. Or that of CUDA C++, where it was asked for
-    or is in the table.
+    Triton's as for `group`; each part is proven, and the whole on a small problem. Or that of CUDA C++, where it was
+    asked for or is in the table.
     """
     at_once = encoder_way(x.device, x.dtype, x.numel() // x.shape[-1])
-    if not train and at_once.way == "encoder":
-        fc1 = blocks[0][6]
-        probe = _probe("encoder_blocks", at_once, x.device, x.dtype, x.shape[-1], fc1[:6], fc1[8])
-        if cuda.serves_encoder(x, blocks, norm, heads) and _proven(
-            replace(probe, shape=(x.shape[1], heads, x.shape[2]))
-        ):
-            return [launcher("encoder_blocks", at_once)]
+    if not train and encodes(at_once, x, blocks, norm, heads):
+        return [launcher("encoder_blocks", at_once)]
+    return encoder_launches(x, blocks, heads, train)
+
+
+def encodes(
+    chosen: Configuration, x: Tensor, blocks: Sequence[reference.Block], norm: reference.Norm, heads: int
+) -> bool:
+    """Whether a configuration of CUDA C++ is one for such an encoder, and right."""
+    if chosen.way != "encoder" or not cuda.serves_encoder(x, blocks, norm, heads, chosen.block_rows):
+        return False
+    fc1 = blocks[0][6]
+    probe = _probe("encoder_blocks", chosen, x.device, x.dtype, x.shape[-1], fc1[:6], fc1[8])
+    return _proven(replace(probe, shape=(x.shape[1], heads, x.shape[2])))
+
+
+def encoder_launches(
+    x: Tensor, blocks: Sequence[reference.Block], heads: int, train: bool
+) -> list[Callable[..., Any]] | None:
+    """Triton's functions for an encoder's blocks, as `encoder_blocks` returns them."""
     if not served_by_triton(x.device, x.dtype) or not _module("encoder").fits(x, blocks, heads):
         return None
     functions: list[Callable[..., Any]] = []
@@ -482,26 +495,41 @@ def _problem_of_tiles(probe: _Probe, dtype: torch.dtype, **given: Any) -> tuple[
     return problem(probe.operator, probe.device, dtype, *size, **given)
 
 
+def problem_of_encoder(
+    device: torch.device, dtype: torch.dtype, windows: int, tokens: int, heads: int, width: int, hidden: int,
+    count: int, rank: int, quant_type: str, blocksize: int, nested: bool, *, seed: int = 0, **given: Any,
+) -> tuple[Tensor, list[reference.Block], reference.Norm, int]:  # fmt: skip
+    """As `problem`: x, ``count`` blocks of an encoder, its last norm, and heads."""
+    made: Callable[..., Any] = partial(problem, "qlora_linear", device, dtype, **given)
+    facts, sizes = (rank, quant_type, blocksize, nested), [*[(width, width)] * 4, (width, hidden), (hidden, width)]
+    (x, *_) = made(windows * tokens, width, 1, 0, *facts[1:], seed=seed)
+    layers = [made(1, *sizes[i % 6], *facts, seed=seed + i)[1:] for i in range(6 * count)]
+    vectors = [made(1, 1, width, 0, *facts[1:], seed=seed + i)[8] for i in range(4 * count + 2)]
+    norms = [(vectors[2 * i], vectors[2 * i + 1], 1e-5) for i in range(2 * count + 1)]
+    blocks: list[Any] = [
+        (norms[2 * i], *layers[6 * i : 6 * i + 4], norms[2 * i + 1], *layers[6 * i + 4 : 6 * i + 6])
+        for i in range(count)
+    ]
+    return x.view(windows, tokens, width), blocks, norms[-1], heads
+
+
 def _problem_of_blocks(probe: _Probe, dtype: torch.dtype, **given: Any) -> tuple[Any, ...]:
     """As `problem`, of two blocks of an encoder and three windows."""
+    facts = (probe.rank, probe.quant_type, probe.blocksize, probe.nested)
     tokens, heads, width = probe.shape
-    hidden, facts = 2 * probe.blocksize, (probe.rank, probe.quant_type, probe.blocksize, probe.nested)
-    sizes = [*[(width, width)] * 4, (width, hidden), (hidden, width)]
-    made: Callable[..., Any] = partial(problem, "qlora_linear", probe.device, dtype, **given)
-    calls = [made(3 * tokens, *sizes[i % 6], *facts, seed=i) for i in range(18)]
-    x, grad = (calls[12 + i][0].view(3, tokens, width) for i in range(2))
-    layers, vectors = [call[1:] for call in calls], [call[8] for call in calls if len(call[8]) == width]
-    norms = [(vectors[2 * i], vectors[2 * i + 1], 1e-5) for i in range(5)]
-    blocks = [
-        (norms[2 * i], *layers[6 * i : 6 * i + 4], norms[2 * i + 1], *layers[6 * i + 4 : 6 * i + 6]) for i in (0, 1)
-    ]
+    x, blocks, norm, _ = problem_of_encoder(
+        probe.device, dtype, 3, tokens, heads, width, 2 * probe.blocksize, 2, *facts, **given
+    )
     if probe.operator == "encoder_blocks":  # what one launch computes has nothing kept for backward
-        return x, blocks, norms[4], heads, not isinstance(probe.configuration, Configuration)
+        return x, blocks, norm, heads, not isinstance(probe.configuration, Configuration)
     forward = replace(probe, operator="encoder_blocks")
     exact = _problem_of_blocks(forward, torch.float32, rounded=probe.dtype)
+    grad = problem("qlora_linear", probe.device, dtype, 3 * tokens, width, 1, *facts, **given, seed=99)[0]
     _, *kept = reference.encoder_blocks(*exact)
     kept = [each if each.dim() == 2 else each.to(dtype) for each in kept]  # mean and deviation stay float32
-    return grad, x, kept, blocks, norms[4], heads, (True, [(True, probe.rank > 0, probe.rank > 0) * 4] * 2)
+    return (
+        grad.view_as(x), x, kept, blocks, norm, heads, (True, [(True, probe.rank > 0, probe.rank > 0) * 4] * 2)
+    )  # fmt: skip
 
 
 def _problems(operator: str, device: torch.device) -> list[tuple[Any, ...]]:

@@ -156,32 +156,9 @@ def test_a_recorded_call_of_few_rows_is_that_call(recorded, nested):
 # A whole encoder ----------------------------------------------------------------------------------------------------
 
 
-def an_encoder(
-    dtype, windows, tokens, heads, width, hidden, count, rank, blocksize=64, nested=False, quant_type="nf4", seed=0,
-    **options,
-):  # fmt: skip
-    """Arguments of the operator; its layers are alike, so of each tensor there are as many as layers."""
-    sizes = [*[(width, width)] * 4, (width, hidden), (hidden, width)]
-    layers = [
-        dispatch.problem(
-            "qlora_linear", CPU, dtype, 1, *sizes[i % 6], rank, quant_type, blocksize, nested, seed=seed + i, **options
-        )[1:]
-        for i in range(6 * count)
-    ]
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(windows, tokens, width, generator=generator).to(dtype)
-    norms = [
-        (
-            (1 + 0.1 * torch.randn(width, generator=generator)).to(dtype),
-            (0.1 * torch.randn(width, generator=generator)).to(dtype), 1e-5,
-        )
-        for _ in range(2 * count + 1)
-    ]  # fmt: skip
-    blocks = [
-        (norms[2 * i], *layers[6 * i : 6 * i + 4], norms[2 * i + 1], *layers[6 * i + 4 : 6 * i + 6])
-        for i in range(count)
-    ]
-    return x, blocks, norms[-1], heads, False
+def an_encoder(dtype, *sizes, blocksize=64, nested=False, quant_type="nf4", **options):
+    """Arguments of the operator: windows, tokens, heads, width, hidden, blocks and rank."""
+    return *dispatch.problem_of_encoder(CPU, dtype, *sizes, quant_type, blocksize, nested, **options), False
 
 
 def by_reference(dtype, x, blocks, norm, heads, keep):
@@ -282,10 +259,10 @@ def test_two_blocks_of_threads_find_room_on_a_multiprocessor(model):
     ids=str,
 )  # fmt: skip
 def test_what_one_launch_cannot_serve_is_refused(on_model, change, message):
-    given = {"dtype": torch.float16, "windows": 1, "tokens": 4, "heads": 4, "width": 64, "hidden": 128, "count": 1}
+    given = {"dtype": torch.float16, "windows": 1, "tokens": 4, "heads": 4, "width": 64, "hidden": 128}
     options = {"tile": change.get("tile", 16), "parts": change.get("parts", 1)}
     known = {name: value for name, value in change.items() if name in given}
-    x, blocks, norm, heads, keep = an_encoder(**given | {"rank": 2} | known)
+    x, blocks, norm, heads, keep = an_encoder(*(given | known).values(), 1, 2)
     if "norm" in change:
         norm = (change["norm"], *norm[1:])
     with pytest.raises(RuntimeError, match=message):
@@ -328,7 +305,7 @@ def asked_for(on_model, monkeypatch):
     monkeypatch.setattr(dispatch, "encoder_way", cache(lambda *_: Configuration("encoder")))
     monkeypatch.setattr(dispatch, "served_by_triton", cache(lambda *_: False))
     monkeypatch.setattr(dispatch, "_wrong", {})
-    monkeypatch.setattr(cuda, "serves_encoder", cuda._fits_encoder)
+    monkeypatch.setattr(cuda, "serves_encoder", lambda *given: cuda._fits_encoder(*given[:4]))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=2))
     eager.reset()

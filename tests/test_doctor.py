@@ -436,6 +436,33 @@ def test_configurations_are_measured_and_obeyed(table_file, monkeypatch):
     tuning.measured_configurations.cache_clear()
 
 
+@pytest.mark.parametrize("fastest", ["launches", "encoder"])
+def test_whether_an_encoder_is_one_launch_is_measured_and_obeyed(fastest, monkeypatch):
+    """On a machine of which only the times are known."""
+    names = [str(each) for each in configurations.ENCODER_CANDIDATES]
+    best = next(each for each in names[::-1] if fastest in each)
+
+    def times(x, blocks, device):
+        assert (tuple(x.shape[1:]), len(blocks[0]), blocks[2]) == ((16, 192), 6, 6)
+        return {name: 1.0 if name == best and len(x) > 1 else 2.0 for name in names[:1] + names[:0:-1]}
+
+    monkeypatch.setattr(configure, "_encoder_samples", times)
+    monkeypatch.setattr(configure, "_in_turn", lambda samples: samples)
+    told = []
+    table, measured = configure.measure_encoders(CPU, lambda *said: told.append(said), windows=(1, 4, None))
+    assert [case["rows"] for case in measured] == [16, 64, 4096]
+    assert told[0] == (0, 3, "encoder_blocks 16")
+    if fastest == "launches":
+        assert table == {}
+        return
+    (rules,) = configurations.read(table).values()
+    assert [rule.rows for rule in rules] == [16, 64, None, None]
+    assert [rule.use.way for rule in rules] == ["launches", "encoder", "encoder", "launches"]
+    assert configure.gain(CPU, measured) == {
+        "configurations of encoder_blocks 16": {"before": 1.0, "fastest": round(0.25 ** (1 / 3), 4)}
+    }
+
+
 @pytest.mark.parametrize("operator", configurations.OPERATORS)
 def test_candidates_suit_the_rows(operator):
     for dtype in (torch.float32, torch.bfloat16):
