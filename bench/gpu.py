@@ -86,7 +86,8 @@ def main() -> int:
 def _sanitized(environment: dict[str, str]) -> dict[str, int]:
     """Exit statuses of a few of the tests of CUDA C++ under compute-sanitizer's tools, none where it is missing."""
     program, statuses = shutil.which("compute-sanitizer"), {}
-    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py", "-k", "strides"]
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py"]
+    tests += ["-k", "strides or few_windows"]
     for tool in ("memcheck", "racecheck") if program else ():
         command = [str(program), "--tool", tool, "--error-exitcode", "3", *tests]
         try:
@@ -102,22 +103,27 @@ def _bench(options: argparse.Namespace, statuses: dict[str, int], minutes: float
     import torch
     from rich.console import Console
 
-    from harlora.bench import report
+    from harlora.bench import report, ways
     from harlora.bench.cases import plan
     from harlora.bench.run import RESULT, Options, Preset, measure
     from harlora.errors import InputError
     from harlora.files import write_json
 
+    began, device = time.monotonic(), torch.device(options.device)
+    of_ways = []
+    if device.type == "cuda" and not options.quick:
+        of_ways = ways.measure(device, lambda what: print(f"ways: {what}", flush=True))
+    minutes = max(2.0, minutes - (time.monotonic() - began) / 60)
     folder = options.out or ROOT / "runs" / "bench" / time.strftime("gpu-%Y%m%dT%H%M%SZ", time.gmtime())
     preset: Preset = "quick" if options.quick else "standard"
-    cases = plan(preset, torch.device(options.device)).count()
+    cases = plan(preset, device).count()
     seconds = max(0.3, min(2.4, 0.6 * 60 * minutes / cases))  # the rest is for making and checking the competitors
     chosen = Options(preset, options.device, minutes=minutes, seconds=seconds, command="make gpu")
     try:
         result = measure(chosen, folder / RESULT, Console(stderr=True))
     except InputError as error:
         return _fail(str(error))
-    result["statuses"] = statuses
+    result["statuses"], result["ways"] = statuses, of_ways
     write_json(folder / RESULT, result)
     console = Console(width=None if sys.stdout.isatty() else 160)
     for text in (report.setting(result), *report.summary(result)):

@@ -188,6 +188,14 @@ def tables(result: Row) -> list[Table]:
             [where(row), row["competitor"], f"{1e3 * row['joules']:.3g}"] for row in result["rows"] if "joules" in row
         ]
         made.append(Table("Energy of a call, mJ", ["case", "competitor", "mJ"], body))
+    body = [
+        [f"{each['title']}, {'→'.join(map(str, each['shape']))}, {each['rows']} rows", _way(name), f"{taken:.1f}",
+         f"{taken / each['times_us'][each['table']]:.2f}" if each["table"] in each["times_us"] else "",
+         "yes" if name == each["table"] else ""]
+        for each in result.get("ways", ()) for name, taken in each["times_us"].items()
+    ]  # fmt: skip
+    heads = ["call", "way", "µs", "over the table's", "in the table"]
+    made.append(Table("Ways of CUDA C++ against the table's, captured", heads, body))
     failed: dict[tuple[str, str], list[str]] = {}
     for row in result["rows"]:
         if row["status"] != "ok":
@@ -198,6 +206,15 @@ def tables(result: Row) -> list[Table]:
     ]
     made.append(Table(FAILED, ["competitor", "why", "where"], body))
     return [table for table in made if table.body]
+
+
+def _way(name: str) -> str:
+    """A configuration's way, and its tile of rows where that is all there is to it."""
+    found = re.search(r"way='(\w+)', block_rows=(\d+), block_out=(\d+)", name)
+    if found is None:
+        return name
+    way, rows, out = found.groups()
+    return way if rows == "0" else f"{way} {rows}" if out == "0" else f"{way} {rows}×{out}"
 
 
 def _leads(title: str, result: Row, *kinds: str) -> list[Table]:

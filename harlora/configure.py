@@ -64,10 +64,11 @@ def measure(
                 if report is not None:
                     report(len(measured), total, f"{title}, {shape[0]}→{shape[1]}")
                 count = most_rows or MANY_ROWS
-                times = _times(operator, device, dtype, count, shape)
-                measured.append({"title": title, "shape": list(shape), "rows": count, "times_us": times})
-                if times:
-                    best = min(times, key=lambda name: times[name])
+                candidates = configurations.candidates(operator, dtype, count)
+                taken = times(operator, device, dtype, count, shape, candidates)
+                measured.append({"title": title, "shape": list(shape), "rows": count, "times_us": taken})
+                if taken:
+                    best = min(taken, key=lambda name: taken[name])
                     rules.append(Rule(_candidate(operator, dtype, count, best), most_rows, most_weights))
         if rules and rules[-1].rows is None and rules[-1].weights is None:
             table[title] = [rule.to_json() for rule in rules]
@@ -87,11 +88,11 @@ def measure_encoders(
             device, torch.bfloat16, most or MANY_WINDOWS, config.tokens, config.heads, config.width, config.ffn,
             config.depth, RANK, "nf4", 64, False,
         )  # fmt: skip
-        times = _in_turn(_encoder_samples(x, blocks, device))
+        taken = _in_turn(_encoder_samples(x, blocks, device))
         rows = x.shape[0] * x.shape[1]
-        measured.append({"title": title, "shape": list(x.shape[1:]), "rows": rows, "times_us": times})
-        if times:
-            best = min(times, key=lambda name: times[name])
+        measured.append({"title": title, "shape": list(x.shape[1:]), "rows": rows, "times_us": taken})
+        if taken:
+            best = min(taken, key=lambda name: taken[name])
             chosen = next(each for each in configurations.ENCODER_CANDIDATES if str(each) == best)
             rules.append(Rule(chosen, None if most is None else rows))
     if not any(rule.use.way == "encoder" for rule in rules):
@@ -120,9 +121,10 @@ def _candidate(operator: str, dtype: torch.dtype, rows: int, name: str) -> Confi
     return next(each for each in configurations.candidates(operator, dtype, rows) if str(each) == name)
 
 
-def _times(
-    operator: str, device: torch.device, dtype: torch.dtype, rows: int, shape: tuple[int, int]
-) -> dict[str, float]:
+def times(
+    operator: str, device: torch.device, dtype: torch.dtype, rows: int, shape: tuple[int, int],
+    candidates: Sequence[Configuration],
+) -> dict[str, float]:  # fmt: skip
     """Microseconds a call of each candidate that is right and runs, the median over rounds in which they take turns."""
     in_features, out_features = shape
     copies = _copies(device, in_features * out_features)
@@ -131,7 +133,7 @@ def _times(
         for seed in range(copies)
     ]
     samples: dict[str, Callable[[], float]] = {}
-    for candidate in configurations.candidates(operator, dtype, rows):
+    for candidate in candidates:
         if candidate.way in configurations.CUDA_WAYS and not cuda.serves(operator, candidate.way, *calls[0]):
             continue
         launch = dispatch.launcher(operator, candidate)
@@ -144,13 +146,13 @@ def _times(
 
 
 def _in_turn(samples: dict[str, Callable[[], float]]) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in samples}
+    found: dict[str, list[float]] = {name: [] for name in samples}
     for number in range(6):
         for name, sample in samples.items():
             taken = sample()
             if number:  # the first warms up
-                times[name].append(taken)
-    return {name: round(statistics.median(values), 2) for name, values in times.items()}
+                found[name].append(taken)
+    return {name: round(statistics.median(values), 2) for name, values in found.items()}
 
 
 def _spills(call: Callable[[], object]) -> bool:
@@ -261,6 +263,24 @@ def _compile(target: Any, module: str, name: str, launch: str) -> None:
 # Result -------------------------------------------------------------------------------------------------------------
 
 
+def of_table(
+    operator: str, device: torch.device, dtype: torch.dtype, rows: int, shape: Sequence[int]
+) -> Configuration:  # fmt: skip
+    """What the table has for such a call: for a layer of whole blocks, or for an encoder's blocks."""
+    if operator == "encoder_blocks":
+        return dispatch.encoder_way(device, dtype, rows)
+
+    def can(configuration: Configuration) -> bool:
+        in_features, out_features = shape
+        x = torch.empty(1, dtype=dtype, device=device).expand(rows, in_features)
+        weight = torch.empty(1, dtype=torch.uint8, device=device).expand(in_features * out_features // 2, 1)
+        layer = (weight, weight, None, None, "nf4", 64, out_features, None, None, None, 1.0)
+        return cuda.serves(operator, configuration.way, x, *layer) and cuda.worth(configuration, x, *layer)
+
+    forward = operator == "qlora_linear"
+    return dispatch.configuration(operator, device, dtype, rows, math.prod(shape), can if forward else None)
+
+
 def gain(device: torch.device, measured: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """By title, the time of the fastest over that of the table's configuration, the geometric mean over the sizes."""
     found: dict[str, dict[str, float]] = {}
@@ -269,11 +289,7 @@ def gain(device: torch.device, measured: list[dict[str, Any]]) -> dict[str, dict
         operator, bits = title.split()
         dtype = torch.float32 if bits == "32" else torch.bfloat16
         for case in (each for each in measured if each["title"] == title):
-            if operator == "encoder_blocks":
-                chosen = dispatch.encoder_way(device, dtype, case["rows"])
-            else:
-                chosen = dispatch.configuration(operator, device, dtype, case["rows"], math.prod(case["shape"]))
-            before = case["times_us"].get(str(chosen))
+            before = case["times_us"].get(str(of_table(operator, device, dtype, case["rows"], case["shape"])))
             if before:
                 ratios.append(min(case["times_us"].values()) / before)
         if ratios:

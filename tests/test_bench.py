@@ -14,9 +14,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from harlora import cli
-from harlora.bench import cases, energy, machine, peers, report, run
+from harlora import cli, configure
+from harlora.bench import cases, energy, machine, peers, report, run, ways
 from harlora.errors import InputError
+from harlora.kernels import configurations
+from harlora.kernels.configurations import Configuration
 from harlora.models import MAE, Classifier
 from harlora.train.capture import TrainingStep
 
@@ -595,3 +597,33 @@ def test_machine_c_has_no_warnings(tmp_path):
     command = ["cc", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O2", "-c", machine.SOURCE, "-o"]
     done = subprocess.run([*command, tmp_path / "machine.o"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_ways_of_cuda_are_measured_against_the_tables(monkeypatch):
+    """What is compared and shown; no kernel runs, and the times are made up."""
+
+    def times(operator, device, dtype, rows, shape, candidates):
+        assert (device, dtype, shape) == (CPU, torch.bfloat16, (4096, 4096))
+        assert len(candidates) == len(set(candidates))
+        assert all(each.way in configurations.CUDA_WAYS for each in candidates[1:])
+        return {str(each): 10.0 + 5 * i for i, each in enumerate(candidates)}
+
+    launches = str(Configuration("launches"))
+    of_encoder = {"title": "encoder_blocks 16", "shape": [16, 192], "rows": 16, "times_us": {launches: 90.0}}
+    monkeypatch.setattr(configure, "times", times)
+    monkeypatch.setattr(configure, "measure_encoders", lambda device, report: ({}, [of_encoder]))
+    told = []
+    found = ways.measure(CPU, told.append, rows=(1, 128))
+    assert [(each["title"], each["rows"]) for each in found] == [
+        ("qlora_linear 16", 1), ("qlora_linear 16", 128), ("qlora_linear_backward 16", 1),
+        ("qlora_linear_backward 16", 128), ("encoder_blocks 16", 16),
+    ]  # fmt: skip
+    assert told[0] == "qlora_linear 16, 4096→4096, 1 rows"
+    assert all(each["table"] in each["times_us"] for each in found)
+    assert any("gemv" in name for name in found[0]["times_us"])
+    (table,) = [each for each in report.tables({"rows": [], "ceilings": None, "ways": found}) if "Ways" in each.title]
+    first, second = table.body[:2]
+    assert first[0] == "qlora_linear 16, 4096→4096, 1 rows"
+    assert first[2:] == ["10.0", "1.00", "yes"]
+    assert second[1:] == ["gemv", "15.0", "1.50", ""]
+    assert table.body[-1][1] == "launches"

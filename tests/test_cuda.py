@@ -1,13 +1,16 @@
 """CUDA C++ as a way of the layer: when it is chosen, what it refuses, and on a GPU what it computes."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
 from needs import needs_extension
 
-from harlora.kernels import configurations, cpp, cuda, dispatch, reference
+import harlora
+from harlora.kernels import configurations, cpp, cuda, dispatch, eager, reference, replay
 from harlora.kernels.configurations import Configuration, Rule
+from harlora.models import MAE, MAEConfig, whole
 
 CPU = torch.device("cpu")
 ERROR = {torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -297,3 +300,85 @@ class TestManyRowsOnAGpu:
         arguments = problem(hopper, torch.float16, 3, out_features=40)
         assert cuda.serves("qlora_linear", "gemm", *arguments)
         assert not cuda.serves("qlora_linear", "gemm", *dispatch.with_dropout(arguments, hopper))
+
+
+def encoder_error(arguments, **options):
+    """How far one launch is from float64, over how far the reference is in the dtype of x."""
+    x, blocks, norm, heads = arguments
+
+    def converted(part, dtype):
+        scales = part[1:5] if len(part) > 3 else ()
+        part = [each.to(dtype) if torch.is_tensor(each) and each.is_floating_point() else each for each in part]
+        return (part[0], *scales, *part[len(scales) + 1 :])
+
+    (found,), (right, same) = (
+        cuda.encoder_blocks(x, blocks, norm, heads, False, **options),
+        (
+            reference.encoder_blocks(
+                x.to(dtype), [[converted(part, dtype) for part in block] for block in blocks], converted(norm, dtype),
+                heads, False,
+            )[0]
+            for dtype in (torch.float64, x.dtype)
+        ),
+    )  # fmt: skip
+    assert found.shape == right.shape
+    return float((found - right).abs().max() / (same - right).abs().max())
+
+
+class TestAnEncoderOnAGpu:
+    pytestmark = needs_gpu
+
+    @pytest.mark.parametrize("dtype", list(ERROR), ids=str)
+    def test_it_agrees_with_the_reference(self, gpu, dtype):
+        most = 8 if torch.cuda.get_device_capability() >= (9, 0) else 1
+        plain = ("nf4", 64, False)
+        for tile, parts, size, facts in (
+            (16, 1, (1, 16, 4, 64, 128, 1, 0), plain), (16, 8, (3, 8, 4, 64, 128, 2, 16), ("nf4", 64, True)),
+            (32, 4, (3, 13, 2, 128, 192, 1, 5), ("fp4", 128, True)), (64, 1, (2, 64, 3, 192, 512, 1, 40), plain),
+            (64, 2, (3, 33, 6, 192, 512, 1, 16), ("nf4", 512, False)), (0, 0, (64, 16, 6, 192, 512, 6, 16), plain),
+            (0, 0, (512, 16, 6, 192, 512, 6, 16), plain), (0, 0, (1, 16, 6, 192, 512, 9, 16), plain),
+        ):  # fmt: skip
+            arguments = dispatch.problem_of_encoder(gpu, dtype, *size, *facts)
+            assert cuda.serves_encoder(*arguments, tile)
+            assert encoder_error(arguments, tile=tile, parts=min(parts, most)) <= 2
+
+    def test_few_windows_and_float32_adapters(self, gpu):
+        arguments = dispatch.problem_of_encoder(
+            gpu, torch.bfloat16, 3, 5, 2, 64, 64, 1, 3, "nf4", 64, False, adapter_dtype=torch.float32
+        )
+        assert encoder_error(arguments) <= 2
+
+    def test_no_window_sees_another(self, gpu):
+        x, *rest = dispatch.problem_of_encoder(gpu, torch.float16, 5, 6, 4, 64, 128, 1, 8, "nf4", 64, False)
+        right = cuda.encoder_blocks(x, *rest, False, tile=32)[0]
+        x[1, 2, 3], x[3, 5, 0] = torch.nan, torch.inf
+        found = cuda.encoder_blocks(x, *rest, False, tile=32)[0]
+        assert found[[1, 3]].isnan().all()
+        assert torch.equal(found[[0, 2, 4]], right[[0, 2, 4]])
+
+    def test_a_model_repeats_it_on_request_also_in_a_graph(self, gpu, monkeypatch):
+        monkeypatch.setenv("HARLORA_BACKEND", "cpp")
+        eager.reset()
+        encoders = [MAE(MAEConfig(depth=2)).encoder for _ in range(2)]
+        for encoder in encoders:
+            harlora.apply_qlora(encoder, ["q", "k", "v", "o", "fc1", "fc2"], rank=8)
+            for name, parameter in encoder.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(parameter, std=0.1)
+            encoder.to(gpu, torch.bfloat16)
+        with torch.no_grad():
+            for turn in range(6):
+                encoder, x = encoders[turn % 2], torch.randn(9, 16, 192, device=gpu, dtype=torch.bfloat16)
+                found, right = whole.encode_tokens(encoder, x), x.float()
+                for block in copy.deepcopy(encoder).float().blocks:
+                    right = block(right)
+                right = copy.deepcopy(encoder).float().norm(right)
+                assert (found - right).abs().max() <= 0.05 * right.abs().max()
+            assert any(number > 0 for number in replay._held.values())
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = whole.encode_tokens(encoder, x)
+            x.normal_()
+            graph.replay()
+            assert torch.equal(captured, whole.encode_tokens(encoder, x))
+        eager.reset()

@@ -564,5 +564,6 @@ def test_candidates_that_spill_are_not_timed(monkeypatch):
     monkeypatch.setattr(dispatch, "serves", lambda *_: True)
     monkeypatch.setattr(configure.replay, "launches", launches)
     monkeypatch.setattr(configurations, "candidates", lambda *_: [right, spilling])
-    times = configure._times("qlora_linear", CPU, torch.float32, 3, (64, 32))
+    candidates = configurations.candidates("qlora_linear", torch.float32, 3)
+    times = configure.times("qlora_linear", CPU, torch.float32, 3, (64, 32), candidates)
     assert set(times) == {str(right)}

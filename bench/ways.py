@@ -1,0 +1,42 @@
+"""Each way of CUDA C++ on a GPU against the way that the dispatch table has: what decides whether a rule names it.
+
+Like ``harlora doctor --tune``: compared with the reference first, then captured graphs over copies of the weight that
+take turns, so that neither Python nor the last cache is what is measured.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from harlora import configure
+from harlora.kernels import configurations, dispatch
+
+SHAPE = (4096, 4096)
+ROWS = (1, 8, 32, 128, 512)
+DTYPE = torch.bfloat16
+
+Row = dict[str, Any]
+
+
+def measure(device: torch.device, report: Callable[[str], None], rows: tuple[int, ...] = ROWS) -> list[Row]:
+    """One row for each operator, shape and number of rows: ``times_us`` of each way by its configuration, and ``table``
+    the name of the one that the table has. What proved wrong or does not serve is not in it.
+    """
+    found = []
+    for operator in configurations.OPERATORS:
+        for count in rows:
+            title = f"{operator} {8 * DTYPE.itemsize}"
+            report(f"{title}, {SHAPE[0]}→{SHAPE[1]}, {count} rows")
+            chosen = configure.of_table(operator, device, DTYPE, count, SHAPE)
+            candidates = [
+                each
+                for each in configurations.candidates(operator, DTYPE, count)
+                if each.way in configurations.CUDA_WAYS and each != chosen
+            ]
+            times = configure.times(operator, device, DTYPE, count, SHAPE, [chosen, *candidates])
+            found.append({"title": title, "shape": list(SHAPE), "rows": count, "times_us": times, "table": str(chosen)})
+    _, measured = configure.measure_encoders(device, lambda done, total, what: report(f"{what}, {done} of {total}"))
+    return found + [
+        {**each, "table": str(dispatch.encoder_way(device, DTYPE, each["rows"]))} for each in measured
+    ]  # fmt: skip
