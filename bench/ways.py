@@ -11,6 +11,7 @@ import torch
 
 from harlora import configure
 from harlora.kernels import configurations, dispatch
+from harlora.models import MAEConfig
 
 SHAPE = (4096, 4096)
 ROWS = (1, 8, 32, 128, 512)
@@ -36,7 +37,11 @@ def measure(device: torch.device, report: Callable[[str], None], rows: tuple[int
             ]
             times = configure.times(operator, device, DTYPE, count, SHAPE, [chosen, *candidates])
             found.append({"title": title, "shape": list(SHAPE), "rows": count, "times_us": times, "table": str(chosen)})
-    _, measured = configure.measure_encoders(device, lambda done, total, what: report(f"{what}, {done} of {total}"))
+    model = MAEConfig()
+    sizes = (model.tokens, model.heads, model.width, model.ffn, model.depth)
+    _, measured = configure.measure_encoders(
+        device, sizes, lambda done, total, what: report(f"{what}, {done} of {total}")
+    )
     return found + [
         {**each, "table": str(dispatch.encoder_way(device, DTYPE, each["rows"]))} for each in measured
     ]  # fmt: skip

@@ -9,6 +9,7 @@
 #include "cpu/operators.h"
 #include "cuda/dequantize_4bit.h"
 #include "cuda/encoder.h"
+#include "cuda/qlora_gemm.h"
 #include "cuda/qlora_gemm_sm90.h"
 #include "cuda/qlora_gemv.h"
 #include "gpu/launches.h"
@@ -29,6 +30,9 @@ STABLE_TORCH_LIBRARY(harlora_cpp, library) {
               " Tensor(a!) y, Tensor(b!) t, " HARLORA_NESTED ", int stream=0) -> ()");
   library.def("qlora_gemm(Tensor x, " HARLORA_WEIGHT ", Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling,"
               " Tensor(a!) y, Tensor(b!) t, int tile, int parts, " HARLORA_NESTED ", int stream=0) -> ()");
+  library.def("qlora_mma(Tensor x, " HARLORA_WEIGHT ", Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling,"
+              " Tensor(a!) y, Tensor(b!) t, int tile, int parts, Tensor(c!)? workspace, " HARLORA_NESTED
+              ", int stream=0) -> ()");
   library.def("qlora_linear_backward(Tensor grad, Tensor? x, Tensor? t, " HARLORA_WEIGHT
               ", int in_features, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor(a!)? grad_x,"
               " Tensor(b!)? grad_bias, Tensor(c!)? grad_A, Tensor(d!)? grad_B, " HARLORA_NESTED ") -> ()");
@@ -91,6 +95,7 @@ STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CUDA, library) {
   library.impl("dequantize_4bit", TORCH_BOX(&harlora::cuda::dequantize_4bit));
   library.impl("qlora_gemv", TORCH_BOX(&harlora::cuda::qlora_gemv));
   library.impl("encoder_blocks", TORCH_BOX(&harlora::cuda::encoder_blocks));
+  library.impl("qlora_mma", TORCH_BOX(&harlora::cuda::qlora_mma));
 #ifdef HARLORA_SM90A  // for GPUs of 9.0 alone, whose machine code is here
   library.impl("qlora_gemm", TORCH_BOX(&harlora::cuda::qlora_gemm));
 #endif

@@ -20,7 +20,6 @@ import torch
 
 from harlora.kernels import configurations, cuda, dispatch, replay
 from harlora.kernels.configurations import Configuration, Rule
-from harlora.models import MAEConfig
 
 Report = Callable[[int, int, str], None]
 
@@ -76,18 +75,21 @@ def measure(
 
 
 def measure_encoders(
-    device: torch.device, report: Report | None = None, *, windows: Sequence[int | None] = WINDOWS
-) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
-    """As `measure`: whether, and how, all blocks of the package's own encoder are one launch, by rows of x in all."""
-    config, title = MAEConfig(), "encoder_blocks 16"
+    device: torch.device, sizes: tuple[int, ...], report: Report | None = None, *,
+    windows: Sequence[int | None] = WINDOWS,
+) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:  # fmt: skip
+    """As `measure`: whether, and how, all blocks of an encoder are one launch, by rows of x in all.
+
+    sizes: tokens of a window, heads, width, out_features of fc1, and blocks.
+    """
+    title = "encoder_blocks 16"
     rules, measured = [], []
     for done, most in enumerate(windows):
         if report is not None:
             report(done, len(windows), title)
         x, *blocks = dispatch.problem_of_encoder(
-            device, torch.bfloat16, most or MANY_WINDOWS, config.tokens, config.heads, config.width, config.ffn,
-            config.depth, RANK, "nf4", 64, False,
-        )  # fmt: skip
+            device, torch.bfloat16, most or MANY_WINDOWS, *sizes, RANK, "nf4", 64, False
+        )
         taken = _in_turn(_encoder_samples(x, blocks, device))
         rows = x.shape[0] * x.shape[1]
         measured.append({"title": title, "shape": list(x.shape[1:]), "rows": rows, "times_us": taken})

@@ -599,7 +599,8 @@ def tune(device: torch.device, problems: list[Problem], report: Report | None = 
     if device.type == "cuda" and not dispatch.load_triton():
         configure.compile_ahead(device, report)
         rules, times = configure.measure(device, report)
-        of_encoders, times_of_encoders = configure.measure_encoders(device, report)
+        sizes = (ENCODER.tokens, ENCODER.heads, ENCODER.width, ENCODER.ffn, ENCODER.depth)
+        of_encoders, times_of_encoders = configure.measure_encoders(device, sizes, report)
         measured = [*times, *times_of_encoders]
         table |= {"triton": configurations.fingerprint(), "configurations": rules | of_encoders, "times": measured}
         table["measured"] |= configure.gain(device, measured)

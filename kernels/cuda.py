@@ -124,7 +124,7 @@ def _parts(device: torch.device, rows: int, in_features: int, out_features: int,
     processors, steps = torch.cuda.get_device_properties(device).multi_processor_count, in_features // STEP
 
     def can(parts: int) -> bool:  # each with steps of its own, and all at once
-        return parts * tiles <= processors and steps >= 4 * parts and (parts - 1) * -(-steps // parts) < steps
+        return parts * tiles <= processors and steps >= 4 * parts and _shares(parts, steps)
 
     return 2 if can(2) else 1
 
@@ -136,6 +136,69 @@ def _serves_gemm(x: Tensor, *arguments: Any) -> bool:
         and torch.cuda.get_device_capability(x.device) == (9, 0)
         and x.numel() < 2**31
         and out_features % 8 == 0
+        and (bias is None or bias.dtype == x.dtype)
+    )
+
+
+def qlora_mma(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    out_features: int,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    *,
+    tile: int | None = None,
+    parts: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.qlora_linear`, for what `serves`; lora_A and lora_B may be float32, rounded as they are read.
+
+    tile: rows of x of a tile, 16, 32, 64 or 128; by default the fewest that hold all, or 128.
+    parts: how many blocks of threads share the sum over in_features, up to 16; by default as many as leave each a
+        multiprocessor, up to 8.
+    """
+    in_features = x.shape[-1]
+    flat, packed = _aligned(x.reshape(-1, in_features)), _aligned(packed)
+    rows, rank = len(flat), 0 if lora_A is None else lora_A.shape[0]
+    y, t = x.new_empty(rows, out_features), x.new_empty((rows, rank) if lora_A is not None else 0)
+    nested = cpp.nested_scales(nested_absmax, nested_offset)
+    bias, lora_A, lora_B = (None if each is None else _aligned(each) for each in (bias, lora_A, lora_B))
+    tile = tile or next((each for each in (16, 32, 64) if rows <= each), 128)
+    parts = parts or _mma_parts(x.device, _tiles(rows, out_features, tile), in_features // STEP)
+    workspace = x.new_empty((parts, rows, out_features), dtype=torch.float32) if parts > 1 else None
+    torch.ops.harlora_cpp.qlora_mma(
+        flat, packed, absmax, code_table(quant_type, x.device), blocksize, bias, lora_A, lora_B, scaling, y, t, tile,
+        parts, workspace, *nested, stream=torch.cuda.current_stream(x.device).cuda_stream,
+    )  # fmt: skip
+    leading = x.shape[:-1]
+    return y.view(*leading, out_features), t.view(*leading, rank) if lora_A is not None else t
+
+
+def _mma_parts(device: torch.device, tiles: int, steps: int) -> int:
+    """The most parts of at least four steps with which each tile of each still has a multiprocessor; not measured."""
+    most = torch.cuda.get_device_properties(device).multi_processor_count // tiles
+    return next((parts for parts in range(min(most, 8, steps // 4), 1, -1) if _shares(parts, steps)), 1)
+
+
+def _shares(parts: int, steps: int) -> bool:
+    """Whether so many parts of the same number of steps, but for the last, all have some."""
+    return (parts - 1) * -(-steps // parts) < steps
+
+
+def _serves_mma(x: Tensor, *arguments: Any) -> bool:
+    bias = arguments[7]
+    return (
+        _has_whole_steps(x, *arguments)
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        and x.numel() < 2**31
         and (bias is None or bias.dtype == x.dtype)
     )
 
@@ -254,10 +317,10 @@ def _fits_encoder(x: Tensor, blocks: Sequence[Block], norm: Norm, heads: int) ->
 
 # The ways of each operator, fastest first.
 WAYS: dict[str, dict[str, Callable[..., Any]]] = {
-    "qlora_linear": {"gemv": qlora_gemv, "gemm": qlora_gemm},
+    "qlora_linear": {"gemv": qlora_gemv, "gemm": qlora_gemm, "mma": qlora_mma},
     "encoder_blocks": {"encoder": encoder_blocks},
 }
-_SERVES: dict[str, Callable[..., bool]] = {"gemv": _serves_gemv, "gemm": _serves_gemm}
+_SERVES: dict[str, Callable[..., bool]] = {"gemv": _serves_gemv, "gemm": _serves_gemm, "mma": _serves_mma}
 PROVEN_ROWS = {"gemv": GEMV_ROWS - 1}  # of the problem on which a way is proven: of the columns of a product not all
 # Blocks of threads for each multiprocessor, from fewer and up to more of which dequantising or Triton was faster on an
 # H200 than qlora_gemm_sm90.cu (bench/results/gpu/h200-gemm.json). A multiprocessor has room for one.

@@ -44,9 +44,12 @@ _VIEWS = {
 
 # What is repeated beside launches, by the numbers of launches.h.
 _PRODUCTS = {_aten.mm.out: 2, _aten.addmm.out: 1, _aten.addmm_.default: 1, _aten.copy_.default: 3}
-_CUDA = {"harlora_cpp::qlora_gemv": (4, 0), "harlora_cpp::qlora_gemm": (5, 2)}  # and how many numbers follow t
-_ENCODER = "harlora_cpp::encoder_blocks", 6
-_CUDA_WORKS = {_ENCODER[1], *(work for work, _ in _CUDA.values())}
+# And how many numbers follow t, and how many tensors these.
+_CUDA = {
+    "harlora_cpp::qlora_gemv": (4, 0, 0), "harlora_cpp::qlora_gemm": (5, 2, 0), "harlora_cpp::qlora_mma": (6, 2, 1),
+}  # fmt: skip
+_ENCODER = "harlora_cpp::encoder_blocks", 7
+_CUDA_WORKS = {_ENCODER[1], *(work for work, *_ in _CUDA.values())}
 
 remembered: dict[Hashable, Any] = {}  # what callers know of their keys, until `reset`
 _held: dict[Hashable, int] = {}  # the number of a recording, or minus the attempts that failed
@@ -140,10 +143,11 @@ def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Produ
         return _Product(_ENCODER[1], (x, y, code, *(args[13:] or (None,)), *tensors), (*sizes, *factors))
     if func._schema.name not in _CUDA:
         return None
-    work, further = _CUDA[func._schema.name]
+    work, numbers, further = _CUDA[func._schema.name]
     x, packed, absmax, code, blocksize, bias, A, B, scaling, y, t, *rest = args
-    tensors = (x, packed, absmax, code, bias, A, B, y, t, *(rest[further:] or (None, None, None)))
-    return _Product(work, tensors, (blocksize, *rest[:further]), 0.0, scaling)
+    further += numbers
+    tensors = (x, packed, absmax, code, bias, A, B, y, t, *rest[numbers:further], *(rest[further:] or [None] * 3))
+    return _Product(work, tensors, (blocksize, *rest[:numbers]), 0.0, scaling)
 
 
 class _Watch(TorchDispatchMode):

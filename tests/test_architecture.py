@@ -30,8 +30,8 @@ ALLOWED = {
     "harlora.report": {"harlora.train", "harlora.data", "harlora.errors", "harlora.files"},
     "harlora.progress": {"harlora.train"},
     "harlora.bench": {
-        "harlora", "harlora.kernels", "harlora.nn", "harlora.models", "harlora.train", "harlora.errors",
-        "harlora.files",
+        "harlora", "harlora.configure", "harlora.kernels", "harlora.nn", "harlora.models", "harlora.train",
+        "harlora.errors", "harlora.files",
     },
     "harlora.configure": {"harlora.kernels"},
     "harlora.doctor": {"harlora", "harlora.configure", "harlora.kernels", "harlora.models", "harlora.files"},

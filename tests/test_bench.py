@@ -611,7 +611,7 @@ def test_the_ways_of_cuda_are_measured_against_the_tables(monkeypatch):
     launches = str(Configuration("launches"))
     of_encoder = {"title": "encoder_blocks 16", "shape": [16, 192], "rows": 16, "times_us": {launches: 90.0}}
     monkeypatch.setattr(configure, "times", times)
-    monkeypatch.setattr(configure, "measure_encoders", lambda device, report: ({}, [of_encoder]))
+    monkeypatch.setattr(configure, "measure_encoders", lambda device, sizes, report: ({}, [of_encoder]))
     told = []
     found = ways.measure(CPU, told.append, rows=(1, 128))
     assert [(each["title"], each["rows"]) for each in found] == [

@@ -67,6 +67,7 @@ def model():
 @pytest.fixture
 def on_model(model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=8))
 
 
 @pytest.fixture
@@ -123,6 +124,62 @@ def test_few_rows(on_model, rows, in_features, out_features, rank, blocksize, ne
 
 @needs_extension
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("tile", "parts", "rows", "in_features", "out_features", "rank", "blocksize", "nested", "quant_type"),
+    [
+        (16, 1, 1, 64, 1, 0, 64, False, "nf4"), (16, 2, 7, 192, 33, 1, 64, True, "nf4"),
+        (16, 1, 16, 1024, 128, 16, 512, False, "fp4"), (16, 3, 33, 640, 136, 5, 64, False, "nf4"),
+        (32, 1, 8, 512, 130, 40, 128, True, "fp4"), (32, 2, 33, 768, 40, 128, 256, False, "nf4"),
+        (32, 5, 70, 576, 8, 16, 64, True, "nf4"), (64, 1, 70, 320, 136, 16, 64, False, "nf4"),
+        (64, 2, 130, 384, 33, 0, 128, False, "fp4"), (64, 3, 16, 1024, 40, 5, 64, True, "nf4"),
+        (128, 1, 130, 256, 136, 40, 64, True, "nf4"), (128, 3, 70, 512, 17, 16, 256, False, "fp4"),
+        (None, None, 20, 1024, 200, 8, 64, False, "nf4"),
+    ],
+)  # fmt: skip
+def test_some_rows(
+    on_model, tile, parts, rows, in_features, out_features, rank, blocksize, nested, quant_type, dtype
+):  # fmt: skip
+    x, *layer = dispatch.problem(
+        "qlora_linear", CPU, dtype, rows, in_features, out_features, rank, quant_type, blocksize, nested
+    )
+    result = cuda.qlora_mma(x, *layer, tile=tile, parts=parts)
+    for found, right in zip(result, reference.qlora_linear(*exactly((x, *layer))), strict=True):
+        assert_close(found, right, dtype)
+    if rank:
+        wide = [each.float() if i in (8, 9) else each for i, each in enumerate(layer)]
+        assert all(map(torch.equal, cuda.qlora_mma(x, *wide, tile=tile, parts=parts), result))
+
+
+@needs_extension
+def test_values_that_are_not_finite_stay_in_their_rows(on_model):
+    x, *layer = dispatch.problem("qlora_linear", CPU, torch.bfloat16, 20, 256, 40, 0, "nf4", 64, False)
+    for tile in (16, 64):
+        right = cuda.qlora_mma(x, *layer, tile=tile, parts=2)[0]
+        changed = x.clone()
+        changed[5, 100], changed[17, 7] = torch.inf, torch.nan
+        found = cuda.qlora_mma(changed, *layer, tile=tile, parts=2)[0]
+        assert not found[5].isfinite().any()
+        assert found[17].isnan().all()
+        others = [row for row in range(20) if row not in (5, 17)]
+        assert torch.equal(found[others], right[others])
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tile": 48, "parts": 1}, "tile must be 16, 32, 64 or 128"), ({"parts": 17}, "parts must be 1 to 16"),
+        ({"parts": 3}, "each part needs a step of 64"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_what_it_does_not_take_is_named(options, message, on_model):
+    with pytest.raises(RuntimeError, match=message):
+        cuda.qlora_mma(*dispatch.problem("qlora_linear", CPU, torch.float16, 3, 128, 8, 0, "nf4", 64, False), **options)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_each_byte_is_decoded_exactly(on_model, quant_type, dtype):
     packed = torch.arange(256, dtype=torch.uint8).repeat(16)  # 16 rows of 512, byte by byte
@@ -133,7 +190,10 @@ def test_each_byte_is_decoded_exactly(on_model, quant_type, dtype):
     for first in range(0, 512, 8):
         x = torch.zeros(8, 512, dtype=dtype)
         x[range(8), range(first, first + 8)] = 1
-        assert torch.equal(cuda.qlora_gemv(x, *layer)[0], weight[:, first : first + 8].T.to(dtype))
+        right = weight[:, first : first + 8].T.to(dtype)
+        assert torch.equal(cuda.qlora_gemv(x, *layer)[0], right)
+        if first % 64 == 0:  # which takes the model longer
+            assert torch.equal(cuda.qlora_mma(x, *layer, tile=16, parts=1)[0], right)
 
 
 @needs_extension

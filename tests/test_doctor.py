@@ -449,7 +449,9 @@ def test_whether_an_encoder_is_one_launch_is_measured_and_obeyed(fastest, monkey
     monkeypatch.setattr(configure, "_encoder_samples", times)
     monkeypatch.setattr(configure, "_in_turn", lambda samples: samples)
     told = []
-    table, measured = configure.measure_encoders(CPU, lambda *said: told.append(said), windows=(1, 4, None))
+    table, measured = configure.measure_encoders(
+        CPU, (16, 6, 192, 512, 6), lambda *said: told.append(said), windows=(1, 4, None)
+    )
     assert [case["rows"] for case in measured] == [16, 64, 4096]
     assert told[0] == (0, 3, "encoder_blocks 16")
     if fastest == "launches":

@@ -170,8 +170,15 @@ def test_products_that_cannot_be_repeated():
 
 
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize(("name", "numbers"), [("qlora_gemv", ()), ("qlora_gemm", (64, 2))])
-def test_calls_of_cuda_are_held_with_their_arguments_in_order(name, numbers, nested, driver):
+@pytest.mark.parametrize(
+    ("name", "numbers", "workspace"),
+    [
+        ("qlora_gemv", (), ()), ("qlora_gemm", (64, 2), ()), ("qlora_mma", (16, 1), (None,)),
+        ("qlora_mma", (16, 2), (torch.empty(2, 3, 16),)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{len(value)}",
+)  # fmt: skip
+def test_calls_of_cuda_are_held_with_their_arguments_in_order(name, numbers, workspace, nested, driver):
     def half(*shape):
         return torch.randn(shape, dtype=torch.bfloat16)
 
@@ -179,14 +186,14 @@ def test_calls_of_cuda_are_held_with_their_arguments_in_order(name, numbers, nes
     packed, table = torch.zeros(1024, 1, dtype=torch.uint8), torch.randn(16)
     absmax = torch.ones(32, dtype=torch.uint8 if nested else torch.float32)
     scales = (torch.ones(1), torch.zeros(1), torch.ones(256)) if nested else ()
-    arguments = (x, packed, absmax, table, 64, None, A, B, 0.5, y, t, *numbers, *scales)
+    arguments = (x, packed, absmax, table, 64, None, A, B, 0.5, y, t, *numbers, *workspace, *scales)
     product = replay._product(getattr(torch.ops.harlora_cpp, name).default, arguments, {"stream": 3})
     assert product.numbers == (64, *numbers)
     assert product.alpha == 0.5
-    wanted = (x, packed, absmax, table, None, A, B, y, t, *(scales or (None, None, None)))
+    wanted = (x, packed, absmax, table, None, A, B, y, t, *workspace, *(scales or (None, None, None)))
     assert all(one is other for one, other in zip(product.tensors, wanted, strict=True))
     inputs = [x, packed, absmax, A, B, *scales[:2]]
-    number = held(driver, inputs, [y, t], [y, t], [product])
+    number = held(driver, inputs, [y, t, *(each for each in workspace if each is not None)], [y, t], [product])
     # All that is checked of the arguments is right; what is missing is the GPU to go to.
     with pytest.raises(RuntimeError, match="device_guard|built without CUDA"):
         torch.ops.harlora_cpp.launches_run(inputs, number, 5)
@@ -282,7 +289,7 @@ def test_layers_repeat_on_a_gpu(dtype, rows, options, monkeypatch):
 @pytest.mark.gpu
 @NEEDS_GPU
 @pytest.mark.usefixtures("nan_filled_memory")
-@pytest.mark.parametrize("way", ["gemv", "gemm"])
+@pytest.mark.parametrize("way", ["gemv", "gemm", "mma"])
 @pytest.mark.parametrize("options", [{}, {"rank": 0}, {"rank": 40}, {"bias": False}, {"double_quant": True}], ids=str)
 def test_the_ways_of_cuda_repeat_on_a_gpu(way, options, monkeypatch):
     layers = [layer_of(torch.bfloat16, **options) for _ in range(2)]

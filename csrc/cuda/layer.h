@@ -18,7 +18,7 @@ struct LayerFacts {
 };
 
 // x, y and packed contiguous at multiples of 16 bytes, in_features a multiple of 64 and of blocksize; everything else
-// as qlora_gemv.h and qlora_gemm_sm90.h say. `name` begins the message of what is wrong.
+// as qlora_gemv.h, qlora_gemm.h and qlora_gemm_sm90.h say. `name` begins the message of what is wrong.
 inline LayerFacts checked_layer(const char* name, const torch::stable::Tensor& x, const torch::stable::Tensor& packed,
                                 const torch::stable::Tensor& absmax, const torch::stable::Tensor& code,
                                 int64_t blocksize, const std::optional<torch::stable::Tensor>& bias,

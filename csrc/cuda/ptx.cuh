@@ -49,6 +49,18 @@ __device__ __forceinline__ uint2 load_once(const void* from) {
   return words;
 }
 
+// The dynamic shared memory of the block, which begins at a multiple of 16 bytes.
+__device__ __forceinline__ uint8_t* dynamic_shared() {
+  extern __shared__ uint4 dynamic_words[];
+  return reinterpret_cast<uint8_t*>(dynamic_words);
+}
+
+__device__ __forceinline__ uint2 load_shared_8(uint32_t address) {
+  uint2 words;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "r"(address) : "memory");
+  return words;
+}
+
 __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
   uint4 words;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -61,12 +73,6 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
 // The 32-bit address that instructions know shared memory by.
 __device__ __forceinline__ uint32_t address_of_shared(const void* place) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(place));
-}
-
-// What a launch gave a block of shared memory.
-__device__ __forceinline__ uint8_t* dynamic_shared() {
-  extern __shared__ __align__(1024) uint8_t dynamic_shared_memory[];
-  return dynamic_shared_memory;
 }
 
 // ld.shared by its 32-bit address: of a generic one the compiler keeps and adds both halves.

@@ -5,7 +5,7 @@
 #include "host_device.h"
 #include "nf4.cuh"
 
-// Which lane does what in qlora_gemv.cu.
+// Which lane does what in qlora_gemv.cu; qlora_gemm.cu has its steps in common.
 //
 // A block of threads computes 16 columns of y for up to 8 rows of x ("tokens"): yᵀ = Ŵ·xᵀ with rows of the weight as
 // the 16 rows of mma.sync and tokens as its 8 columns, so that one decoded weight serves all tokens and its operand is

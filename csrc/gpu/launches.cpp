@@ -13,6 +13,7 @@
 #include <variant>
 
 #include "../cuda/encoder.h"
+#include "../cuda/qlora_gemm.h"
 #include "../cuda/qlora_gemm_sm90.h"
 #include "../cuda/qlora_gemv.h"
 
@@ -94,8 +95,8 @@ struct View {
   }
 };
 
-enum class Work : int64_t { launch = 0, addmm = 1, mm = 2, copy = 3, gemv = 4, gemm = 5, encoder = 6 };
-constexpr int64_t works = 7;
+enum class Work : int64_t { launch = 0, addmm = 1, mm = 2, copy = 3, gemv = 4, gemm = 5, mma = 6, encoder = 7 };
+constexpr int64_t works = 8;
 
 // What is done with whole tensors: out = beta·self + alpha·a·b (out, self, a, b), out = a·b, out = a rounded, or what
 // csrc/cuda/ has of that name, with the tensors, numbers and factor of its arguments in their order.
@@ -208,7 +209,8 @@ Product product_of(Reader& facts, Work work, const Recording& recording) {
                                            : work == Work::mm   ? std::pair{3, 0}
                                            : work == Work::copy ? std::pair{2, 0}
                                            : work == Work::gemv ? std::pair{12, 1}
-                                                                : std::pair{12, 3};
+                                           : work == Work::gemm ? std::pair{12, 3}
+                                                                : std::pair{13, 3};
   const std::pair found(product.tensors.size(), product.numbers.size());
   // Of an encoder there are as many as it has layers; the eighth number says how many of the rest are eps.
   const bool fits = work != Work::encoder ? found == wanted
@@ -327,6 +329,10 @@ void multiply(const Product& product, const Products& by, const std::vector<Tens
                                   sizes[4] != 0, {factors.begin(), scaling}, {scaling, factors.end()}, *tensors[2],
                                   *tensors[1], sizes[5], sizes[6], tensors[3], stream);
     }
+    case Work::mma:
+      return cuda::qlora_mma(*tensors[0], *tensors[1], *tensors[2], *tensors[3], product.numbers[0], tensors[4],
+                             tensors[5], tensors[6], product.alpha, *tensors[7], *tensors[8], product.numbers[1],
+                             product.numbers[2], tensors[9], tensors[10], tensors[11], tensors[12], stream);
 #endif
     default:
       STD_TORCH_CHECK(false, "launches_run: the extension was built without CUDA");

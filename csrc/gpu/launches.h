@@ -25,7 +25,8 @@ namespace harlora::gpu {
 //              3, out, a: a copy, rounded
 //              4 and 5, x, packed, absmax, code, bias, lora_A, lora_B, y, t, nested_absmax, nested_offset, nested_code:
 //                 cuda::qlora_gemv with the number blocksize, qlora_gemm with blocksize, tile, parts; alpha: scaling
-//              6, x, y, code, nested_code and tensors, cuda::encoder_blocks with the numbers heads, hidden, blocksize,
+//              6: the same, with workspace after t: qlora_mma with blocksize, tile, parts
+//              7, x, y, code, nested_code and tensors, cuda::encoder_blocks with the numbers heads, hidden, blocksize,
 //                 bias, adapter, token_tiles, parts, how many eps, and eps and scaling as the bits of doubles
 //              of which each is the list of tensors, the list of numbers, and beta and alpha as the bits of doubles;
 //              a tensor: 0 or 1, input or buffer, offset in values, dim, sizes, strides

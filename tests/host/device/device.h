@@ -4,7 +4,7 @@
 // Each thread of a block, or of a cluster of blocks, is a fiber; where threads of a warp, block or cluster must meet
 // they do, in an order that differs from meeting to meeting, and instructions of a whole warp are computed from what
 // all its lanes gave, as NVIDIA's PTX ISA describes them, written here from that text alone. Copies that are
-// asynchronous take place as late as they may, and dynamic shared memory begins as NaN.
+// asynchronous take place as early or as late as they may, and dynamic shared memory begins as NaN.
 //
 // It shows wrong places, sizes, layouts, orders and missing barriers. It knows nothing of time, registers, caches, of
 // what a compiler for GPUs makes of the code, or of wgmma.
@@ -119,6 +119,11 @@ struct Copy {
   const void* from;
   size_t bytes, zeros;
 };
+
+inline void carry_out(const Copy& copy) {
+  std::memcpy(copy.to, copy.from, copy.bytes);
+  std::memset(copy.to + copy.bytes, 0, copy.zeros);
+}
 
 struct Warp {
   Meeting meeting;

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/encoder.cu"
+#include "cuda/qlora_gemm.cu"
 #include "cuda/qlora_gemv.cu"
 #define HARLORA_CUDA
 #include "gpu/launches.cpp"
@@ -26,6 +27,7 @@ void qlora_gemm(Tensor, Tensor, Tensor, Tensor, int64_t, std::optional<Tensor>, 
 
 STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CPU, library) {
   library.impl("qlora_gemv", TORCH_BOX(&harlora::cuda::qlora_gemv));
+  library.impl("qlora_mma", TORCH_BOX(&harlora::cuda::qlora_mma));
   library.impl("encoder_blocks", TORCH_BOX(&harlora::cuda::encoder_blocks));
 }
 

@@ -102,13 +102,23 @@ Words loaded(const void* from) {
   return words;
 }
 inline uint2 load_once(const void* from) { return loaded<uint2>(from); }
+inline uint2 load_shared_8(uint32_t address) { return loaded<uint2>(place_in_shared(address)); }
 inline uint4 load_shared_16(uint32_t address) { return loaded<uint4>(place_in_shared(address)); }
 inline uint32_t load_shared(uint32_t address) { return loaded<uint32_t>(place_in_shared(address)); }
 inline void store_shared(uint32_t address, uint32_t word) { std::memcpy(place_in_shared(address), &word, 4); }
 
-// As late as it may be.
+// As late or as early as it may be, by chance.
 inline void copy_async(uint32_t to, const void* from, bool there) {
-  device_model::self->copies.push_back({place_in_shared(to), from, there ? 16u : 0u, there ? 0u : 16u});
+  const device_model::Copy copy{place_in_shared(to), from, there ? 16u : 0u, there ? 0u : 16u};
+  if (reinterpret_cast<uintptr_t>(copy.to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
+    device_model::fail("a copy that is not aligned");
+  }
+  static std::mt19937 random;
+  if (random() % 2) {
+    device_model::carry_out(copy);
+  } else {
+    device_model::self->copies.push_back(copy);
+  }
 }
 inline void copy_commit() {
   device_model::self->groups.push_back(std::move(device_model::self->copies));
@@ -118,10 +128,7 @@ template <int kPending>
 void copy_wait() {
   auto& groups = device_model::self->groups;
   for (; groups.size() > kPending; groups.pop_front()) {
-    for (const auto& copy : groups.front()) {
-      std::memcpy(copy.to, copy.from, copy.bytes);
-      std::memset(copy.to + copy.bytes, 0, copy.zeros);
-    }
+    for (const auto& copy : groups.front()) device_model::carry_out(copy);
   }
 }
 
