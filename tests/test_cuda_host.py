@@ -196,6 +196,19 @@ def test_each_byte_is_decoded_exactly(on_model, quant_type, dtype):
             assert torch.equal(cuda.qlora_mma(x, *layer, tile=16, parts=1)[0], right)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_each_byte_has_its_pair_by_permutes(model, quant_type, dtype):
+    values = code_table(quant_type, CPU).to(dtype)
+    byte = torch.arange(256)
+    four = torch.stack([byte, byte.roll(77), byte.flip(0), (byte * 5) % 256], 1)  # each at each place of a word
+    words, found = four.to(torch.uint8).contiguous(), torch.empty(256, 4, 2, dtype=torch.int16)
+    ctypes.CDLL(str(model)).pairs_by_planes(
+        pointer(values.view(torch.int16)), pointer(words), ctypes.c_int64(256), pointer(found)
+    )
+    assert torch.equal(found.view(dtype), torch.stack([values[four >> 4], values[four & 15]], -1))
+
+
 @needs_extension
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_recorded_call_of_few_rows_is_that_call(recorded, nested):

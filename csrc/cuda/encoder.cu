@@ -362,6 +362,9 @@ __global__ void __launch_bounds__(kThreads, kAtOnce<kTokenTiles>)
     }
   };
 
+  // Of 64 rows of x shared memory has most to do: every second word of codes is decoded without.
+  constexpr bool by_planes = kTokenTiles == 8;
+  const Planes planes(values);
   const uint32_t copy = base + 4 * lane;
   const auto pair_at = [copy](uint32_t place) { return load_shared(copy + place); };
   const int rank_tiles = (a.rank + 15) / 16;
@@ -441,9 +444,17 @@ __global__ void __launch_bounds__(kThreads, kAtOnce<kTokenTiles>)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             uint32_t weights[2][4];
+            if (by_planes && half == 1) {
+              uint32_t first[4], second[4];
+              planes.pairs(codes[0][1], first);
+              planes.pairs(codes[1][1], second);
 #pragma unroll
-            for (int product = 0; product < 2; ++product) {
-              gemv::weight_operand(pair_at, codes[0], codes[1], 2 * half + product, weights[product]);
+              for (int j = 0; j < 8; ++j) weights[j / 4][j % 4] = (j & 1 ? second : first)[j / 4 * 2 + j % 4 / 2];
+            } else {
+#pragma unroll
+              for (int product = 0; product < 2; ++product) {
+                gemv::weight_operand(pair_at, codes[0], codes[1], 2 * half + product, weights[product]);
+              }
             }
 #pragma unroll
             for (int of = 0; of < kTokenTiles; ++of) {

@@ -29,6 +29,55 @@ HARLORA_HOST_DEVICE uint32_t pair_of(const uint16_t* values, uint32_t byte) {
   return values[byte >> 4] | static_cast<uint32_t>(values[byte & 15]) << 16;
 }
 
+// prmt: a word of four bytes of the eight of two words, each named by the low three bits of a nibble of `which`.
+HARLORA_HOST_DEVICE uint32_t permuted(uint32_t low, uint32_t high, uint32_t which) {
+#ifdef __CUDA_ARCH__
+  return __byte_perm(low, high, which);
+#else
+  const uint64_t eight = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<uint32_t>(eight >> 8 * (which >> 4 * i & 7) & 0xFF) << 8 * i;
+  return result;
+#endif
+}
+
+// The same without a table in memory: the low and the high bytes of the 16 code values in four registers each, of which
+// permutes take what a word of codes names. Eleven instructions for two bytes where the table takes six, two of which
+// go to shared memory: for kernels that ask more of that than of arithmetic.
+struct Planes {
+  uint32_t low[4], high[4];
+
+  // From the 16-bit patterns of the code values.
+  HARLORA_HOST_DEVICE explicit Planes(const uint16_t* values) {
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t first = values[4 * i] | static_cast<uint32_t>(values[4 * i + 1]) << 16;
+      const uint32_t second = values[4 * i + 2] | static_cast<uint32_t>(values[4 * i + 3]) << 16;
+      low[i] = permuted(first, second, 0x6420);
+      high[i] = permuted(first, second, 0x7531);
+    }
+  }
+
+  // What the four bytes of a word stand for, each as pair_of has it.
+  HARLORA_HOST_DEVICE void pairs(uint32_t word, uint32_t (&found)[4]) const {
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t codes = word >> 16 * half;
+      const uint32_t of_eight = codes & 0x7777;                   // a code's last three bits, in its half of the values
+      const uint32_t of_halves = (codes >> 1 & 0x4444) | 0x3210;  // and its first, which half
+      const uint32_t lows = permuted(permuted(low[0], low[1], of_eight), permuted(low[2], low[3], of_eight), of_halves);
+      const uint32_t highs =
+          permuted(permuted(high[0], high[1], of_eight), permuted(high[2], high[3], of_eight), of_halves);
+      found[2 * half] = permuted(lows, highs, 0x4051);  // of a byte the high nibble is the even element
+      found[2 * half + 1] = permuted(lows, highs, 0x6273);
+    }
+  }
+};
+
 // A scale that is itself quantised: its code's value times the scale of 256 scales, and the offset of all. Two
 // roundings, as the format says.
 HARLORA_HOST_DEVICE float nested_scale(float code, float scale, float offset) {

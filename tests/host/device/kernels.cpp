@@ -15,6 +15,17 @@ extern "C" __attribute__((visibility("default"))) int cuCtxGetDevice(int* device
 }
 extern "C" __attribute__((visibility("default"))) int cuLaunchKernel() { return 1; }
 
+// The pairs that each word's bytes stand for, by permutes.
+extern "C" __attribute__((visibility("default"))) void pairs_by_planes(const uint16_t* values, const uint32_t* words,
+                                                                       int64_t count, uint32_t* found) {
+  const harlora::cuda::Planes planes(values);
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t pairs[4];
+    planes.pairs(words[i], pairs);
+    std::memcpy(found + 4 * i, pairs, sizeof pairs);
+  }
+}
+
 namespace harlora::cuda {
 
 void qlora_gemm(Tensor, Tensor, Tensor, Tensor, int64_t, std::optional<Tensor>, std::optional<Tensor>,
