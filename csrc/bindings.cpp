@@ -10,6 +10,8 @@
 #include "cuda/dequantize_4bit.h"
 #include "cuda/encoder.h"
 #include "cuda/qlora_gemm.h"
+#include "cuda/lora_grads.h"
+#include "cuda/qlora_dx.h"
 #include "cuda/qlora_gemm_sm90.h"
 #include "cuda/qlora_gemv.h"
 #include "gpu/launches.h"
@@ -36,6 +38,11 @@ STABLE_TORCH_LIBRARY(harlora_cpp, library) {
   library.def("qlora_linear_backward(Tensor grad, Tensor? x, Tensor? t, " HARLORA_WEIGHT
               ", int in_features, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor(a!)? grad_x,"
               " Tensor(b!)? grad_bias, Tensor(c!)? grad_A, Tensor(d!)? grad_B, " HARLORA_NESTED ") -> ()");
+  library.def("qlora_dx(Tensor grad, " HARLORA_WEIGHT ", Tensor? lora_A, Tensor? lora_B, float scaling,"
+              " Tensor(a!)? grad_x, Tensor(b!)? u, Tensor(c!)? sums, int tile, int parts, " HARLORA_NESTED
+              ", int stream=0) -> ()");
+  library.def("lora_grads(Tensor grad, Tensor? x, Tensor? t, Tensor? u, float scaling, Tensor(a!)? grad_bias,"
+              " Tensor(b!)? grad_A, Tensor(c!)? grad_B, int stream=0) -> ()");
   library.def("dropout(Tensor x, Tensor seed, int limit, Tensor(a!) out) -> ()");
   library.def("qlora_qkv(Tensor x, " HARLORA_LAYERS ", int precision=0) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def("qlora_qkv_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor x, Tensor t, " HARLORA_LAYERS
@@ -96,6 +103,8 @@ STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CUDA, library) {
   library.impl("qlora_gemv", TORCH_BOX(&harlora::cuda::qlora_gemv));
   library.impl("encoder_blocks", TORCH_BOX(&harlora::cuda::encoder_blocks));
   library.impl("qlora_mma", TORCH_BOX(&harlora::cuda::qlora_mma));
+  library.impl("qlora_dx", TORCH_BOX(&harlora::cuda::qlora_dx));
+  library.impl("lora_grads", TORCH_BOX(&harlora::cuda::lora_grads));
 #ifdef HARLORA_SM90A  // for GPUs of 9.0 alone, whose machine code is here
   library.impl("qlora_gemm", TORCH_BOX(&harlora::cuda::qlora_gemm));
 #endif

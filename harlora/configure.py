@@ -75,7 +75,7 @@ def measure(
 
 
 def measure_encoders(
-    device: torch.device, sizes: tuple[int, ...], report: Report | None = None, *,
+    device: torch.device, sizes: tuple[int, int, int, int, int], report: Report | None = None, *,
     windows: Sequence[int | None] = WINDOWS,
 ) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:  # fmt: skip
     """As `measure`: whether, and how, all blocks of an encoder are one launch, by rows of x in all.

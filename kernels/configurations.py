@@ -19,9 +19,10 @@ FILE = Path(__file__).parent / "configurations.json"
 OPERATORS = ("qlora_linear", "qlora_linear_backward")
 WAYS = ("direct", "split", "dense", "launches")
 # CUDA C++, which serves what cuda.py says and is in no table of the repository before it has run on such a card.
-CUDA_WAYS = ("gemv", "gemm", "mma", "encoder")
+CUDA_WAYS = ("gemv", "gemm", "mma", "dx", "encoder")
 GEMV_ROWS = 8  # at most
-MMA_ROWS = 1024  # up to which it is measured against others
+MMA_ROWS = DX_ROWS = 1024  # up to which they are worth measuring: each tile of rows decodes the weight anew
+DX_TILES = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Configuration:
     """How the kernels of a call are launched.
 
     way: ``"direct"``, ``"split"`` or ``"dense"``, as triton/qlora_linear.py describes them, or one of CUDA C++: then
-        block_rows alone counts, with ``"gemm"``, ``"mma"`` and ``"encoder"``. Of an encoder's blocks also
-        ``"launches"``, one after the other, each by its own rule.
+        block_rows alone counts, with all but ``"gemv"``. Of an encoder's blocks also ``"launches"``, one after the
+        other, each by its own rule.
     block_rows, block_out, block_in: the tile of rows of x, out_features and in_features that is in registers.
     permute: decode by byte permutes in PTX; in float32 only with up to 16 rows.
     programs: with ``"split"``, how many programs there should be, at most, for each multiprocessor.
@@ -132,6 +133,8 @@ def candidates(operator: str, dtype: torch.dtype, rows: int) -> list[Configurati
         found += [Configuration("gemm", tile) for tile in (64, 128, 256) if tile <= 2 * rows]
         if rows <= MMA_ROWS:
             found += [Configuration("mma", height) for height in heights if height <= 128]
+    if dtype.itemsize == 2 and operator == "qlora_linear_backward" and rows <= DX_ROWS:
+        found += [Configuration("dx", tile) for tile in DX_TILES if tile in heights]
     return [*found, Configuration("dense")] if rows >= 64 else found
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from harlora.kernels import cpp
-from harlora.kernels.configurations import GEMV_ROWS, Configuration
+from harlora.kernels.configurations import DX_TILES, GEMV_ROWS, Configuration
 from harlora.kernels.format import code_table
 from harlora.kernels.reference import Block, Layer, Norm
 
@@ -54,13 +54,26 @@ def _has_whole_steps(x: Tensor, *arguments: Any) -> bool:
     """Whether the layer is one that kernels read in steps of 64 values of k with one scale, 16 bytes at a time."""
     packed, *_, blocksize, out_features, _, lora_A, lora_B, _ = arguments[:11]
     seed = arguments[12] if len(arguments) > 12 else None
+    return out_features > 0 and _has_whole_blocks(x, x.shape[-1], packed, blocksize, lora_A, lora_B, seed)
+
+
+def _has_whole_blocks(
+    wide: Tensor,
+    in_features: int,
+    packed: Tensor,
+    blocksize: int,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    seed: Tensor | None,
+) -> bool:
+    """Whether 64 columns of each row of the weight have one scale; ``wide`` is x or dY."""
     return (
-        x.dtype in (torch.bfloat16, torch.float16)
-        and x.numel() > 0 and out_features > 0
-        and blocksize >= STEP and x.shape[-1] % blocksize == 0
+        wide.dtype in (torch.bfloat16, torch.float16)
+        and wide.numel() > 0
+        and blocksize >= STEP and in_features > 0 and in_features % blocksize == 0
         and seed is None
-        and all(each is None or each.dtype in (x.dtype, torch.float32) for each in (lora_A, lora_B))
-        and all(each is None or each.data_ptr() % 16 == 0 for each in (x, packed, lora_A))
+        and all(each is None or each.dtype in (wide.dtype, torch.float32) for each in (lora_A, lora_B))
+        and all(each is None or each.data_ptr() % 16 == 0 for each in (wide, packed, lora_A))
     )  # fmt: skip
 
 
@@ -203,6 +216,95 @@ def _serves_mma(x: Tensor, *arguments: Any) -> bool:
     )
 
 
+def qlora_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    t: Tensor | None,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    in_features: int,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    output_mask: Sequence[bool],
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    *,
+    tile: int | None = None,
+    parts: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `reference.qlora_linear_backward`, for what `serves`; lora_A and lora_B may be float32, rounded as they are
+    read, and dA and dB are of their dtype.
+
+    tile: rows of dY of a tile, 16, 32, 64 or 128; by default the fewest that hold all, or 128.
+    parts: how many blocks of threads share the sum over out_features, up to 32; by default as many as there is room
+        for at once. Their sums are added in order, so the result does not depend on which was first.
+    """
+    want_x, want_bias, want_A, want_B = output_mask
+    leading, out_features = grad.shape[:-1], grad.shape[-1]
+    flat = _aligned(grad.reshape(-1, out_features))
+    rows, rank = len(flat), 0 if lora_A is None else lora_A.shape[0]
+    grad_x, grad_bias, grad_A, grad_B = (grad.new_empty(0) for _ in range(4))
+    stream = torch.cuda.current_stream(grad.device).cuda_stream
+    A = B = u = None
+    if lora_A is not None and lora_B is not None and rank and (want_x or want_A):
+        A, B = _aligned(lora_A), _aligned(lora_B)
+        u = grad.new_empty(rows, -(-rank // 16) * 16)  # zeros past the rank
+    if want_x:
+        grad_x = grad.new_empty(rows, in_features)
+    if want_x or u is not None:
+        tile = tile or next((each for each in DX_TILES if each >= rows), DX_TILES[-1])
+        parts = parts or _parts_of_dx(grad.device, rows, in_features, out_features, tile)
+        sums = grad.new_empty((parts, rows, in_features), dtype=torch.float32) if want_x and parts > 1 else None
+        torch.ops.harlora_cpp.qlora_dx(
+            flat, _aligned(packed), absmax, code_table(quant_type, grad.device), blocksize, A, B, scaling,
+            grad_x if want_x else None, u, sums, tile, parts, *cpp.nested_scales(nested_absmax, nested_offset),
+            stream=stream,
+        )  # fmt: skip
+        grad_x = grad_x.view(*leading, in_features) if want_x else grad_x
+    if want_bias:
+        grad_bias = grad.new_empty(out_features)
+    if want_A and lora_A is not None:
+        grad_A = torch.empty_like(lora_A, memory_format=torch.contiguous_format)
+    if want_B and lora_B is not None:
+        grad_B = torch.empty_like(lora_B, memory_format=torch.contiguous_format)
+    if want_bias or (rank and (want_A or want_B)):
+        torch.ops.harlora_cpp.lora_grads(
+            flat,
+            _aligned(x.reshape(-1, in_features)) if u is not None and want_A and x is not None else None,
+            _aligned(t.reshape(-1, rank)) if rank and want_B and t is not None else None,
+            u if want_A else None, scaling, grad_bias if want_bias else None, grad_A if rank and want_A else None,
+            grad_B if rank and want_B else None, stream=stream,
+        )  # fmt: skip
+    return grad_x, grad_bias, grad_A, grad_B
+
+
+def _parts_of_dx(device: torch.device, rows: int, in_features: int, out_features: int, tile: int) -> int:
+    """As many as find room at once, each with four steps of the sum or more, up to 32."""
+    tiles = -(-in_features // 128) * -(-rows // tile)
+    room = torch.cuda.get_device_properties(device).multi_processor_count * (2 if tile <= 32 else 1)
+    steps = -(-out_features // (32 if tile == 128 else 64))
+    parts = max(1, min(room // tiles, steps // 4, 32))
+    return -(-steps // -(-steps // parts))  # as few as have steps of that length
+
+
+def _serves_dx(grad: Tensor, *arguments: Any) -> bool:
+    x, t, packed, *_, blocksize, in_features, lora_A, lora_B, _, _ = arguments[:13]
+    seed = arguments[14] if len(arguments) > 14 else None
+    return (
+        _has_whole_blocks(grad, in_features, packed, blocksize, lora_A, lora_B, seed)
+        and torch.cuda.get_device_capability(grad.device) >= (8, 0)
+        and grad.numel() < 2**30
+        and all(each is None or each.dtype == grad.dtype for each in (x, t))
+        and (x is None or x.data_ptr() % 16 == 0)
+        and (lora_A is None or lora_B is None or lora_A.dtype == lora_B.dtype)
+    )
+
+
 # The blocks of an encoder -------------------------------------------------------------------------------------------
 
 
@@ -318,9 +420,13 @@ def _fits_encoder(x: Tensor, blocks: Sequence[Block], norm: Norm, heads: int) ->
 # The ways of each operator, fastest first.
 WAYS: dict[str, dict[str, Callable[..., Any]]] = {
     "qlora_linear": {"gemv": qlora_gemv, "gemm": qlora_gemm, "mma": qlora_mma},
+    "qlora_linear_backward": {"dx": qlora_backward},
     "encoder_blocks": {"encoder": encoder_blocks},
 }
-_SERVES: dict[str, Callable[..., bool]] = {"gemv": _serves_gemv, "gemm": _serves_gemm, "mma": _serves_mma}
+UNVERIFIED = ("qlora_linear_backward",)  # operators of which no way has run on a card
+_SERVES: dict[str, Callable[..., bool]] = {
+    "gemv": _serves_gemv, "gemm": _serves_gemm, "mma": _serves_mma, "dx": _serves_dx,
+}  # fmt: skip
 PROVEN_ROWS = {"gemv": GEMV_ROWS - 1}  # of the problem on which a way is proven: of the columns of a product not all
 # Blocks of threads for each multiprocessor, from fewer and up to more of which dequantising or Triton was faster on an
 # H200 than qlora_gemm_sm90.cu (bench/results/gpu/h200-gemm.json). A multiprocessor has room for one.

@@ -44,12 +44,10 @@ _VIEWS = {
 
 # What is repeated beside launches, by the numbers of launches.h.
 _PRODUCTS = {_aten.mm.out: 2, _aten.addmm.out: 1, _aten.addmm_.default: 1, _aten.copy_.default: 3}
-# And how many numbers follow t, and how many tensors these.
 _CUDA = {
-    "harlora_cpp::qlora_gemv": (4, 0, 0), "harlora_cpp::qlora_gemm": (5, 2, 0), "harlora_cpp::qlora_mma": (6, 2, 1),
+    "harlora_cpp::qlora_gemv": 4, "harlora_cpp::qlora_gemm": 5, "harlora_cpp::qlora_mma": 6,
+    "harlora_cpp::encoder_blocks": 7, "harlora_cpp::qlora_dx": 8, "harlora_cpp::lora_grads": 9,
 }  # fmt: skip
-_ENCODER = "harlora_cpp::encoder_blocks", 7
-_CUDA_WORKS = {_ENCODER[1], *(work for work, *_ in _CUDA.values())}
 
 remembered: dict[Hashable, Any] = {}  # what callers know of their keys, until `reset`
 _held: dict[Hashable, int] = {}  # the number of a recording, or minus the attempts that failed
@@ -136,18 +134,22 @@ def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Produ
             beta, alpha = float(kwargs.get("beta", 1)), float(kwargs.get("alpha", 1))
             return _Product(work, (out, *args[:3]), (), beta, alpha)
         return _Product(work, (out, *args[:2]) if work == 2 else args[:2])
-    if func._schema.name == _ENCODER[0]:
-        x, tensors, *numbers, eps, scaling, code, y, tile, parts = args[:13]
-        sizes = (*map(int, numbers), tile, parts, len(eps))
-        factors = tuple(_bits(factor) for factor in (*eps, *scaling))
-        return _Product(_ENCODER[1], (x, y, code, *(args[13:] or (None,)), *tensors), (*sizes, *factors))
     if func._schema.name not in _CUDA:
         return None
-    work, numbers, further = _CUDA[func._schema.name]
-    x, packed, absmax, code, blocksize, bias, A, B, scaling, y, t, *rest = args
-    further += numbers
-    tensors = (x, packed, absmax, code, bias, A, B, y, t, *rest[numbers:further], *(rest[further:] or [None] * 3))
-    return _Product(work, tensors, (blocksize, *rest[:numbers]), 0.0, scaling)
+    work, tensors, numbers, scaling = _CUDA[func._schema.name], [], [], 0.0
+    if func._schema.name == "harlora_cpp::encoder_blocks":
+        x, of_layers, *sizes, eps, factors, code, y, tile, parts = args[:13]
+        numbers = [*map(int, sizes), tile, parts, len(eps), *map(_bits, (*eps, *factors))]
+        return _Product(work, (x, y, code, *(args[13:] or (None,)), *of_layers), tuple(numbers))
+    for place, argument in enumerate(func._schema.arguments):  # each kind in its order
+        value: Any = args[place] if place < len(args) else None
+        if argument.name == "scaling":
+            scaling = value
+        elif str(argument.type) == "int":
+            numbers += [] if argument.name == "stream" else [value]
+        else:
+            tensors.append(value)
+    return _Product(work, tuple(tensors), tuple(numbers), 0.0, scaling)
 
 
 class _Watch(TorchDispatchMode):
@@ -202,7 +204,7 @@ def record(inputs: list[Tensor], function: Callable[[], Sequence[Tensor]], drive
     try:
         facts, needed = _facts(inputs, watch.allocated, result, launched)
         number: int = torch.ops.harlora_cpp.launches_hold(facts, driver)
-        if any(isinstance(step, _Product) and step.work in _CUDA_WORKS for step in launched):
+        if any(isinstance(step, _Product) and step.work in _CUDA.values() for step in launched):
             number = number if _repeats(inputs, number, result) else 0
     except (_UnrepeatableError, AttributeError, KeyError, RuntimeError):
         # The last three: another version of Triton describes its kernels in another way; there is no such driver.

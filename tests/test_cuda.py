@@ -1,6 +1,7 @@
 """CUDA C++ as a way of the layer: when it is chosen, what it refuses, and on a GPU what it computes."""
 
 import copy
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -156,6 +157,71 @@ def test_the_way_for_some_rows_is_measured_up_to_many():
     assert not tiles("qlora_linear_backward", torch.bfloat16, 64)
 
 
+def test_the_backward_is_measured_up_to_the_rows_it_is_for():
+    for dtype, rows, tiles in (
+        (torch.bfloat16, 1, [16]), (torch.bfloat16, 33, [16, 32, 64]), (torch.float16, 128, [32, 64, 128]),
+        (torch.bfloat16, 1024, [128]), (torch.bfloat16, 1025, []), (torch.float32, 64, []),
+    ):  # fmt: skip
+        found = configurations.candidates("qlora_linear_backward", dtype, rows)
+        assert [each.block_rows for each in found if each.way == "dx"] == tiles
+        assert "dx" not in {each.way for each in configurations.candidates("qlora_linear", dtype, rows)}
+
+
+def backward_problem(device, dtype, rows, in_features=128, out_features=33, rank=4, blocksize=64, nested=False,
+                     kind="nf4", **options):  # fmt: skip
+    size = (rows, in_features, out_features, rank, kind, blocksize, nested)
+    return dispatch.problem("qlora_linear_backward", device, dtype, *size, **options)
+
+
+@pytest.mark.parametrize(
+    ("changed", "serves"),
+    [
+        ({}, True), ({"rows": 2000, "out_features": 1}, True), ({"rank": 0}, True), ({"rows": 0}, False),
+        ({"dtype": torch.float32}, False), ({"blocksize": 32}, False), ({"in_features": 96}, False),
+        ({"adapter_dtype": torch.float32}, True), ({"adapter_dtype": torch.float16}, False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_the_backward_serves(changed, serves, card, monkeypatch):
+    arguments = backward_problem(CPU, **{"dtype": torch.bfloat16, "rows": 3} | changed)
+    assert cuda.serves("qlora_linear_backward", "dx", *arguments) == serves
+    assert cuda.serves("qlora_linear_backward", "dx", *arguments, 0.0, None) == serves
+    assert not cuda.serves("qlora_linear_backward", "dx", *dispatch.with_dropout(arguments, CPU))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    assert not cuda.serves("qlora_linear_backward", "dx", *arguments)
+
+
+def test_the_backward_is_taken_where_a_table_has_it_and_proven_once(card, monkeypatch):
+    tiles = []
+
+    def backward(*arguments, tile):
+        tiles.append((len(arguments[0]), tile))
+        return reference.qlora_linear_backward(*arguments)
+
+    table = {"qlora_linear_backward 16": (Rule(Configuration("dx", 32), 64), Rule(Configuration("direct", 16, 32, 32)))}
+    monkeypatch.setattr(dispatch, "_table", lambda _: table)
+    monkeypatch.setitem(cuda.WAYS["qlora_linear_backward"], "dx", backward)
+    function = dispatch.proven_function("qlora_linear_backward", *backward_problem(CPU, torch.bfloat16, 40))
+    assert function.func is backward
+    assert (
+        dispatch.proven_function("qlora_linear_backward", *backward_problem(CPU, torch.bfloat16, 64)).func is backward
+    )
+    assert tiles == [(65, 32)]
+
+
+@pytest.mark.parametrize("processors", [1, 56, 108, 132, 170])
+def test_parts_of_the_backward_have_steps_each(processors, monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=processors)
+    )
+    for rows, out_features, in_features in product((1, 70, 1000), (1, 33, 192, 1025, 4096, 14336), (64, 768, 4096)):
+        for tile in configurations.DX_TILES:
+            parts = cuda._parts_of_dx(CPU, rows, in_features, out_features, tile)
+            steps = -(-out_features // (32 if tile == 128 else 64))
+            assert 1 <= parts <= 32
+            assert (parts - 1) * -(-steps // parts) < steps
+
+
 def test_a_table_must_end_with_a_way_that_serves_everything():
     with pytest.raises(ValueError, match="must have no limit, of sizes or of what its way serves"):
         configurations.read({"qlora_linear 16": [{"use": {"way": "gemv"}}]})
@@ -191,9 +257,18 @@ def test_on_request_the_reference_serves_what_it_does_not(monkeypatch):
         dispatch._cuda("qlora_linear", *arguments), reference.qlora_linear(*arguments), strict=True
     ):
         assert torch.equal(found, right)
+    arguments = backward_problem(CPU, torch.float16, 3)
+    for found, right in zip(
+        dispatch._cuda("qlora_linear_backward", *arguments), reference.qlora_linear_backward(*arguments), strict=True
+    ):
+        assert torch.equal(found, right)
     if cpp.has_kernel("qlora_gemv", "cuda"):
         (backend,) = [b for b in dispatch.backends("qlora_linear") if b.name == "cpp" and b.device_type == "cuda"]
         assert backend.on_request == dispatch.IN_THE_TABLE
+        (backend,) = [
+            b for b in dispatch.backends("qlora_linear_backward") if b.name == "cpp" and b.device_type == "cuda"
+        ]
+        assert backend.on_request == dispatch.UNVERIFIED
 
 
 # On a GPU ------------------------------------------------------------------------------------------------------------
@@ -268,6 +343,60 @@ def hopper(gpu):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("wgmma is of compute capability 9.0")
     return gpu
+
+
+def check_backward(arguments, **options):
+    assert cuda.serves("qlora_linear_backward", "dx", *arguments)
+    grad, x, t, *quantized, A, B, scaling, mask = arguments
+    wide = (None if each is None else each.double() for each in (grad, x, t, A, B))
+    exact_grad, exact_x, exact_t, exact_A, exact_B = wide
+    exact = reference.qlora_linear_backward(exact_grad, exact_x, exact_t, *quantized, exact_A, exact_B, scaling, mask)
+    for found, right in zip(cuda.qlora_backward(*arguments, **options), exact, strict=True):
+        assert found.shape == right.shape
+        if right.numel():
+            assert (found.double() - right).abs().max() <= ERROR[grad.dtype] * right.abs().max()
+
+
+class TestBackwardOnAGpu:
+    pytestmark = needs_gpu
+
+    @pytest.mark.parametrize("dtype", list(ERROR), ids=str)
+    @pytest.mark.parametrize("tile", [16, 32, 64, 128, None])
+    @pytest.mark.parametrize("parts", [1, 3, None])
+    def test_it_agrees_with_the_reference(self, gpu, dtype, tile, parts):
+        for rows, *size in (
+            (1, 512, 192, 1, 64, False, "nf4"), (7, 192, 333, 16, 64, True, "fp4"),
+            (70, 1536, 768, 16, 64, False, "nf4"), (300, 2048, 1025, 5, 128, False, "fp4"),
+            (130, 1024, 4096, 128, 1024, True, "fp4"),
+            (257, 640, 1024, 0, 64, False, "nf4"), (33, 4096, 14336, 40, 512, True, "nf4"),
+        ):  # fmt: skip
+            for adapter in (None, torch.float32):
+                arguments = backward_problem(gpu, dtype, rows, *size, adapter_dtype=adapter)
+                check_backward(arguments, tile=tile, parts=parts)
+
+    def test_strides_and_what_lies_elsewhere(self, gpu):
+        grad, x, *layer = backward_problem(gpu, torch.bfloat16, 60, 128, 200)
+        check_backward((grad.T.contiguous().T, x, *layer))
+        check_backward((grad.view(2, 30, -1), x.view(2, 30, -1), *layer))
+        right = cuda.qlora_backward(grad, x, *layer)
+        moved = [torch.cat([each.new_zeros(1), each.flatten()])[1:].view_as(each) for each in (grad, x, layer[1])]
+        assert all(each.data_ptr() % 16 for each in moved)
+        layer[1] = moved[2]
+        assert all(map(torch.equal, cuda.qlora_backward(moved[0], moved[1], *layer), right))
+
+    def test_the_same_bits_each_time_and_in_a_graph(self, gpu):
+        """Each reads u of its own first kernel, though it starts beside it, and its own parts of sums."""
+        calls = [backward_problem(gpu, torch.bfloat16, 100, 4096, 1024, 16) for _ in range(4)]
+        right = [cuda.qlora_backward(*call) for call in calls]
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = [cuda.qlora_backward(*call) for call in calls for _ in range(8)]
+        for _ in range(20):
+            graph.replay()
+        torch.cuda.synchronize()
+        for i, gradients in enumerate(found):
+            assert all(map(torch.equal, gradients, right[i // 8]))
 
 
 class TestManyRowsOnAGpu:

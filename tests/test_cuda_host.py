@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from functools import cache
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -430,6 +431,98 @@ def test_what_one_launch_is_not_for_is_left_to_the_modules(asked_for):
 
 
 # Layouts of wgmma ---------------------------------------------------------------------------------------------------
+
+
+def backward_in_float64(arguments):
+    """The reference's gradients; x, t, lora_A, lora_B and dY in float64."""
+    grad, x, t, *quantized, A, B, scaling, mask = arguments
+    grad, x, t, A, B = (None if each is None else each.double() for each in (grad, x, t, A, B))
+    return reference.qlora_linear_backward(grad, x, t, *quantized, A, B, scaling, mask)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "in_features", "out_features", "rank", "blocksize", "nested", "quant_type", "wide", "tile", "parts"),
+    [
+        (1, 64, 16, 0, 64, False, "nf4", False, 16, 1), (7, 192, 33, 16, 64, False, "fp4", False, 16, 1),
+        (16, 128, 200, 1, 128, True, "nf4", True, 16, 2), (33, 256, 392, 40, 256, False, "nf4", False, 32, 3),
+        (70, 192, 640, 5, 64, True, "fp4", True, 32, 1), (70, 192, 448, 16, 64, False, "nf4", False, 64, 2),
+        (40, 512, 130, 128, 512, True, "nf4", False, 64, 1), (130, 192, 296, 5, 64, False, "nf4", True, 128, 4),
+        (90, 128, 24, 40, 64, True, "nf4", False, 128, 1), (130, 64, 1, 0, 64, False, "nf4", False, 16, 1),
+    ],
+)  # fmt: skip
+def test_backward(
+    on_model, rows, in_features, out_features, rank, blocksize, nested, quant_type, wide, tile, parts, dtype
+):
+    arguments = dispatch.problem(
+        "qlora_linear_backward", CPU, dtype, rows, in_features, out_features, rank, quant_type, blocksize, nested,
+        adapter_dtype=torch.float32 if wide else None,
+    )  # fmt: skip
+    found = cuda.qlora_backward(*arguments, tile=tile, parts=parts)
+    for one, right, of in zip(found, backward_in_float64(arguments), "xbAB", strict=True):
+        assert one.dtype == (torch.float32 if wide and rank and of in "AB" else dtype)
+        assert_close(one, right, dtype)
+
+
+@needs_extension
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("mask", list(product([False, True], repeat=4)))
+def test_backward_of_what_is_wanted(on_model, mask, rank):
+    grad, x, t, *layer, _ = dispatch.problem(
+        "qlora_linear_backward", CPU, torch.bfloat16, 20, 64, 40, rank, "nf4", 64, False
+    )
+    mask = [want and (rank > 0 or place < 2) for place, want in enumerate(mask)]
+    grad = grad.view(4, 5, 40)
+    arguments = (grad, x.view(4, 5, 64) if mask[2] else None, t.view(4, 5, rank) if mask[3] else None, *layer, mask)
+    found = cuda.qlora_backward(*arguments, tile=16, parts=1)
+    for one, right in zip(found, backward_in_float64(arguments), strict=True):
+        assert_close(one, right, torch.bfloat16)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tile", [16, 128])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_backward_decodes_each_byte_as_dequantising_does(on_model, quant_type, tile, dtype):
+    packed = torch.arange(256, dtype=torch.uint8).repeat(16)  # 64 rows of 128
+    absmax = torch.logspace(-3, 3, 128, dtype=torch.float32)
+    layer = (packed.view(-1, 1), absmax, None, None, quant_type, 64)
+    grad = torch.eye(64, dtype=dtype)
+    code = code_table(quant_type, CPU).to(dtype).float()[torch.stack([packed >> 4, packed & 15], 1).long()]
+    weight = code.view(64, 128) * absmax.repeat_interleave(64).view(64, 128)
+    found, *_ = cuda.qlora_backward(
+        grad, None, None, *layer, 128, None, None, 1.0, [True, False, False, False], tile=tile, parts=1
+    )
+    # The scale is two 16-bit numbers and its lesser product is rounded, too: seldom the next number of the dtype.
+    assert (found != weight.to(dtype)).float().mean() < 0.02
+    assert ((found.float() - weight).abs() <= 0.51 * torch.finfo(dtype).eps * weight.abs() + 2**-24).all()
+
+
+@needs_extension
+def test_backward_keeps_infinite_and_nan_values_in_their_rows(on_model):
+    arguments = dispatch.problem("qlora_linear_backward", CPU, torch.bfloat16, 40, 64, 100, 0, "nf4", 64, False)
+    right = cuda.qlora_backward(*arguments, tile=32, parts=1)[0]
+    arguments[0][3, 99], arguments[0][39, 7] = torch.inf, torch.nan
+    found = cuda.qlora_backward(*arguments, tile=32, parts=1)[0]
+    assert not found[3].isfinite().any()
+    assert found[39].isnan().all()
+    others = [row for row in range(40) if row not in (3, 39)]
+    assert torch.equal(found[others], right[others])
+
+
+@needs_extension
+def test_backward_refuses_what_does_not_fit(on_model):
+    arguments = dispatch.problem("qlora_linear_backward", CPU, torch.bfloat16, 20, 64, 140, 5, "nf4", 64, False)
+    for options, message in (
+        ({"tile": 48, "parts": 1}, "tile must be"), ({"tile": 16, "parts": 33}, "parts must be 1 to 32"),
+        ({"tile": 16, "parts": 4}, "each part needs a step of 64 rows"),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match=message):
+            cuda.qlora_backward(*arguments, **options)
+    grad, x, t, *layer = arguments
+    with pytest.raises(RuntimeError, match="lora_grads: grad_B and t must be"):
+        cuda.qlora_backward(grad, x, t.float(), *layer, tile=16, parts=1)
 
 
 def pointer(tensor):

@@ -200,6 +200,34 @@ def test_calls_of_cuda_are_held_with_their_arguments_in_order(name, numbers, wor
     torch.ops.harlora_cpp.launches_release(number)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_calls_of_the_backward_of_cuda_are_held_with_their_arguments_in_order(nested, driver):
+    def half(*shape):
+        return torch.randn(shape, dtype=torch.bfloat16)
+
+    grad, x, t, u, A, B = half(3, 16), half(3, 128), half(3, 4), half(3, 16), half(4, 128), half(16, 4)
+    grad_x, sums, grad_bias, grad_A, grad_B = half(3, 128), torch.empty(1, 3, 128), half(16), half(4, 128), half(16, 4)
+    packed, table = torch.zeros(1024, 1, dtype=torch.uint8), torch.randn(16)
+    absmax = torch.ones(32, dtype=torch.uint8 if nested else torch.float32)
+    scales = (torch.ones(1), torch.zeros(1), torch.ones(256)) if nested else ()
+    calls = [
+        ("qlora_dx", (grad, packed, absmax, table, 64, A, B, 0.5, grad_x, u, sums, 16, 1, *scales), (64, 16, 1),
+         (grad, packed, absmax, table, A, B, grad_x, u, sums, *(scales or (None, None, None)))),
+        ("lora_grads", (grad, x, t, u, 0.5, grad_bias, grad_A, grad_B), (),
+         (grad, x, t, u, grad_bias, grad_A, grad_B)),
+    ]  # fmt: skip
+    for name, arguments, numbers, wanted in calls:
+        product = replay._product(getattr(torch.ops.harlora_cpp, name).default, arguments, {"stream": 3})
+        assert product.numbers == numbers
+        assert product.alpha == 0.5
+        assert all(one is other for one, other in zip(product.tensors, wanted, strict=True))
+        made = [grad_x, u, sums, grad_bias, grad_A, grad_B]
+        number = held(driver, [grad, x, t, packed, absmax, A, B, *scales[:2]], made, made[:1], [product])
+        with pytest.raises(RuntimeError, match="device_guard|built without CUDA"):
+            torch.ops.harlora_cpp.launches_run([grad, x, t, packed, absmax, A, B, *scales[:2]], number, 5)
+        torch.ops.harlora_cpp.launches_release(number)
+
+
 @pytest.mark.parametrize("way", ["direct", "split", "dense"])
 @pytest.mark.parametrize("rank", [0, 4, 40])
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=str)
@@ -228,6 +256,23 @@ def test_nothing_but_launches_and_products_is_done_by(way, rank, adapter, dropou
             getattr(qlora_linear, operator)(*arguments, configuration=given)
         # Without an adapter dbias is a sum, and so is all of backward.
         assert watch.computed == (operator == "qlora_linear_backward" and not rank)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_but_its_calls_is_done_by_the_backward_of_cuda(rank, adapter, monkeypatch):
+    arguments = dispatch.problem(
+        "qlora_linear_backward", torch.device("cpu"), torch.bfloat16, 70, 256, 192, rank, "nf4", 64, False,
+        adapter_dtype=adapter,
+    )  # fmt: skip
+    calls = []
+    for name in ("qlora_dx", "lora_grads"):
+        monkeypatch.setattr(torch.ops.harlora_cpp, name, lambda *given, name=name, **_: calls.append((name, given)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+    with replay._Watch() as watch:
+        cuda.qlora_backward(*arguments, tile=64, parts=2)
+    assert [name for name, _ in calls] == ["qlora_dx", "lora_grads"]
+    assert not watch.computed
 
 
 # On a GPU -----------------------------------------------------------------------------------------------------------
@@ -303,6 +348,36 @@ def test_the_ways_of_cuda_repeat_on_a_gpu(way, options, monkeypatch):
             x = torch.randn(5, 128, device="cuda", dtype=torch.bfloat16)
             assert torch.equal(layers[turn % 2](x), cuda.WAYS["qlora_linear"][way](x, *layers[turn % 2].operands())[0])
     assert sum(number > 0 for number in replay._held.values()) == 1
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@pytest.mark.usefixtures("nan_filled_memory")
+@pytest.mark.parametrize("options", [{}, {"rank": 0}, {"rank": 40}, {"bias": False}, {"double_quant": True}], ids=str)
+def test_the_backward_of_cuda_repeats_on_a_gpu(options, monkeypatch):
+    layers = [layer_of(torch.bfloat16, **options) for _ in range(2)]
+    way, original = cuda.WAYS["qlora_linear_backward"]["dx"], dispatch.configuration
+    size = (torch.device("cuda"), torch.bfloat16, 70, 128, 192, 8, "nf4", 64, False)
+    if not cuda.serves("qlora_linear_backward", "dx", *dispatch.problem("qlora_linear_backward", *size)):
+        pytest.skip("dx does not serve here")
+    monkeypatch.setattr(
+        dispatch,
+        "configuration",
+        lambda operator, *given: Configuration("dx") if "backward" in operator else original(operator, *given),
+    )
+    eager.reset()
+    called = []
+    monkeypatch.setitem(cuda.WAYS["qlora_linear_backward"], "dx", lambda *given: called.append(given) or way(*given))
+    for turn in range(6):
+        layer = layers[turn % 2]
+        x = torch.randn(70, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        seed = torch.randn(70, 192, device="cuda", dtype=torch.bfloat16)
+        leaves = [x, *(each for each in layer.parameters() if each.requires_grad)]
+        found = torch.autograd.grad(layer(x), leaves, seed)
+        wanted = torch.autograd.grad(public(layer, x), leaves, seed)
+        assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    assert called
+    assert sum(number > 0 for key, number in replay._held.items() if key[0] == "qlora_linear_backward") == 1
 
 
 @pytest.mark.gpu

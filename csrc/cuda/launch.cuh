@@ -40,8 +40,7 @@ struct Launch {
 
 template <typename... Parameters, typename... Arguments>
 void launch_kernel(const char* name, void (*kernel)(Parameters...), const Launch& given, Arguments&&... arguments) {
-  constexpr size_t without_asking = 48 * 1024;
-  if (given.dynamic_bytes > without_asking) {
+  if (given.dynamic_bytes) {  // past 48 KiB, with what the kernel has besides, only on request
     check_launch(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                             static_cast<int>(given.dynamic_bytes)));
   }

@@ -29,18 +29,6 @@ HARLORA_HOST_DEVICE uint32_t pair_of(const uint16_t* values, uint32_t byte) {
   return values[byte >> 4] | static_cast<uint32_t>(values[byte & 15]) << 16;
 }
 
-// prmt: a word of four bytes of the eight of two words, each named by the low three bits of a nibble of `which`.
-HARLORA_HOST_DEVICE uint32_t permuted(uint32_t low, uint32_t high, uint32_t which) {
-#ifdef __CUDA_ARCH__
-  return __byte_perm(low, high, which);
-#else
-  const uint64_t eight = static_cast<uint64_t>(high) << 32 | low;
-  uint32_t result = 0;
-  for (int i = 0; i < 4; ++i) result |= static_cast<uint32_t>(eight >> 8 * (which >> 4 * i & 7) & 0xFF) << 8 * i;
-  return result;
-#endif
-}
-
 // The same without a table in memory: the low and the high bytes of the 16 code values in four registers each, of which
 // permutes take what a word of codes names. Eleven instructions for two bytes where the table takes six, two of which
 // go to shared memory: for kernels that ask more of that than of arithmetic.

@@ -55,6 +55,17 @@ __device__ __forceinline__ uint8_t* dynamic_shared() {
   return reinterpret_cast<uint8_t*>(dynamic_words);
 }
 
+// Likewise 2, 4 and 8 bytes, of what changes.
+__device__ __forceinline__ uint32_t load_shared_2(uint32_t address) {
+  uint16_t half;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(half) : "r"(address) : "memory");
+  return half;
+}
+__device__ __forceinline__ uint32_t load_shared_4(uint32_t address) {
+  uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+  return word;
+}
 __device__ __forceinline__ uint2 load_shared_8(uint32_t address) {
   uint2 words;
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "r"(address) : "memory");

@@ -39,4 +39,16 @@ __device__ __forceinline__ uint32_t packed_pair(float low, float high, __half) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
+// Of each of the two, value · high + value · low, rounded once but for the second product.
+__device__ __forceinline__ uint32_t scaled_pair(uint32_t pair, uint32_t high, uint32_t low, __nv_bfloat16) {
+  const auto of = [](const uint32_t& word) { return reinterpret_cast<const __nv_bfloat162&>(word); };
+  const __nv_bfloat162 result = __hfma2(of(pair), of(high), __hmul2(of(pair), of(low)));
+  return reinterpret_cast<const uint32_t&>(result);
+}
+__device__ __forceinline__ uint32_t scaled_pair(uint32_t pair, uint32_t high, uint32_t low, __half) {
+  const auto of = [](const uint32_t& word) { return reinterpret_cast<const __half2&>(word); };
+  const __half2 result = __hfma2(of(pair), of(high), __hmul2(of(pair), of(low)));
+  return reinterpret_cast<const uint32_t&>(result);
+}
+
 }  // namespace harlora::cuda

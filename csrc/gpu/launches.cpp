@@ -13,6 +13,8 @@
 #include <variant>
 
 #include "../cuda/encoder.h"
+#include "../cuda/lora_grads.h"
+#include "../cuda/qlora_dx.h"
 #include "../cuda/qlora_gemm.h"
 #include "../cuda/qlora_gemm_sm90.h"
 #include "../cuda/qlora_gemv.h"
@@ -95,8 +97,8 @@ struct View {
   }
 };
 
-enum class Work : int64_t { launch = 0, addmm = 1, mm = 2, copy = 3, gemv = 4, gemm = 5, mma = 6, encoder = 7 };
-constexpr int64_t works = 8;
+enum class Work : int64_t { launch = 0, addmm = 1, mm = 2, copy = 3, gemv = 4, gemm = 5, mma = 6, encoder = 7, dx = 8, grads = 9 };
+constexpr int64_t works = 10;
 
 // What is done with whole tensors: out = beta·self + alpha·a·b (out, self, a, b), out = a·b, out = a rounded, or what
 // csrc/cuda/ has of that name, with the tensors, numbers and factor of its arguments in their order.
@@ -210,7 +212,9 @@ Product product_of(Reader& facts, Work work, const Recording& recording) {
                                            : work == Work::copy ? std::pair{2, 0}
                                            : work == Work::gemv ? std::pair{12, 1}
                                            : work == Work::gemm ? std::pair{12, 3}
-                                                                : std::pair{13, 3};
+                                           : work == Work::mma  ? std::pair{13, 3}
+                                           : work == Work::dx   ? std::pair{12, 3}
+                                                                : std::pair{7, 0};
   const std::pair found(product.tensors.size(), product.numbers.size());
   // Of an encoder there are as many as it has layers; the eighth number says how many of the rest are eps.
   const bool fits = work != Work::encoder ? found == wanted
@@ -333,6 +337,13 @@ void multiply(const Product& product, const Products& by, const std::vector<Tens
       return cuda::qlora_mma(*tensors[0], *tensors[1], *tensors[2], *tensors[3], product.numbers[0], tensors[4],
                              tensors[5], tensors[6], product.alpha, *tensors[7], *tensors[8], product.numbers[1],
                              product.numbers[2], tensors[9], tensors[10], tensors[11], tensors[12], stream);
+    case Work::dx:
+      return cuda::qlora_dx(*tensors[0], *tensors[1], *tensors[2], *tensors[3], product.numbers[0], tensors[4],
+                            tensors[5], product.alpha, tensors[6], tensors[7], tensors[8], product.numbers[1],
+                            product.numbers[2], tensors[9], tensors[10], tensors[11], stream);
+    case Work::grads:
+      return cuda::lora_grads(*tensors[0], tensors[1], tensors[2], tensors[3], product.alpha, tensors[4], tensors[5],
+                              tensors[6], stream);
 #endif
     default:
       STD_TORCH_CHECK(false, "launches_run: the extension was built without CUDA");

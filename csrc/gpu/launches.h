@@ -28,6 +28,9 @@ namespace harlora::gpu {
 //              6: the same, with workspace after t: qlora_mma with blocksize, tile, parts
 //              7, x, y, code, nested_code and tensors, cuda::encoder_blocks with the numbers heads, hidden, blocksize,
 //                 bias, adapter, token_tiles, parts, how many eps, and eps and scaling as the bits of doubles
+//              8, grad, packed, absmax, code, lora_A, lora_B, grad_x, u, sums and the nested three: cuda::qlora_dx with
+//                 blocksize, tile, parts
+//              9, grad, x, t, u, grad_bias, grad_A, grad_B: cuda::lora_grads
 //              of which each is the list of tensors, the list of numbers, and beta and alpha as the bits of doubles;
 //              a tensor: 0 or 1, input or buffer, offset in values, dim, sizes, strides
 //                 2, one that is there for good, address, dtype, dim, sizes, strides | 3, none

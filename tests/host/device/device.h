@@ -18,6 +18,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -91,6 +92,16 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
   return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
 }
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
+inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return {__float2bfloat16_rn(a.x * b.x), __float2bfloat16_rn(a.y * b.y)};
+}
+inline __half2 __hmul2(__half2 a, __half2 b) { return {__float2half_rn(a.x * b.x), __float2half_rn(a.y * b.y)}; }
+inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
+  return {__float2bfloat16_rn(std::fma(a.x, b.x, c.x)), __float2bfloat16_rn(std::fma(a.y, b.y, c.y))};
+}
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+  return {__float2half_rn(std::fma(a.x, b.x, c.x)), __float2half_rn(std::fma(a.y, b.y, c.y))};
+}
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 using std::max;
 using std::min;
@@ -286,8 +297,12 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const v
   return cudaSuccess;
 }
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
+namespace device_model {
+inline std::map<const void*, size_t> asked_for;  // of dynamic shared memory, by each kernel
+}
 template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, int, size_t) {
+cudaError_t cudaFuncSetAttribute(Kernel kernel, int, size_t bytes) {
+  device_model::asked_for[reinterpret_cast<const void*>(kernel)] = bytes;
   return cudaSuccess;
 }
 enum { cudaLaunchAttributeClusterDimension, cudaLaunchAttributeProgrammaticStreamSerialization };
@@ -324,6 +339,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (config->dynamicSmemBytes > kShared || cluster_size > kMostOfCluster || gridDim.x % cluster.x ||
       gridDim.y % cluster.y || gridDim.z % cluster.z || blockDim.x > 1024 || !gridDim.x) {
     failure = "the sizes of the launch are wrong";
+    return 1;
+  }
+  if (config->dynamicSmemBytes > asked_for[reinterpret_cast<const void*>(kernel)]) {
+    failure = "more dynamic shared memory than was asked for";
     return 1;
   }
   static std::vector<Thread> threads;

@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/encoder.cu"
+#include "cuda/lora_grads.cu"
+#include "cuda/qlora_dx.cu"
 #include "cuda/qlora_gemm.cu"
 #include "cuda/qlora_gemv.cu"
 #define HARLORA_CUDA
@@ -39,6 +41,8 @@ void qlora_gemm(Tensor, Tensor, Tensor, Tensor, int64_t, std::optional<Tensor>, 
 STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CPU, library) {
   library.impl("qlora_gemv", TORCH_BOX(&harlora::cuda::qlora_gemv));
   library.impl("qlora_mma", TORCH_BOX(&harlora::cuda::qlora_mma));
+  library.impl("qlora_dx", TORCH_BOX(&harlora::cuda::qlora_dx));
+  library.impl("lora_grads", TORCH_BOX(&harlora::cuda::lora_grads));
   library.impl("encoder_blocks", TORCH_BOX(&harlora::cuda::encoder_blocks));
 }
 

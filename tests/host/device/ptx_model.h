@@ -107,6 +107,9 @@ inline uint4 load_shared_16(uint32_t address) { return loaded<uint4>(place_in_sh
 inline uint32_t load_shared(uint32_t address) { return loaded<uint32_t>(place_in_shared(address)); }
 inline void store_shared(uint32_t address, uint32_t word) { std::memcpy(place_in_shared(address), &word, 4); }
 
+inline uint32_t load_shared_2(uint32_t address) { return loaded<uint16_t>(place_in_shared(address)); }
+inline uint32_t load_shared_4(uint32_t address) { return load_shared(address); }
+
 // As late or as early as it may be, by chance.
 inline void copy_async(uint32_t to, const void* from, bool there) {
   const device_model::Copy copy{place_in_shared(to), from, there ? 16u : 0u, there ? 0u : 16u};
