@@ -1,4 +1,5 @@
-"""`make gpu`: the extension built, the GPU tests, a few under compute-sanitizer, then the GPU bench, where a GPU is.
+"""`make gpu`, where a GPU is: the extension built, the GPU tests, a few under compute-sanitizer, the ways of CUDA C++
+against the table's, then the GPU bench.
 
 Needs torch 2.10 or later with CUDA, ninja, setuptools, pytest and rich; no internet, no installation. bitsandbytes,
 PEFT and others take part where they can be imported. Runs from the sources:
@@ -11,16 +12,19 @@ that of the first part that failed; the bench runs all the same, since a machine
 
 import argparse
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = ROOT / "build" / "gpu" / "lib"
 SANITIZER_S = 60  # for each tool
+WAYS_S = 120
 
 
 def main() -> int:
@@ -73,13 +77,20 @@ def main() -> int:
     many = ["-p", "xdist.plugin", "-n", str(workers)] if workers > 1 else []
     # Others' plugins have warnings of their own, which the tests' settings make errors.
     environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *many, *marked]
-    statuses["tests"] = subprocess.run(tests, cwd=ROOT, env=environment, check=False).returncode
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *many]
+    # Of CUDA C++ apart: what has not run on such a GPU may leave a process with none.
+    of_cuda = [file for file in marked if Path(file).stem == "test_cuda"]
+    statuses["tests"] = _run([*tests, *(file for file in marked if file not in of_cuda)], environment)
+    statuses["tests of CUDA C++"] = _run([*tests, *of_cuda], environment)
     print(f"[{time.monotonic() - began:5.0f} s] tests done", flush=True)
     statuses |= _sanitized(environment)
     print(f"[{time.monotonic() - began:5.0f} s] sanitized", flush=True)
+    ways: list[dict[str, Any]] = []
+    if options.device == "cuda" and not options.quick:
+        statuses["ways"], ways = _ways(environment)
+        print(f"[{time.monotonic() - began:5.0f} s] ways measured", flush=True)
     sys.path.insert(0, str(BUILT))
-    status = _bench(options, statuses, max(2.0, options.minutes - (time.monotonic() - began) / 60))
+    status = _bench(options, statuses, ways, max(2.0, options.minutes - (time.monotonic() - began) / 60))
     return next((each for each in statuses.values() if each), status)
 
 
@@ -90,40 +101,48 @@ def _sanitized(environment: dict[str, str]) -> dict[str, int]:
     tests += ["-k", "strides or few_windows"]
     for tool in ("memcheck", "racecheck") if program else ():
         command = [str(program), "--tool", tool, "--error-exitcode", "3", *tests]
-        try:
-            statuses[tool] = subprocess.run(
-                command, cwd=ROOT, env=environment, check=False, timeout=SANITIZER_S
-            ).returncode
-        except subprocess.TimeoutExpired:
-            statuses[tool] = 124
+        statuses[tool] = _run(command, environment, SANITIZER_S)
     return statuses
 
 
-def _bench(options: argparse.Namespace, statuses: dict[str, int], minutes: float) -> int:
+def _ways(environment: dict[str, str]) -> tuple[int, list[dict[str, Any]]]:
+    """The exit status of bench/ways.py and what it measured, also before it failed."""
+    file = ROOT / "build" / "gpu" / "ways.json"
+    file.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "harlora.bench.ways", str(file)]
+    status = _run(command, environment, WAYS_S)
+    return status, json.loads(file.read_text(encoding="utf-8"))["ways"] if file.exists() else []
+
+
+def _run(command: list[str], environment: dict[str, str], seconds: float | None = None) -> int:
+    try:
+        return subprocess.run(command, cwd=ROOT, env=environment, check=False, timeout=seconds).returncode
+    except subprocess.TimeoutExpired:
+        return 124
+
+
+def _bench(
+    options: argparse.Namespace, statuses: dict[str, int], ways: list[dict[str, Any]], minutes: float
+) -> int:  # fmt: skip
     import torch
     from rich.console import Console
 
-    from harlora.bench import report, ways
+    from harlora.bench import report
     from harlora.bench.cases import plan
     from harlora.bench.run import RESULT, Options, Preset, measure
     from harlora.errors import InputError
     from harlora.files import write_json
 
-    began, device = time.monotonic(), torch.device(options.device)
-    of_ways = []
-    if device.type == "cuda" and not options.quick:
-        of_ways = ways.measure(device, lambda what: print(f"ways: {what}", flush=True))
-    minutes = max(2.0, minutes - (time.monotonic() - began) / 60)
     folder = options.out or ROOT / "runs" / "bench" / time.strftime("gpu-%Y%m%dT%H%M%SZ", time.gmtime())
     preset: Preset = "quick" if options.quick else "standard"
-    cases = plan(preset, device).count()
+    cases = plan(preset, torch.device(options.device)).count()
     seconds = max(0.3, min(2.4, 0.6 * 60 * minutes / cases))  # the rest is for making and checking the competitors
     chosen = Options(preset, options.device, minutes=minutes, seconds=seconds, command="make gpu")
     try:
         result = measure(chosen, folder / RESULT, Console(stderr=True))
     except InputError as error:
         return _fail(str(error))
-    result["statuses"], result["ways"] = statuses, of_ways
+    result["statuses"], result["ways"] = statuses, ways
     write_json(folder / RESULT, result)
     console = Console(width=None if sys.stdout.isatty() else 160)
     for text in (report.setting(result), *report.summary(result)):

@@ -613,7 +613,7 @@ def test_the_ways_of_cuda_are_measured_against_the_tables(monkeypatch):
     monkeypatch.setattr(configure, "times", times)
     monkeypatch.setattr(configure, "measure_encoders", lambda device, sizes, report: ({}, [of_encoder]))
     told = []
-    found = ways.measure(CPU, told.append, rows=(1, 128))
+    found = list(ways.measure(CPU, told.append, rows=(1, 128)))
     assert [(each["title"], each["rows"]) for each in found] == [
         ("qlora_linear 16", 1), ("qlora_linear 16", 128), ("qlora_linear_backward 16", 1),
         ("qlora_linear_backward 16", 128), ("encoder_blocks 16", 16),
