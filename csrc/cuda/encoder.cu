@@ -429,12 +429,35 @@ __global__ void __launch_bounds__(kThreads, kAtOnce<kTokenTiles>)
 
     for (int tile = first; tile < tiles || tile == first; tile += stride) {
       const bool there = tile < tiles;
+      const int matrix = matrix_of(role, tile), first_row = tile * kRows - matrix * a.width;
+      const Layer& layer = layer_of(group, matrix);
+      // Four ranks in a row of each of two rows of lora_B, and the biases, which are needed last and asked for first.
+      const auto read_B = [&](int chunk, uint2 (&of_B)[2]) {
+#pragma unroll
+        for (int which = 0; which < 2; ++which) {
+          const int of = 16 * chunk + 4 * column, place = (first_row + row + 8 * which) * a.rank + of;
+          of_B[which] = {};
+          if (a.rank % 4 == 0 && !a.wide) {
+            if (of < a.rank) of_B[which] = *reinterpret_cast<const uint2*>(static_cast<const T*>(layer.B) + place);
+          } else {
+            of_B[which] = several<T>(layer.B, a.wide, place, a.rank - of);
+          }
+        }
+      };
+      uint2 of_B[2] = {};
+      T biases[2] = {};
+      if (there) {
+        if (a.rank) read_B(0, of_B);
+        if (layer.bias) {
+          biases[0] = static_cast<const T*>(layer.bias)[first_row + row];
+          biases[1] = static_cast<const T*>(layer.bias)[first_row + row + 8];
+        }
+      }
       float total[kTokenTiles][4] = {};
       for (int unit = 0; unit < steps && there; unit += kUnit) {
         const Unit<kUnit> now = next;
         read(next);
-        const int matrix = matrix_of(role, tile);
-        const float offset = a.nested_code ? *layer_of(group, matrix).nested_offset : 0.0f;
+        const float offset = a.nested_code ? *layer.nested_offset : 0.0f;
 #pragma unroll
         for (int i = 0; i < kUnit; ++i) {
           const int step = unit + i;
@@ -475,24 +498,11 @@ __global__ void __launch_bounds__(kThreads, kAtOnce<kTokenTiles>)
       if (tile == first && a.rank) __syncthreads();  // t is there
       if (!there) continue;
 
-      const int matrix = matrix_of(role, tile), first_row = tile * kRows - matrix * a.width;
-      const Layer& layer = layer_of(group, matrix);
       float adapter[kTokenTiles][4] = {};
 #pragma unroll 1
       for (int chunk = 0; chunk < rank_tiles; ++chunk) {
-        uint32_t of_B[4];  // four ranks in a row of each of two rows of lora_B
-#pragma unroll
-        for (int which = 0; which < 2; ++which) {
-          const int of = 16 * chunk + 4 * column, place = (first_row + row + 8 * which) * a.rank + of;
-          uint2 four = {};
-          if (a.rank % 4 == 0 && !a.wide) {
-            if (of < a.rank) four = *reinterpret_cast<const uint2*>(static_cast<const T*>(layer.B) + place);
-          } else {
-            four = several<T>(layer.B, a.wide, place, a.rank - of);
-          }
-          of_B[which] = four.x;
-          of_B[2 + which] = four.y;
-        }
+        if (chunk) read_B(chunk, of_B);
+        const uint32_t weights[4] = {of_B[0].x, of_B[1].x, of_B[0].y, of_B[1].y};
 #pragma unroll
         for (int of = 0; of < kTokenTiles; ++of) {
           const float* from = low + (8 * of + row) * low_pitch + 16 * (matrix * rank_tiles + chunk) + 4 * column;
@@ -503,14 +513,7 @@ __global__ void __launch_bounds__(kThreads, kAtOnce<kTokenTiles>)
             const float4 more = *reinterpret_cast<const float4*>(from);
             t.x += more.x, t.y += more.y, t.z += more.z, t.w += more.w;
           }
-          multiply_add<T>(adapter[of], of_B, {packed_pair(t.x, t.y, T{}), packed_pair(t.z, t.w, T{})});
-        }
-      }
-      float bias[2] = {};
-      if (layer.bias) {
-#pragma unroll
-        for (int which = 0; which < 2; ++which) {
-          bias[which] = static_cast<float>(static_cast<const T*>(layer.bias)[first_row + row + 8 * which]);
+          multiply_add<T>(adapter[of], weights, {packed_pair(t.x, t.y, T{}), packed_pair(t.z, t.w, T{})});
         }
       }
 #pragma unroll
@@ -518,7 +521,8 @@ __global__ void __launch_bounds__(kThreads, kAtOnce<kTokenTiles>)
 #pragma unroll
         for (int which = 0; which < 2; ++which) {
           const auto y = [&](int i) {
-            return total[of][2 * which + i] + bias[which] + layer.scaling * adapter[of][2 * which + i];
+            const int sum = 2 * which + i;
+            return total[of][sum] + static_cast<float>(biases[which]) + layer.scaling * adapter[of][sum];
           };
           // Two tokens of a row become two rows of a token.
           uint32_t word = transposed(packed_pair(y(0), y(1), T{}));
