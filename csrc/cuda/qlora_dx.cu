@@ -15,6 +15,7 @@
 #include "ptx.cuh"
 #include "qlora_dx.h"
 #include "ragged.cuh"
+#include "sum_parts.cuh"
 #include "types.cuh"
 
 namespace harlora::cuda {
@@ -342,29 +343,6 @@ __global__ void __launch_bounds__(kThreads, kTile <= 32 ? 2 : 1) qlora_dx_kernel
   }
 }
 
-constexpr int kAddThreads = 128;
-
-// Eight values of dX for each thread, from the parts of their sums, in order.
-template <typename T>
-__global__ void __launch_bounds__(kAddThreads) qlora_dx_add_kernel(const float* sums, T* grad_x, int64_t size,
-                                                                   int parts) {
-  const int64_t place = 8 * (static_cast<int64_t>(blockIdx.x) * kAddThreads + threadIdx.x);
-  wait_for_previous();
-  if (place >= size) return;
-  float total[8] = {};
-#pragma unroll 4
-  for (int part = 0; part < parts; ++part) {
-    const float4* const more = reinterpret_cast<const float4*>(sums + part * size + place);
-    const float4 low = more[0], high = more[1];
-    const float each[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) total[i] += each[i];
-  }
-  *reinterpret_cast<uint4*>(grad_x + place) = {
-      packed_pair(total[0], total[1], T{}), packed_pair(total[2], total[3], T{}),
-      packed_pair(total[4], total[5], T{}), packed_pair(total[6], total[7], T{})};
-}
-
 constexpr const char* kName = "qlora_dx";
 
 template <typename T, int kTile>
@@ -381,14 +359,7 @@ void launch_tile(Arguments<T> a, int parts, cudaStream_t stream) {
                  .dynamic_bytes = S::kStages * (S::kGradBytes + S::kCodesBytes),
                  .early = a.rank > 0},
                 a);
-  if (parts == 1) return;
-  const int64_t size = a.rows * a.in_features;
-  launch_kernel(kName, qlora_dx_add_kernel<T>,
-                {.grid = dim3(static_cast<unsigned>((size / 8 + kAddThreads - 1) / kAddThreads)),
-                 .threads = kAddThreads,
-                 .stream = stream,
-                 .early = true},
-                static_cast<const float*>(a.sums), a.grad_x, size, parts);
+  if (parts > 1) sum_parts(kName, a.sums, a.grad_x, a.rows * a.in_features, parts, stream);
 }
 
 template <typename T>

@@ -16,6 +16,7 @@
 #include "lora_down.cuh"
 #include "ptx.cuh"
 #include "qlora_gemv.cuh"
+#include "sum_parts.cuh"
 #include "types.cuh"
 
 namespace harlora::cuda {
@@ -339,32 +340,6 @@ __global__ void __launch_bounds__(kThreads, kTile <= 32 ? 2 : 1) qlora_mma_kerne
   }
 }
 
-constexpr int kSumThreads = 256;
-constexpr int kSumValues = 4;  // of y, for a thread
-
-// The parts' sums, one after the other, rounded once.
-template <typename T>
-__global__ void __launch_bounds__(kSumThreads)
-    sum_parts_kernel(const float* workspace, T* y, int64_t numel, int parts) {
-  wait_for_previous();
-  const int64_t place = (static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x) * kSumValues;
-  if (numel % kSumValues == 0) {
-    if (place >= numel) return;
-    float4 total{};
-    for (int part = 0; part < parts; ++part) {
-      const float4 more = *reinterpret_cast<const float4*>(workspace + part * numel + place);
-      total = {total.x + more.x, total.y + more.y, total.z + more.z, total.w + more.w};
-    }
-    *reinterpret_cast<uint2*>(y + place) = {packed_pair(total.x, total.y, T{}), packed_pair(total.z, total.w, T{})};
-    return;
-  }
-  for (int64_t i = place; i < min(place + kSumValues, numel); ++i) {
-    float total = 0;
-    for (int part = 0; part < parts; ++part) total += workspace[part * numel + i];
-    y[i] = rounded<T>(total);
-  }
-}
-
 constexpr const char* kName = "qlora_mma";
 
 template <typename T, int kTile>
@@ -388,14 +363,7 @@ void launch(const Arguments<T>& a, const void* A, T* t, int64_t tile, int parts,
     case 64: launch_tile<T, 64>(a, parts, stream); break;
     default: launch_tile<T, 128>(a, parts, stream);
   }
-  if (parts == 1) return;
-  const int64_t numel = a.rows * a.out_features, values = kSumThreads * kSumValues;
-  launch_kernel(kName, sum_parts_kernel<T>,
-                {.grid = dim3(static_cast<unsigned>((numel + values - 1) / values)),
-                 .threads = kSumThreads,
-                 .stream = stream,
-                 .early = true},
-                a.workspace, a.y, numel, parts);
+  if (parts > 1) sum_parts(kName, a.workspace, a.y, a.rows * a.out_features, parts, stream);
 }
 
 }  // namespace mma16
