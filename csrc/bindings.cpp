@@ -9,9 +9,9 @@
 #include "cpu/operators.h"
 #include "cuda/dequantize_4bit.h"
 #include "cuda/encoder.h"
-#include "cuda/qlora_gemm.h"
 #include "cuda/lora_grads.h"
 #include "cuda/qlora_dx.h"
+#include "cuda/qlora_gemm.h"
 #include "cuda/qlora_gemm_sm90.h"
 #include "cuda/qlora_gemv.h"
 #include "gpu/launches.h"
@@ -55,8 +55,8 @@ STABLE_TORCH_LIBRARY(harlora_cpp, library) {
   library.def("encoder_hold(" HARLORA_LAYERS ") -> int");
   library.def("encoder_release(int held) -> ()");
   library.def("encoder(Tensor x, int held, int precision=0) -> Tensor");
-  library.def("encoder_blocks(Tensor x, Tensor[] tensors, int heads, int hidden, int blocksize, bool bias, bool adapter,"
-              " float[] eps, float[] scaling, Tensor code, Tensor(a!) y, int token_tiles, int parts,"
+  library.def("encoder_blocks(Tensor x, Tensor[] tensors, int heads, int hidden, int blocksize, bool bias,"
+              " bool adapter, float[] eps, float[] scaling, Tensor code, Tensor(a!) y, int token_tiles, int parts,"
               " Tensor? nested_code=None, int stream=0) -> ()");
   library.def("encoder_shared_bytes(int width, int hidden, int rank, int token_tiles) -> int");
   library.def("launches_hold(int[] facts, str driver) -> int");

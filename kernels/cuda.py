@@ -15,35 +15,31 @@ STEP = 64  # values of k that must have one scale
 ENCODER_TILES = (16, 32, 64)
 
 
-def qlora_gemv(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    out_features: int,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """As `reference.qlora_linear`, for what `serves`; lora_A and lora_B may be float32, rounded as they are read."""
-    rows, rank = x.numel() // x.shape[-1], 0 if lora_A is None else lora_A.shape[0]
-    flat, packed = _aligned(x.reshape(rows, x.shape[-1])), _aligned(packed)
-    y, t = x.new_empty(rows, out_features), x.new_empty((rows, rank) if lora_A is not None else 0)
-    nested = cpp.nested_scales(nested_absmax, nested_offset)
+def _forward(operator: str, x: Tensor, layer: Sequence[Any], *sizes: Any) -> tuple[Tensor, Tensor]:
+    """Y and t by the extension's ``operator``.
+
+    layer: the arguments of `reference.qlora_linear` after x; sizes: what the operator has besides.
+    """
+    packed, absmax, *nested, quant_type, blocksize, out_features, bias, lora_A, lora_B, scaling = layer[:11]
+    leading, rank = x.shape[:-1], 0 if lora_A is None else lora_A.shape[0]
+    flat, packed = _aligned(x.reshape(-1, x.shape[-1])), _aligned(packed)
+    y, t = x.new_empty(len(flat), out_features), x.new_empty((len(flat), rank) if lora_A is not None else 0)
     bias, lora_A, lora_B = (None if each is None else _aligned(each) for each in (bias, lora_A, lora_B))
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    torch.ops.harlora_cpp.qlora_gemv(
-        flat, packed, absmax, code_table(quant_type, x.device), blocksize, bias, lora_A, lora_B, scaling, y, t, *nested,
-        stream=stream,
+    getattr(torch.ops.harlora_cpp, operator)(
+        flat, packed, absmax, code_table(quant_type, x.device), blocksize, bias, lora_A, lora_B, scaling, y, t, *sizes,
+        *cpp.nested_scales(*nested), stream=torch.cuda.current_stream(x.device).cuda_stream,
     )  # fmt: skip
-    leading = x.shape[:-1]
     return y.view(*leading, out_features), t.view(*leading, rank) if lora_A is not None else t
+
+
+def _sizes(x: Tensor, layer: Sequence[Any]) -> tuple[int, int, int]:
+    """Rows, in_features and out_features."""
+    return x.numel() // x.shape[-1], x.shape[-1], layer[6]
+
+
+def qlora_gemv(x: Tensor, *layer: Any) -> tuple[Tensor, Tensor]:
+    """As `reference.qlora_linear`, for what `serves`; lora_A and lora_B may be float32, rounded as they are read."""
+    return _forward("qlora_gemv", x, layer)
 
 
 def _serves_gemv(x: Tensor, *arguments: Any) -> bool:
@@ -84,44 +80,18 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 def qlora_gemm(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    out_features: int,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    *,
-    tile: int | None = None,
-    parts: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, *layer: Any, tile: int | None = None, parts: int | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `reference.qlora_linear`, for what `serves`; lora_A and lora_B may be float32, rounded as they are read.
 
     tile: rows of x of a tile, 64, 128 or 256; by default the fewest that hold all, or 256.
     parts: how many blocks of threads, a cluster, share the sum over in_features, up to 8; by default up to two, where
         there are fewer tiles than multiprocessors. Larger clusters do not all find room at once.
     """
-    in_features = x.shape[-1]
-    flat, packed = _aligned(x.reshape(-1, in_features)), _aligned(packed)
-    rows, rank = len(flat), 0 if lora_A is None else lora_A.shape[0]
-    y, t = x.new_empty(rows, out_features), x.new_empty((rows, rank) if lora_A is not None else 0)
-    nested = cpp.nested_scales(nested_absmax, nested_offset)
-    bias, lora_A, lora_B = (None if each is None else _aligned(each) for each in (bias, lora_A, lora_B))
+    rows, in_features, out_features = _sizes(x, layer)
     tile = tile or _tile(rows)
-    torch.ops.harlora_cpp.qlora_gemm(
-        flat, packed, absmax, code_table(quant_type, x.device), blocksize, bias, lora_A, lora_B, scaling, y, t, tile,
-        parts or _parts(x.device, rows, in_features, out_features, tile), *nested,
-        stream=torch.cuda.current_stream(x.device).cuda_stream,
-    )  # fmt: skip
-    leading = x.shape[:-1]
-    return y.view(*leading, out_features), t.view(*leading, rank) if lora_A is not None else t
+    parts = parts or _parts(x.device, rows, in_features, out_features, tile)
+    return _forward("qlora_gemm", x, layer, tile, parts)
 
 
 def _tile(rows: int) -> int:
@@ -154,45 +124,19 @@ def _serves_gemm(x: Tensor, *arguments: Any) -> bool:
 
 
 def qlora_mma(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    out_features: int,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    *,
-    tile: int | None = None,
-    parts: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, *layer: Any, tile: int | None = None, parts: int | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `reference.qlora_linear`, for what `serves`; lora_A and lora_B may be float32, rounded as they are read.
 
     tile: rows of x of a tile, 16, 32, 64 or 128; by default the fewest that hold all, or 128.
     parts: how many blocks of threads share the sum over in_features, up to 16; by default as many as leave each a
         multiprocessor, up to 8.
     """
-    in_features = x.shape[-1]
-    flat, packed = _aligned(x.reshape(-1, in_features)), _aligned(packed)
-    rows, rank = len(flat), 0 if lora_A is None else lora_A.shape[0]
-    y, t = x.new_empty(rows, out_features), x.new_empty((rows, rank) if lora_A is not None else 0)
-    nested = cpp.nested_scales(nested_absmax, nested_offset)
-    bias, lora_A, lora_B = (None if each is None else _aligned(each) for each in (bias, lora_A, lora_B))
+    rows, in_features, out_features = _sizes(x, layer)
     tile = tile or next((each for each in (16, 32, 64) if rows <= each), 128)
     parts = parts or _mma_parts(x.device, _tiles(rows, out_features, tile), in_features // STEP)
     workspace = x.new_empty((parts, rows, out_features), dtype=torch.float32) if parts > 1 else None
-    torch.ops.harlora_cpp.qlora_mma(
-        flat, packed, absmax, code_table(quant_type, x.device), blocksize, bias, lora_A, lora_B, scaling, y, t, tile,
-        parts, workspace, *nested, stream=torch.cuda.current_stream(x.device).cuda_stream,
-    )  # fmt: skip
-    leading = x.shape[:-1]
-    return y.view(*leading, out_features), t.view(*leading, rank) if lora_A is not None else t
+    return _forward("qlora_mma", x, layer, tile, parts, workspace)
 
 
 def _mma_parts(device: torch.device, tiles: int, steps: int) -> int:

@@ -1,6 +1,7 @@
 """CUDA C++ as a way of the layer: when it is chosen, what it refuses, and on a GPU what it computes."""
 
 import copy
+from functools import partial
 from itertools import product
 from types import SimpleNamespace
 
@@ -296,6 +297,20 @@ def check(arguments, way="gemv", **options):
             assert (found.double() - right).abs().max() <= ERROR[x.dtype] * right.abs().max()
 
 
+def check_in_a_graph(function, calls):
+    """Many calls, kernels of which start beside the one before, give what each gives by itself."""
+    right = [function(*call) for call in calls]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = [function(*call) for call in calls for _ in range(8)]
+    for _ in range(20):
+        graph.replay()
+    torch.cuda.synchronize()
+    for i, results in enumerate(found):
+        assert all(map(torch.equal, results, right[i // 8]))
+
+
 class TestOnAGpu:
     pytestmark = needs_gpu
 
@@ -325,17 +340,7 @@ class TestOnAGpu:
     def test_many_launches_in_a_graph_give_what_each_gives(self, gpu):
         """Each reads t of its own first kernel, though it starts beside it."""
         calls = [problem(gpu, torch.bfloat16, 4, 4096, 1024, 16) for _ in range(4)]
-        right = [cuda.qlora_gemv(*call) for call in calls]
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = [cuda.qlora_gemv(*call) for call in calls for _ in range(8)]
-        for _ in range(20):
-            graph.replay()
-        torch.cuda.synchronize()
-        for i, (y, t) in enumerate(found):
-            assert torch.equal(y, right[i // 8][0])
-            assert torch.equal(t, right[i // 8][1])
+        check_in_a_graph(cuda.qlora_gemv, calls)
 
 
 @pytest.fixture
@@ -450,17 +455,7 @@ class TestManyRowsOnAGpu:
 
     def test_many_launches_in_a_graph_give_what_each_gives(self, hopper):
         calls = [problem(hopper, torch.bfloat16, 100, 4096, 1024, 16) for _ in range(4)]
-        right = [cuda.qlora_gemm(*call) for call in calls]
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = [cuda.qlora_gemm(*call) for call in calls for _ in range(8)]
-        for _ in range(20):
-            graph.replay()
-        torch.cuda.synchronize()
-        for i, (y, t) in enumerate(found):
-            assert torch.equal(y, right[i // 8][0])
-            assert torch.equal(t, right[i // 8][1])
+        check_in_a_graph(cuda.qlora_gemm, calls)
 
     def test_what_it_does_not_serve(self, hopper):
         for changed in (
@@ -595,14 +590,4 @@ class TestSomeRowsOnAGpu:
     def test_many_launches_in_a_graph_give_what_each_gives(self, ampere, parts):
         """Kernels that start beside the one before wait for what it writes."""
         calls = [problem(ampere, torch.bfloat16, 50, 4096, 1024, 16) for _ in range(4)]
-        right = [cuda.qlora_mma(*call, parts=parts) for call in calls]
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = [cuda.qlora_mma(*call, parts=parts) for call in calls for _ in range(8)]
-        for _ in range(20):
-            graph.replay()
-        torch.cuda.synchronize()
-        for i, (y, t) in enumerate(found):
-            assert torch.equal(y, right[i // 8][0])
-            assert torch.equal(t, right[i // 8][1])
+        check_in_a_graph(partial(cuda.qlora_mma, parts=parts), calls)

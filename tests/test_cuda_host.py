@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from needs import needs_extension
+from test_cuda import encoder_error
 
 import harlora
 from harlora.kernels import cuda, dispatch, eager, gpu, reference, replay
@@ -181,6 +182,32 @@ def test_what_it_does_not_take_is_named(options, message, on_model):
 
 @needs_extension
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "in_features", "out_features", "blocksize"),
+    [(1, 64, 16, 64), (8, 192, 48, 64), (3, 1024, 32, 128), (5, 4096, 16, 64), (8, 512, 16, 256), (2, 4096, 16, 4096)],
+)
+def test_few_rows_are_rounded_once_and_each_byte_is_read_once(
+    on_model, model, rows, in_features, out_features, blocksize, dtype
+):
+    x, *layer = dispatch.problem(
+        "qlora_linear", CPU, dtype, rows, in_features, out_features, 0, "nf4", blocksize, False
+    )
+    layer[7] = None
+    read = ctypes.CDLL(str(model)).bytes_read_once
+    read.restype = ctypes.c_int64
+    read()
+    y, _ = cuda.qlora_gemv(x, *layer)
+    assert read() == layer[0].numel()
+    codes = torch.cat([layer[0] >> 4, layer[0] & 15], 1).view(out_features, in_features).long()
+    values = code_table("nf4", CPU).to(dtype).double()
+    scales = layer[1].double().repeat_interleave(blocksize).view(out_features, in_features)
+    right = x.double() @ (values[codes] * scales).T
+    half = torch.finfo(dtype).eps / 2  # of the last place of a result
+    assert ((y - right).abs() <= half * right.abs() + 1e-5 * right.abs().max()).all()
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_each_byte_is_decoded_exactly(on_model, quant_type, dtype):
     packed = torch.arange(256, dtype=torch.uint8).repeat(16)  # 16 rows of 512, byte by byte
@@ -235,21 +262,8 @@ def an_encoder(dtype, *sizes, blocksize=64, nested=False, quant_type="nf4", **op
     return *dispatch.problem_of_encoder(CPU, dtype, *sizes, quant_type, blocksize, nested, **options), False
 
 
-def by_reference(dtype, x, blocks, norm, heads, keep):
-    def converted(part):
-        scales = part[1:5] if len(part) > 3 else ()
-        part = [each.to(dtype) if torch.is_tensor(each) and each.is_floating_point() else each for each in part]
-        return (part[0], *scales, *part[len(scales) + 1 :])
-
-    blocks = [tuple(map(converted, block)) for block in blocks]
-    return reference.encoder_blocks(x.to(dtype), blocks, converted(norm), heads, keep)[0]
-
-
 def assert_encodes(arguments, **options):
-    (found,), right = cuda.encoder_blocks(*arguments, **options), by_reference(torch.float64, *arguments)
-    same = by_reference(arguments[0].dtype, *arguments)  # every step of it rounded
-    assert found.shape == right.shape
-    assert (found - right).abs().max() <= 2 * (same - right).abs().max()
+    assert encoder_error(arguments[:4], **options) <= 2
 
 
 @needs_extension

@@ -3,6 +3,7 @@
 // u = scaling·dY·lora_B, in 16 bits, beside which the kernel that needs it starts. Included by .cu files alone.
 
 #include <cstdint>
+
 #include "host_device.h"
 #include "launch.cuh"
 #include "ptx.cuh"

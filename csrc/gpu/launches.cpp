@@ -97,7 +97,9 @@ struct View {
   }
 };
 
-enum class Work : int64_t { launch = 0, addmm = 1, mm = 2, copy = 3, gemv = 4, gemm = 5, mma = 6, encoder = 7, dx = 8, grads = 9 };
+enum class Work : int64_t {
+  launch = 0, addmm = 1, mm = 2, copy = 3, gemv = 4, gemm = 5, mma = 6, encoder = 7, dx = 8, grads = 9
+};
 constexpr int64_t works = 10;
 
 // What is done with whole tensors: out = beta·self + alpha·a·b (out, self, a, b), out = a·b, out = a rounded, or what

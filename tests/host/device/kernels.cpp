@@ -17,6 +17,11 @@ extern "C" __attribute__((visibility("default"))) int cuCtxGetDevice(int* device
 }
 extern "C" __attribute__((visibility("default"))) int cuLaunchKernel() { return 1; }
 
+// What load_once has read since it was last asked.
+extern "C" __attribute__((visibility("default"))) int64_t bytes_read_once() {
+  return std::exchange(harlora::cuda::bytes_read_once, 0);
+}
+
 // The pairs that each word's bytes stand for, by permutes.
 extern "C" __attribute__((visibility("default"))) void pairs_by_planes(const uint16_t* values, const uint32_t* words,
                                                                        int64_t count, uint32_t* found) {

@@ -101,7 +101,11 @@ Words loaded(const void* from) {
   std::memcpy(&words, from, sizeof words);
   return words;
 }
-inline uint2 load_once(const void* from) { return loaded<uint2>(from); }
+inline int64_t bytes_read_once = 0;
+inline uint2 load_once(const void* from) {
+  bytes_read_once += sizeof(uint2);
+  return loaded<uint2>(from);
+}
 inline uint2 load_shared_8(uint32_t address) { return loaded<uint2>(place_in_shared(address)); }
 inline uint4 load_shared_16(uint32_t address) { return loaded<uint4>(place_in_shared(address)); }
 inline uint32_t load_shared(uint32_t address) { return loaded<uint32_t>(place_in_shared(address)); }
