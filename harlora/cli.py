@@ -29,8 +29,10 @@ from harlora.progress import Bars
 from harlora.report.build import build_report
 from harlora.report.tables import COLUMNS, LEGEND, groups, heading, pooled, row
 from harlora.train.capture import Capture, captures
+from harlora.train.execute import Ledger, Workers, carry_out
+from harlora.train.experiment import PRESETS, Adaptation, load_experiment
 from harlora.train.finetune import CHECKPOINT, FinetuneConfig, finetune
-from harlora.train.lodo import Study, lodo
+from harlora.train.lodo import Study
 from harlora.train.pretrain import PretrainConfig, load_pretrained, pretrain
 
 RESULTS = Path("bench/results/lodo")
@@ -212,27 +214,113 @@ class Lodo:
     """Folder for one JSON a run; by default bench/results/lodo/PRESET, with -synthetic behind it where data is."""
     machine: tyro.conf.OmitArgPrefixes[Machine] = field(default_factory=Machine)
 
+    workers: tyro.conf.OmitArgPrefixes[Workers] = field(default_factory=Workers)
+
     def run(self) -> None:
         root, device = self.machine.ready()
-        self.study.check()
-        synthetic = any(entry.is_synthetic for entry in available(root)) or any(
-            dataset(name).is_synthetic for name in (*self.study.targets, *self.study.sources)
-        )
-        if synthetic:
-            console.print(
-                f"SYNTHETIC data: no dataset under {root}. The numbers show that the program works and nothing else; "
-                f"`harlora data list` says where to get real recordings and {ROOT_VARIABLE} where they are.",
-                style="bold red",
-                highlight=False,
-            )
-        results = self.results or RESULTS / (self.study.preset + ("-synthetic" if synthetic else ""))
-        with Bars(console) as bars:
-            records = lodo(
-                self.study, root, self.out, results, device=device, capture=self.machine.capture, progress=bars
-            )
+        self.workers.check()
+        experiment = self.study.experiment()
+        tasks = experiment.plan(root)
+        results = self.results or _results(tasks, self.study.preset)
+        records = _carry_out(tasks, Ledger(root, results, device), self.out, self.workers, self.machine)
         _print_tables(records)
         page = build_report(results, results / "report" / "results.md")
         console.print(f"one JSON a run: {results}\ntables and pictures: {page}", highlight=False)
+
+
+def _is_synthetic(tasks: Sequence[Adaptation]) -> bool:
+    return any(dataset(name).is_synthetic for task in tasks for name in (task.target, *task.sources))
+
+
+def _results(tasks: Sequence[Adaptation], preset: str) -> Path:
+    return RESULTS / (preset + ("-synthetic" if _is_synthetic(tasks) else ""))
+
+
+def _carry_out(
+    tasks: Sequence[Adaptation], ledger: Ledger, runs: Path, workers: Workers, machine: Machine
+) -> list[dict[str, Any]]:
+    if _is_synthetic(tasks):
+        console.print(
+            f"SYNTHETIC data: no dataset under {ledger.root}. The numbers show that the program works and nothing "
+            f"else; `harlora data list` says where to get real recordings and {ROOT_VARIABLE} where they are.",
+            style="bold red",
+            highlight=False,
+        )
+    with Bars(console) as bars:
+        return carry_out(tasks, ledger, runs, workers=workers, capture=machine.capture, progress=bars)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Carry out experiments that files describe, and build the report. Runs that have results are skipped, one that
+    was stopped goes on. The folder experiments/ has a file for every table and figure of the study.
+    """
+
+    files: tyro.conf.Positional[tuple[Path, ...]]
+    """TOML files; docs/experiments.md says what they may contain."""
+    plan: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Only list the runs, and which of them have results."""
+    out: Path = Path("runs")
+    """Folder for run directories."""
+    results: Path | None = None
+    """Folder for one JSON a run; by default bench/results/lodo/PRESET, with -synthetic behind it where data is."""
+    report: Path | None = None
+    """The page to write; by default docs/results.md, or report/results.md in the folder of results that are not those
+    of the standard study on real recordings."""
+    machine: tyro.conf.OmitArgPrefixes[Machine] = field(default_factory=Machine)
+    workers: tyro.conf.OmitArgPrefixes[Workers] = field(default_factory=Workers)
+
+    def run(self) -> None:
+        root, device = self.machine.ready()
+        self.workers.check()
+        if not self.files:
+            raise InputError("run requires at least one file, for example experiments/lodo.toml")
+        experiments = [load_experiment(file) for file in self.files]
+        tasks: list[Adaptation] = []
+        for experiment in experiments:
+            tasks += [task for task in experiment.plan(root) if task not in tasks]
+        presets = {experiment.preset for experiment in experiments}
+        if len(presets) > 1:
+            raise InputError(f"run takes experiments of one preset at a time, got {', '.join(sorted(presets))}")
+        (preset,) = presets
+        results = self.results or _results(tasks, preset)
+        ledger = Ledger(root, results, device)
+        if self.plan:
+            _print_plan(tasks, ledger)
+            return
+        records = _carry_out(tasks, ledger, self.out, self.workers, self.machine)
+        _print_tables(records)
+        committed = results == RESULTS / "standard"
+        page = self.report or (Path("docs/results.md") if committed else results / "report" / "results.md")
+        build_report(results, page, experiments=experiments)
+        console.print(f"one JSON a run: {results}\ntables and pictures: {page}", highlight=False)
+
+
+def _print_plan(tasks: Sequence[Adaptation], ledger: Ledger) -> None:
+    body, left = [], 0
+    for task in tasks:
+        preset = PRESETS[task.preset].finetune.values()
+        config, found = task.finetune, ledger.find(task) is not None
+        left += not found
+        changed = {
+            name: value
+            for name, value in config.values().items()
+            if value != preset[name] and name not in ("method", "protocol", "seed")
+        }
+        body.append(
+            [
+                task.target,
+                config.protocol,
+                config.method,
+                str(config.seed),
+                " ".join(f"{name}={value}" for name, value in changed.items()),
+                "finished" if found else "to do",
+            ]
+        )
+    heads = ("target", "protocol", "method", "seed", "beside the preset", "state")
+    pretrainings = len({(task.sources, task.pretrain) for task in tasks})
+    title = f"{len(tasks)} runs, {left} to do; {pretrainings} pretrainings"
+    _print_table(title, heads, body)
 
 
 @dataclass(frozen=True)
@@ -370,6 +458,7 @@ Command = (
     | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
     | Annotated[Finetune, tyro.conf.subcommand("finetune")]
     | Annotated[Lodo, tyro.conf.subcommand("lodo")]
+    | Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]

@@ -11,8 +11,7 @@ import pytest
 
 from harlora import __main__ as program
 from harlora import cli
-from harlora.train import lodo as lodo_module
-from harlora.train.lodo import PRESETS
+from harlora.train.experiment import PRESETS, Preset
 from small import FINETUNE, PRETRAIN
 
 
@@ -20,7 +19,7 @@ from small import FINETUNE, PRETRAIN
 def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HARLORA_DATA", raising=False)
-    monkeypatch.setitem(PRESETS, "quick", lodo_module.Preset(replace(PRETRAIN, epochs=1), replace(FINETUNE, epochs=1)))
+    monkeypatch.setitem(PRESETS, "quick", Preset(replace(PRETRAIN, epochs=1), replace(FINETUNE, epochs=1)))
 
 
 def run(*arguments):
@@ -182,7 +181,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
     def broken(*arguments, **options):
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(cli, "lodo", broken)
+    monkeypatch.setattr(cli, "carry_out", broken)
     with pytest.raises(RuntimeError, match="a defect"):
         run(*LODO)
 
@@ -191,7 +190,7 @@ def test_interruption_says_that_it_goes_on(capsys, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "lodo", interrupted)
+    monkeypatch.setattr(cli, "carry_out", interrupted)
     with pytest.raises(SystemExit) as stopped:
         run(*LODO)
     assert stopped.value.code == 130
@@ -199,7 +198,7 @@ def test_interruption_says_that_it_goes_on(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("command", [(), ("data",), ("data", "list"), ("data", "inspect"), ("pretrain",), ("finetune",),
-                                     ("lodo",), ("report",)])  # fmt: skip
+                                     ("lodo",), ("run",), ("report",)])  # fmt: skip
 def test_help_suffices(capsys, command):
     with pytest.raises(SystemExit) as stopped:
         run(*command, "--help")

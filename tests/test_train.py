@@ -12,10 +12,9 @@ from harlora.data import load_windows, split
 from harlora.errors import InputError
 from harlora.models import MAE
 from harlora.nn import QLoRALinear, adapted_layers
-from harlora.train import lodo as lodo_module
 from harlora.train.finetune import METHODS, build_classifier, finetune, load_classifier
 from harlora.train.fit import Optimisation, fit
-from harlora.train.lodo import PRESETS, Study, lodo
+from harlora.train.lodo import Study
 from harlora.train.memory import held_bytes, step_peak_bytes
 from harlora.train.metrics import macro_f1, scores
 from harlora.train.pretrain import load_pretrained, pretrain, thinned
@@ -265,11 +264,9 @@ def test_a_checkpoint_of_another_kind_is_refused(data, pretrained, checkpoint, t
 
 
 def test_a_capture_that_is_not_possible_is_refused_at_once(data, pretrained, tmp_path):
-    study = Study(targets=("synthetic_a",), sources=("synthetic_b",))
     for run in (
         lambda: pretrain(PRETRAIN, data[1:], tmp_path, device=CPU, capture="on"),
         lambda: finetune(FINETUNE, data[0], pretrained, tmp_path, device=CPU, capture="on"),
-        lambda: lodo(study, tmp_path, tmp_path, tmp_path, device=CPU, capture="on", progress=Quiet()),
     ):
         with pytest.raises(InputError, match="capture: on requires a CUDA device, got cpu"):
             run()
@@ -386,9 +383,8 @@ def test_the_same_people_are_never_on_both_sides(data, pretrained, tmp_path):
     twice = [replace(one, dataset=name) for one, name in zip(data, ("uci_har", "uci_hapt"), strict=False)]
     with pytest.raises(InputError, match="uci_har and uci_hapt are the same recordings of the same people"):
         pretrain(PRETRAIN, twice, tmp_path, device=CPU)
-    study = Study(targets=("synthetic_a",), sources=("uci_har", "uci_hapt"))
     with pytest.raises(InputError, match="are the same recordings"):
-        lodo(study, tmp_path, tmp_path, tmp_path, device=CPU, progress=Quiet())
+        Study(targets=("synthetic_a",), sources=("uci_har", "uci_hapt")).experiment().plan(tmp_path)
 
 
 def test_zero_shot_needs_sources(data, pretrained, tmp_path):
@@ -396,90 +392,7 @@ def test_zero_shot_needs_sources(data, pretrained, tmp_path):
         finetune(replace(FINETUNE, method="zero_shot"), data[0], pretrained, tmp_path, device=CPU)
 
 
-# The study
-
-
-class Quiet:
-    def __init__(self):
-        self.lines, self.runs = [], []
-
-    def run(self, name, number, total):
-        self.runs.append((name, number, total))
-        return lambda done, steps, note: None
-
-    def say(self, text):
-        self.lines.append(text)
-
-
-@pytest.fixture
-def tiny_preset(monkeypatch):
-    monkeypatch.setitem(PRESETS, "quick", lodo_module.Preset(replace(PRETRAIN, epochs=1), replace(FINETUNE, epochs=1)))
-
-
-@pytest.mark.usefixtures("tiny_preset")
-def test_a_study_covers_every_combination(tmp_path):
-    study = Study(
-        targets=("synthetic_a", "synthetic_b"), sources=("synthetic_a", "synthetic_b", "synthetic_c"),
-        methods=("zero_shot", "linear_probe", "qlora"), ranks=(2, 4), windows_per_class=(3,),
-    )  # fmt: skip
-    quiet = Quiet()
-    records = lodo(study, tmp_path, tmp_path / "runs", tmp_path / "results", device=CPU, progress=quiet)
-    # For a target and protocol: zero-shot, probe and qlora at two ranks, the latter two with all labels and with few.
-    assert len(records) == 2 * 2 * (1 + 2 * (1 + 2))
-    assert len(list((tmp_path / "results").glob("*.json"))) == len(records)
-    assert len(list((tmp_path / "runs").glob("pretrain-*"))) == 2  # once for a target
-    assert len(quiet.runs) == len(records) + 2
-    assert quiet.runs[-1][1] == quiet.runs[-1][2]
-    assert all("SYNTHETIC" in line for line in quiet.lines)
-    for record in records:
-        assert record["target"] not in record["sources"]
-        assert record["config"]["alpha"] == 2 * record["config"]["rank"]
-    # Again: nothing is computed anew, and the results are not touched.
-    times = {file: file.stat().st_mtime_ns for file in (tmp_path / "results").iterdir()}
-    again = lodo(study, tmp_path, tmp_path / "runs", tmp_path / "results", device=CPU, progress=Quiet())
-    assert again == records
-    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "results").iterdir()} == times
-
-
-@pytest.mark.usefixtures("tiny_preset")
-def test_a_study_killed_in_the_middle_ends_the_same(tmp_path, monkeypatch):
-    study = Study(targets=("synthetic_a",), sources=("synthetic_b",), methods=("lora",), protocols=("paper",))
-
-    def run(name):
-        return lodo(study, tmp_path, tmp_path / name, tmp_path / f"results-{name}", device=CPU, progress=Quiet())
-
-    (expected,) = run("undisturbed")
-    original = lodo_module.finetune
-
-    def killed(*args, **options):
-        def report(done, total, note):
-            if done == 5:
-                raise KilledError
-
-        return original(*args, **{**options, "report": report})
-
-    monkeypatch.setattr(lodo_module, "finetune", killed)
-    with pytest.raises(KilledError):
-        run("killed")
-    assert not (tmp_path / "results-killed").exists()
-    monkeypatch.setattr(lodo_module, "finetune", original)
-    (record,) = run("killed")
-    for key in ("scores", "history", "best_epoch", "bytes", "identity"):
-        assert record[key] == expected[key], key
-
-
-def test_wrong_studies_are_refused(tmp_path):
-    for options, message in (
-        ({"preset": "huge"}, "unknown preset 'huge'; required one of quick, standard"),
-        ({"methods": ("qlra",)}, "unknown method 'qlra'"),
-        ({"protocols": ("random",)}, "unknown protocol"),
-        ({"ranks": (0,)}, "rank must be at least 1"),
-    ):
-        with pytest.raises(InputError, match=message):
-            Study(**options).check()
-    with pytest.raises(InputError, match="leaves no dataset to pretrain on"):
-        lodo(Study(targets=("synthetic_a",), sources=("synthetic_a",)), tmp_path, tmp_path, tmp_path, device=CPU,
-             progress=Quiet())  # fmt: skip
+# Folders of runs
 
 
 def test_a_config_that_was_edited_is_refused(data, tmp_path):

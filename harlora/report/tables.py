@@ -1,5 +1,6 @@
 """The table of a study's results, for the terminal and for Markdown."""
 
+import json
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ TITLES = {
     "zero_shot": "zero-shot",
     "linear_probe": "linear probe",
     "scratch": "from scratch",
+    "bitfit": "BitFit",
+    "partial": "last blocks",
     "full": "full",
     "lora": "LoRA",
     "qlora": "QLoRA",
@@ -61,9 +64,11 @@ _SCORES = ("accuracy", "macro_f1", "precision", "recall")
 
 def pooled(records: Iterable[Record]) -> list[Record]:
     """Results that differ in the seed alone as one: means, ``spread`` (standard deviations), confusion summed."""
-    found: dict[tuple[Any, ...], list[Record]] = {}
+    found: dict[str, list[Record]] = {}
     for record in sorted(records, key=order):
-        found.setdefault(order(record)[:-1], []).append(record)
+        before = record["pretrained"].get("config", {})
+        same = [{key: value for key, value in config.items() if key != "seed"} for config in (record["config"], before)]
+        found.setdefault(json.dumps([record["target"], record["sources"], *same], sort_keys=True), []).append(record)
     return [members[0] if len(members) == 1 else _pool(members) for members in found.values()]
 
 
@@ -73,8 +78,12 @@ def _pool(members: Sequence[Record]) -> Record:
     rows = zip(*(member["scores"]["confusion"] for member in members), strict=True)
     confusion = [[sum(cells) for cells in zip(*same, strict=True)] for same in rows]
     means = {key: statistics.fmean(several) for key, several in values.items()}
+    calibrated = [member["calibration"] for member in members if "calibration" in member]
+    kinds = ("ece", "mce", "brier")
     return {
         **first,
+        **({"calibration": {k: statistics.fmean(c[k] for c in calibrated) for k in kinds}} if calibrated else {}),
+        "seeds": tuple(member["config"]["seed"] for member in members),
         "scores": {**first["scores"], **means, "confusion": confusion},
         "spread": {key: statistics.stdev(several) for key, several in values.items()},
         "seconds": statistics.fmean(member["seconds"] for member in members),

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from harlora.files import load_tensors, save_tensors
 from harlora.models.mae import MAE, Encoder, MAEConfig
 from harlora.train.capture import Capture, captures
 from harlora.train.fit import Optimisation, Report, fit, silent
-from harlora.train.runs import open_run, provenance
+from harlora.train.runs import Run, identify, open_run, provenance
 
 CHECKPOINT = "encoder.safetensors"
 
@@ -54,11 +55,12 @@ class PretrainConfig:
 class Pretrained:
     """A pretrained encoder and what it was made from.
 
-    identity: a hash of its configuration and data. sources: the datasets it has seen.
+    identity: a hash of its configuration and data. config: how it was pretrained. sources: the datasets it has seen.
     """
 
     encoder: Encoder
     identity: str
+    config: PretrainConfig
     sources: tuple[str, ...]
     loss: float
     seconds: float
@@ -100,16 +102,31 @@ def pretrain(
     except ValueError as error:
         raise InputError(str(error)) from error
     parts = [thinned(windows, config.max_windows, config.seed) for windows in sources]
-    signature = {
+    with open_run(out, "pretrain", _signature(config, parts, device)) as run:
+        file = run.folder / CHECKPOINT
+        if run.metrics() is None or not file.exists():
+            _pretrain(config, parts, run, device, captured, report)
+    return file
+
+
+def pretraining_identity(config: PretrainConfig, sources: Sequence[Windows], device: torch.device) -> str:
+    """The identity of the run that `pretrain` makes or finds with these arguments."""
+    parts = [thinned(windows, config.max_windows, config.seed) for windows in sources]
+    return identify(_signature(config, parts, device))
+
+
+def _signature(config: PretrainConfig, parts: Sequence[Windows], device: torch.device) -> dict[str, Any]:
+    return {
         "kind": "pretrain",
         "config": asdict(config),
         "sources": {part.dataset: part.fingerprint() for part in parts},
         "device": device.type,
     }
-    run = open_run(out, "pretrain", signature)
-    file = run.folder / CHECKPOINT
-    if run.metrics() is not None and file.exists():
-        return file
+
+
+def _pretrain(
+    config: PretrainConfig, parts: Sequence[Windows], run: Run, device: torch.device, captured: bool, report: Report
+) -> None:
     torch.manual_seed(config.seed)
     model = MAE(config.model).to(device)
     signals = torch.from_numpy(np.concatenate([part.signals for part in parts]))
@@ -146,13 +163,13 @@ def pretrain(
     info = {
         "identity": run.identity,
         "model": asdict(config.model),
+        "config": {key: value for key, value in asdict(config).items() if key != "model"},
         "sources": [part.dataset for part in parts],
         "loss": fitted.history[-1]["loss"],
         "seconds": fitted.seconds,
     }
-    save_tensors(file, model.encoder.state_dict(), kind="encoder checkpoint", info=info)
+    save_tensors(run.folder / CHECKPOINT, model.encoder.state_dict(), kind="encoder checkpoint", info=info)
     run.finish({**info, "history": fitted.history, "captured": captured, "provenance": provenance(device)})
-    return file
 
 
 def load_pretrained(file: Path) -> Pretrained:
@@ -170,6 +187,7 @@ def load_pretrained(file: Path) -> Pretrained:
     return Pretrained(
         encoder=encoder,
         identity=info["identity"],
+        config=PretrainConfig(model=encoder.config, **info["config"]),
         sources=tuple(info["sources"]),
         loss=info["loss"],
         seconds=info["seconds"],
