@@ -79,7 +79,7 @@ def test_data_list_and_inspect(capsys, tmp_path):
     said = capsys.readouterr().out
     assert "motionsense" in said
     assert "synthetic_e" in said
-    assert "no; `harlora data download motionsense`, or put" in said
+    assert "no; `harlora data download" in said
     run("data", "inspect", "synthetic_a")
     assert (tmp_path / "synthetic_a.png").read_bytes().startswith(b"\x89PNG")
 

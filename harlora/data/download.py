@@ -167,7 +167,7 @@ def download(
         with _locked(part) as file:
             try:
                 if isinstance(origin, Path):
-                    _copy(entry, origin, file, report)
+                    _copy(origin, file, report)
                 else:
                     _Transfer(entry, origin, file, state, patience, report).run()
                 file.flush()
@@ -246,9 +246,8 @@ def _require_space(file: BinaryIO, size: int) -> None:
         raise _FailedError(f"required {size_text(size)} of disk space, free are {size_text(free)}")
 
 
-def _copy(entry: Dataset, origin: Path, file: BinaryIO, report: Report) -> None:
+def _copy(origin: Path, file: BinaryIO, report: Report) -> None:
     size = origin.stat().st_size
-    _require_size(entry, size)
     _clear(file)
     _require_space(file, size)
     with origin.open("rb") as opened:
