@@ -20,12 +20,22 @@ from rich.table import Table
 
 from harlora.bench import peers, report
 from harlora.bench.run import RESULT, Options, Preset, measure, where
-from harlora.data.catalog import DATASETS, ROOT_VARIABLE, available, data_root, dataset, load_windows
+from harlora.data.catalog import (
+    DATASETS,
+    ROOT_VARIABLE,
+    Dataset,
+    available,
+    data_root,
+    dataset,
+    load_windows,
+    named_root,
+)
+from harlora.data.download import MIRROR_VARIABLE, download, present, size_text, source, wanted
 from harlora.data.inspect import draw, hours
 from harlora.data.labels import VOCABULARY
 from harlora.data.windows import RATE_HZ
 from harlora.errors import InputError
-from harlora.progress import Bars
+from harlora.progress import Bars, Transfer
 from harlora.report.build import build_report
 from harlora.report.tables import COLUMNS, LEGEND, groups, heading, pooled, row
 from harlora.train.capture import Capture, captures
@@ -88,7 +98,10 @@ class DataList:
         for entry in DATASETS.values():
             path = entry.find(root)
             if path is None and not entry.is_synthetic:
-                found = f"no; put the archive into {root / entry.folder}: {entry.download}"
+                found = (
+                    f"no; `harlora data download {entry.name}`, or put the archive into {root / entry.folder}: "
+                    f"{entry.download}"
+                )
                 table.add_row(entry.name, found, "", "", "", "", "", entry.licence)
                 continue
             windows = load_windows(entry.name, root)
@@ -135,11 +148,75 @@ class DataInspect:
 
 
 @dataclass(frozen=True)
+class DataDownload:
+    """Fetch the authors' archives to where the readers look, checked; an interrupted download goes on."""
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Datasets; `all` for every real one, but of those with the same people only the first (uci_hapt, not uci_har)."""
+    yes: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Agree to the licences shown without being asked."""
+    force: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Fetch it even where it is there."""
+    mirror: str | None = None
+    """Folder or http(s) address that has FOLDER/FILE of every dataset as a data root does; by default
+    $HARLORA_MIRROR, else the authors' addresses."""
+    data: Path | None = None
+    """Folder for the datasets, made if need be; by default $HARLORA_DATA, else ./data."""
+
+    def run(self) -> None:
+        entries, left_out = wanted(self.names)
+        root = named_root(self.data)
+        mirror = self.mirror or os.environ.get(MIRROR_VARIABLE)
+        if left_out:
+            console.print(f"Left out, the same people as another: {', '.join(left_out)}", highlight=False)
+        failures: list[str] = []
+        missing: dict[Dataset, str | Path] = {}
+        for entry in entries:
+            try:
+                with Transfer(console, entry.name) as transfer:
+                    there = None if self.force else present(entry, root, transfer)
+                if there is None:
+                    missing[entry] = source(entry, mirror)
+                else:
+                    console.print(there, highlight=False, markup=False, soft_wrap=True)
+            except InputError as error:
+                failures.append(str(error))
+        for entry, origin in missing.items():
+            for line in (
+                f"{entry.name}: {entry.title}",
+                f"  licence and citation: {entry.licence}",
+                f"  from: {origin} ({size_text(entry.size)})",
+                f"  to: {entry.target(root)}",
+            ):
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if missing and not self.yes:
+            refused = ""
+            if not sys.stdin.isatty():
+                refused = "nothing fetched: there is no terminal to ask; agree to the licences above with --yes"
+            elif console.input("Fetch under these licences? [y/N] ", markup=False).strip().lower() not in ("y", "yes"):
+                refused = "nothing fetched: the licences above were not agreed to"
+            if refused:
+                raise InputError("\n".join((*failures, refused)))
+        for entry in missing:
+            try:
+                with Transfer(console, entry.name) as transfer:
+                    said = download(entry, root, mirror=mirror, report=transfer)
+            except InputError as error:
+                failures.append(str(error))
+            else:
+                console.print(said, highlight=False, markup=False, soft_wrap=True)
+        if failures:
+            raise InputError("\n".join(failures))
+
+
+@dataclass(frozen=True)
 class Data:
-    """Look at datasets."""
+    """Look at datasets, fetch them."""
 
     command: tyro.conf.OmitSubcommandPrefixes[
-        Annotated[DataList, tyro.conf.subcommand("list")] | Annotated[DataInspect, tyro.conf.subcommand("inspect")]
+        Annotated[DataList, tyro.conf.subcommand("list")]
+        | Annotated[DataInspect, tyro.conf.subcommand("inspect")]
+        | Annotated[DataDownload, tyro.conf.subcommand("download")]
     ]
 
     def run(self) -> None:

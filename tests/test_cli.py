@@ -78,7 +78,7 @@ def test_data_list_and_inspect(capsys, tmp_path):
     said = capsys.readouterr().out
     assert "motionsense" in said
     assert "synthetic_e" in said
-    assert "no; put the archive" in said
+    assert "no; `harlora data download" in said
     run("data", "inspect", "synthetic_a")
     assert (tmp_path / "synthetic_a.png").read_bytes().startswith(b"\x89PNG")
 
@@ -122,7 +122,7 @@ def test_missing_files_are_named(capsys, tmp_path, monkeypatch):
     assert "none.safetensors: no such file; give the encoder.safetensors of a `harlora pretrain` run" in said
     assert "has no results JSON; run `harlora lodo` first" in fails(capsys, "report", "nowhere")
     said = fails(capsys, "data", "inspect", "uci_hapt")
-    assert "uci_hapt: no archive in data/uci_hapt; download https://" in said
+    assert "uci_hapt: no archive in data/uci_hapt; run `harlora data download uci_hapt`, or download https://" in said
     monkeypatch.setenv("HARLORA_DATA", "nowhere")
     assert "HARLORA_DATA names nowhere, which is no folder" in fails(capsys, "data", "list")
     assert "--data names elsewhere, which is no folder" in fails(capsys, "data", "list", "--data", "elsewhere")

@@ -81,7 +81,10 @@ def test_the_cache_follows_the_code_that_cuts_windows(tmp_path, monkeypatch):
 def test_unknown_and_missing_datasets_are_named(tmp_path):
     with pytest.raises(InputError, match="unknown dataset 'motionsens'; did you mean motionsense\\?"):
         dataset("motionsens")
-    with pytest.raises(InputError, match=r"uci_hapt: no archive in .*uci_hapt; download https://archive.ics"):
+    with pytest.raises(
+        InputError,
+        match=r"uci_hapt: no archive in .*uci_hapt; run `harlora data download uci_hapt`, or download https://archive.ics",
+    ):
         load_windows("uci_hapt", tmp_path)
 
 

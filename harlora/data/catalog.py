@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from harlora.files import load_tensors, save_tensors
 
 ROOT_VARIABLE = "HARLORA_DATA"
 CACHE_VARIABLE = "HARLORA_CACHE"
+_BESIDE = (".part", ".part.json", ".sha256")  # files of a download, which are no recordings
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Dataset:
     folder: under the data root. download: the authors' address. licence: as found there.
     read: the reader, or None for synthetic data.
     placement: where the device sat; of a dataset with several, the one that is used.
+    size: bytes of what ``download`` delivers, or None. checksum: ``sha256:`` or ``git:`` (the content's name in the
+    authors' git repository) and hexadecimal digits, or None where none is known.
     """
 
     name: str
@@ -40,21 +44,35 @@ class Dataset:
     download: str
     licence: str
     read: Callable[[Archive], Iterator[Recording]] | None
+    size: int | None = None
+    checksum: str | None = None
 
     @property
     def is_synthetic(self) -> bool:
         """Whether the recordings are made up."""
         return self.read is None
 
+    @property
+    def file(self) -> str:
+        """The name under which the authors distribute the archive."""
+        return unquote(urlsplit(self.download).path.rpartition("/")[2])
+
+    def target(self, root: Path) -> Path:
+        """Where the archive belongs under ``root``."""
+        return root / self.folder / self.file
+
     def find(self, root: Path) -> Path | None:
-        """Its archive or extracted folder under ``root``, or None."""
+        """Its archive or extracted folder under ``root``, or None. Of several archives the authors' comes first."""
         folder = root / self.folder
         if self.is_synthetic or not folder.is_dir():
             return None
+        if self.target(root).is_file():
+            return self.target(root)
         archives = sorted(folder.glob("*.zip"))
         if archives:
             return archives[0]
-        return folder if any(entry.is_file() for entry in folder.rglob("*")) else None
+        files = (entry for entry in folder.rglob("*") if not entry.name.endswith(_BESIDE))
+        return folder if any(entry.is_file() for entry in files) else None
 
     def recordings(self, root: Path) -> Iterator[Recording]:
         """Its recordings, at the one placement that is used.
@@ -67,8 +85,9 @@ class Dataset:
         path = self.find(root)
         if path is None:
             raise InputError(
-                f"{self.name}: no archive in {root / self.folder}; download {self.download} and put the file there, "
-                f"or set {ROOT_VARIABLE} to the folder that has {self.folder}/"
+                f"{self.name}: no archive in {root / self.folder}; run `harlora data download {self.name}`, or "
+                f"download {self.download} and put the file there, or set {ROOT_VARIABLE} to the folder that has "
+                f"{self.folder}/"
             )
         for recording in self.read(Archive(path)):
             if recording.placement == self.placement:
@@ -87,6 +106,7 @@ DATASETS = {
             download="https://github.com/mmalekzadeh/motion-sense/raw/master/data/A_DeviceMotion_data.zip",
             licence="MIT / ODbL; cite Malekzadeh et al. 2018",
             read=motionsense.read,
+            checksum="git:78f9957d9f4d0a4b6457461009e1f2e0453a872d",
         ),
         Dataset(
             name="uci_hapt",
@@ -98,6 +118,9 @@ DATASETS = {
             "smartphone+based+recognition+of+human+activities+and+postural+transitions.zip",
             licence="as is, no commercial use; cite Reyes-Ortiz et al. 2015",
             read=uci_hapt.read,
+            # UCI publishes no checksums. These two are what several independent public projects found at the address.
+            size=79_596_192,
+            checksum="sha256:4ac4ae064227c07045a99551876b54d204837e995e298b6488559e209b3deb09",
         ),
         Dataset(
             name="uci_har",
@@ -108,6 +131,8 @@ DATASETS = {
             download="https://archive.ics.uci.edu/static/public/240/human+activity+recognition+using+smartphones.zip",
             licence="as is, no commercial use; cite Anguita et al. 2013",
             read=uci_har.read,
+            size=61_005_872,
+            checksum="sha256:c00b803081a5c797cd5e4b83700a9810b38d53d9d84e01917e090e1fdbc81031",
         ),
         Dataset(
             name="dsa",
@@ -136,14 +161,18 @@ DATASETS = {
 }
 
 
+def named_root(given: Path | None = None) -> Path:
+    """The folder for datasets, there or not: ``given``, or ``HARLORA_DATA``, or ``data`` under the current folder."""
+    return given or Path(os.environ.get(ROOT_VARIABLE) or "data")
+
+
 def data_root(given: Path | None = None) -> Path:
-    """The folder with the datasets: ``given``, or ``HARLORA_DATA``, or ``data`` under the current folder.
+    """The folder with the datasets, as `named_root` names it.
 
     Raises: InputError if the one that was named is no folder.
     """
-    named = os.environ.get(ROOT_VARIABLE)
-    root = given or Path(named or "data")
-    if (given or named) and not root.is_dir():
+    root = named_root(given)
+    if (given or os.environ.get(ROOT_VARIABLE)) and not root.is_dir():
         raise InputError(
             f"{'--data' if given else ROOT_VARIABLE} names {root}, which is no folder; correct or unset it"
         )
