@@ -1,11 +1,18 @@
 """Experiments as data: what a file means, which runs it plans, and who carries them out."""
 
 import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from harlora.errors import InputError
 from harlora.train import execute
@@ -171,6 +178,13 @@ def test_a_file_plans_every_combination_once(tmp_path):
         ("x = ", "y = ", "unknown key 'y'; required some of title, about"),
         ("rank = [2, 6]\npretrain", "rnk = [2]\npretrain", "'rnk' is no setting of fine-tuning; did you mean rank?"),
         ("pretrain.rescaled", "pretrain.rescald", "'rescald' is no setting of pretraining; did you mean rescaled?"),
+        ("pretrain.rescaled", "pretrain.model.heds", "'heds' is no setting of the model; did you mean heads?"),
+        (
+            "pretrain.rescaled = [0.0, 0.2]",
+            "pretrain.model.heads = 5",
+            "width must be a multiple of 2·heads=10, got 24",
+        ),
+        ("pretrain.rescaled = [0.0, 0.2]", "pretrain = 5", "pretrain must be a table of settings, got 5"),
         ('"qlora"]', '"qlra"]', "unknown method 'qlra'"),
         ("epochs = 1", 'epochs = "1"', "epochs must be of type int, got '1'"),
         ("epochs = 1", "epochs = true", "epochs must be of type int, got True"),
@@ -231,7 +245,8 @@ def test_an_experiment_finds_its_own_results_and_no_others(tmp_path):
 
 
 def deciding(record):
-    return {key: record[key] for key in ("scores", "history", "best_epoch", "bytes", "identity", "calibration")}
+    keys = ("scores", "history", "best_epoch", "identity", "calibration", "confusion_by_subject", "parameters")
+    return {key: record[key] for key in keys}
 
 
 @pytest.mark.usefixtures("tiny_preset")
@@ -261,7 +276,11 @@ method = ["linear_probe", "qlora"]
 epochs = 2
 rank = 2
 max_windows = 200
-pretrain = { epochs = 1, max_windows = 150 }
+
+[runs.pretrain]
+epochs = 1
+max_windows = 150
+model = { width = 24, depth = 2, heads = 2, ffn = 48, decoder_width = 16, decoder_heads = 2, decoder_ffn = 32 }
 """
 
 
@@ -276,15 +295,49 @@ def undisturbed(tmp_path_factory):
     return tasks, records
 
 
+def workers_of(on):
+    """Process numbers of the workers that are at work for this process or its Ray cluster."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command, parent = (
+                (folder / "cmdline").read_bytes(),
+                (folder / "stat").read_text().rpartition(")")[2].split()[1],
+            )
+        except OSError:  # ended meanwhile
+            continue
+        mine = command.startswith(b"ray::_") if on == "ray" else b"spawn_main" in command and int(parent) == os.getpid()
+        if mine:
+            yield int(folder.name)
+
+
+@pytest.mark.parametrize("killed", [False, True])
 @pytest.mark.parametrize("on", ["cores", "ray"])
-def test_workers_find_the_same(tmp_path, undisturbed, on):
-    if on == "ray":
-        pytest.importorskip("ray")
+def test_workers_find_the_same(tmp_path, undisturbed, on, killed):
+    """Also when one of two workers is killed while it works."""
     tasks, expected = undisturbed
+    runs = tmp_path / "runs"
+    victims = []
+
+    def kill():
+        while not victims and not stop.wait(0.02):
+            if any(runs.glob("qlora-*/config.json")) and (found := sorted(workers_of(on))):
+                os.kill(found[0], signal.SIGKILL)
+                victims.append(found[0])
+
+    stop = threading.Event()
+    killer = threading.Thread(target=kill)
+    if killed:
+        killer.start()
     quiet = Quiet()
     ledger = Ledger(tmp_path, tmp_path / "results", CPU)
     workers = Workers(on=on, jobs=2, address="local")
-    records = carry_out(tasks, ledger, tmp_path / "runs", workers=workers, progress=quiet)
+    try:
+        records = carry_out(tasks, ledger, runs, workers=workers, progress=quiet)
+    finally:
+        stop.set()
+        if killed:
+            killer.join()
+    assert len(victims) == killed
     assert [deciding(record) for record in records] == [deciding(record) for record in expected]
     assert len(list((tmp_path / "results").glob("*.json"))) == len(tasks)
     assert len(quiet.lines) == len(tasks)
@@ -298,3 +351,57 @@ def test_wrong_workers_are_refused(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             carry_out([], Ledger(tmp_path, tmp_path, CPU), tmp_path, workers=Workers(**options), progress=Quiet())
+
+
+# A kill at any moment
+
+KILLS = """
+import os, random, signal, sys, time
+import torch
+from harlora import cli
+
+torch.set_num_threads(1)
+random.seed(5)
+kills = 0
+while True:
+    child = os.fork()  # with everything imported, so that nearly all of its life is work
+    if not child:
+        sys.stdout = open(os.devnull, "w")
+        try:
+            cli.main(sys.argv[1:])
+        except BaseException as error:
+            os.write(2, repr(error).encode())
+            os._exit(1)
+        os._exit(0)
+    if kills < 10:
+        time.sleep(random.uniform(0.1, 1.5))
+        os.kill(child, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status != -signal.SIGKILL:
+        break
+    kills += 1
+print(kills, status)
+"""
+
+
+def test_ten_kills_change_nothing(tmp_path, undisturbed, monkeypatch):
+    """SIGKILL at ten random moments: the experiment ends with what it would have ended with, and no file is broken."""
+    _, expected = undisturbed
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    file = written(folder, SMALL)
+    monkeypatch.delenv("HARLORA_DATA", raising=False)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS, "run", file, "--results", "results", "--threads", "1"],
+        cwd=folder, capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "10 0", done.stdout + done.stderr
+    found = [json.loads(each.read_text()) for each in (folder / "results").glob("*.json")]
+    assert {record["identity"]: deciding(record) for record in found} == {
+        record["identity"]: deciding(record) for record in expected
+    }
+    for part in folder.rglob("*.json"):
+        json.loads(part.read_text())
+    for part in folder.rglob("*.safetensors"):
+        load_file(part)

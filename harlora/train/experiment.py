@@ -69,7 +69,7 @@ class Experiment:
 
     preset: settings of every run that nothing else sets. targets, sources: names of datasets; empty for all that are
     found. runs: products of settings, one after the other, each setting with its values; a key beginning with
-    ``pretrain.`` is one of pretraining.
+    ``pretrain.`` is one of pretraining, with ``pretrain.model.`` of the model.
     x: the setting that the report draws the scores by, or None for a table. show: what its tables have.
     """
 
@@ -96,7 +96,7 @@ class Experiment:
         if self.x is not None and self.x not in PRESETS[self.preset].finetune.values():
             raise InputError(f"x must be a setting of fine-tuning, got {self.x!r}")
         for before, config in self.configurations(0):
-            before.optimisation()
+            before.check()
             config.check()
 
     def configurations(self, seed: int) -> Iterator[tuple[PretrainConfig, FinetuneConfig]]:
@@ -106,14 +106,15 @@ class Experiment:
         for grid in self.runs:
             for values in itertools.product(*grid.values()):
                 settings = dict(zip(grid, values, strict=True))
-                before = {
-                    key.removeprefix("pretrain."): settings.pop(key) for key in grid if key.startswith("pretrain.")
-                }
+                model = {key.removeprefix(_MODEL): settings.pop(key) for key in grid if key.startswith(_MODEL)}
+                before = {key.removeprefix(_BEFORE): settings.pop(key) for key in settings.copy() if "." in key}
                 if "rank" in settings and "alpha" not in settings:
                     # The same scaling at every rank.
                     settings["alpha"] = base.finetune.alpha / base.finetune.rank * settings["rank"]
                 pair = (
-                    _changed(base.pretrain, {**before, "seed": seed}),
+                    replace(
+                        _changed(base.pretrain, {**before, "seed": seed}), model=_changed(base.pretrain.model, model)
+                    ),
                     _plain(_changed(base.finetune, {**settings, "seed": seed}), base.finetune),
                 )
                 if pair not in seen:
@@ -171,12 +172,16 @@ class Experiment:
         return chosen
 
 
+_BEFORE, _MODEL = "pretrain.", "pretrain.model."
+_KINDS = {PretrainConfig: "pretraining", FinetuneConfig: "fine-tuning", MAEConfig: "the model"}
+
+
 def _changed(config: Any, settings: Mapping[str, Any]) -> Any:
     kinds = {entry.name: entry.type for entry in fields(config) if entry.name != "model"}
     checked = {}
     for key, value in settings.items():
         if key not in kinds:
-            kind = "pretraining" if isinstance(config, PretrainConfig) else "fine-tuning"
+            kind = _KINDS[type(config)]
             near = difflib.get_close_matches(key, kinds, n=1)
             hint = f"did you mean {near[0]}?" if near else f"required one of {', '.join(kinds)}"
             raise InputError(f"{key!r} is no setting of {kind}; {hint}")
@@ -206,7 +211,8 @@ def load_experiment(file: Path) -> Experiment:
     """The experiment in a TOML file.
 
     Keys: those of `Experiment`; ``set``, a table of settings for all runs; ``runs``, an array of tables, each a product
-    of settings with one value or a list of them. Settings of pretraining are in a table ``pretrain`` within those.
+    of settings with one value or a list of them. Settings of pretraining are in a table ``pretrain`` within those, the
+    model's in ``pretrain.model``.
     Raises: InputError that names the file and the key if it is not such a file.
     """
     try:
@@ -249,10 +255,12 @@ def load_experiment(file: Path) -> Experiment:
 def _grid(file: Path, key: str, table: Any) -> dict[str, tuple[Any, ...]]:
     if not isinstance(table, dict):
         raise InputError(f"{file}: {key} must be a table of settings, got {table!r}")
-    before = table.get("pretrain", {})
-    if not isinstance(before, dict):
-        raise InputError(f"{file}: pretrain must be a table of settings, got {before!r}")
     settings = {name: value for name, value in table.items() if name != "pretrain"}
-    settings |= {f"pretrain.{name}": value for name, value in before.items()}
+    before = table.get("pretrain", {})
+    model = before.get("model", {}) if isinstance(before, dict) else {}
+    for name, part in (("pretrain", before), ("pretrain.model", model)):
+        if not isinstance(part, dict):
+            raise InputError(f"{file}: {name} must be a table of settings, got {part!r}")
+        settings |= {f"{name}.{each}": value for each, value in part.items() if each != "model"}
     # A list is several values; a setting that is itself a list is written as a list in a list.
     return {name: tuple(value) if isinstance(value, list) else (value,) for name, value in settings.items()}

@@ -43,6 +43,14 @@ class PretrainConfig:
     seed: int = 0
     """Of everything random."""
 
+    def check(self) -> None:
+        """Raise InputError unless every setting has a possible value."""
+        self.optimisation()
+        try:
+            self.model.check()
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
     def optimisation(self) -> Optimisation:
         """The training schedule.
 
@@ -97,10 +105,7 @@ def pretrain(
     if not sources:
         raise InputError("pretraining requires at least one source dataset, got none")
     require_apart(windows.dataset for windows in sources)
-    try:
-        config.model.check()
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    config.check()
     parts = [thinned(windows, config.max_windows, config.seed) for windows in sources]
     with open_run(out, "pretrain", _signature(config, parts, device)) as run:
         file = run.folder / CHECKPOINT
