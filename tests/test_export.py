@@ -189,7 +189,9 @@ def test_every_4_bit_format_and_odd_sizes_are_exact_in_onnx_runtime(tmp_path):
 
 
 def test_the_model_says_what_it_takes_and_gives(exported):
-    for case in ("merged qlora", "nf4"):
+    import onnx
+
+    for case, domains in (("merged qlora", {""}), ("nf4", {"", "com.microsoft"})):
         _, path, report = exported(case)
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         metadata = session.get_modelmeta().custom_metadata_map
@@ -198,6 +200,7 @@ def test_the_model_says_what_it_takes_and_gives(exported):
         assert json.loads(metadata["config"])["method"] == "qlora"
         assert metadata["rate_hz"] == "50"
         assert metadata["units"] == "accel in m/s^2 with gravity, gyro in rad/s"
+        assert {each.domain for each in onnx.load(path).opset_import} == domains
         assert [each.shape for each in session.get_inputs()] == [["batch", 128, 6]]
         assert [each.name for each in session.get_outputs()] == ["logits", "probabilities"]
     _, path, report = exported("torch 4-bit")
