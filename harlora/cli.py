@@ -401,6 +401,43 @@ def _print_plan(tasks: Sequence[Adaptation], ledger: Ledger) -> None:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a finetuned classifier as a file that runs outside of harlora, and check it against the PyTorch model.
+
+    It takes raw windows (n, 128, 6), m/s² with gravity and rad/s at 50 Hz, and gives logits and probabilities.
+    """
+
+    model: Path
+    """classifier.safetensors of a `harlora finetune` run."""
+    out: Path
+    """Folder for the model and export.json; one folder an export."""
+    format: str = "onnx"
+    """onnx or torch: adapters merged, float32 weights. onnx-4bit: 4-bit weights as they are, and the adapters, for
+    ONNX Runtime's MatMulBnb4. torch-4bit: the same with harlora's operators; to run it, import harlora."""
+    merge: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Of the 4-bit formats: merge the adapters and quantise the result anew. Changes results; the report says how
+    much. Also for classifiers whose weights are not in 4 bits."""
+    threads: int = 1
+    """CPU threads of both models in the comparison."""
+    data: Path | None = None
+    """Folder with the datasets, whose windows it is compared on; by default $HARLORA_DATA, else ./data."""
+
+    def run(self) -> None:
+        from harlora.export import REPORT, export, tables
+
+        with Bars(console) as bars:
+            result = export(
+                self.model, self.out, self.format, data=data_root(self.data), merge=self.merge, threads=self.threads,
+                report=bars.run(f"export to {self.format}", 1, 1),
+            )  # fmt: skip
+        for title, heads, body in tables(result):
+            _print_table(title, heads, body)
+        console.print(
+            f"model: {self.out / result['file']}\nreport: {self.out / REPORT}", highlight=False, soft_wrap=True
+        )
+
+
+@dataclass(frozen=True)
 class Report:
     """Build the results page and its pictures from results JSON alone."""
 
@@ -536,6 +573,7 @@ Command = (
     | Annotated[Finetune, tyro.conf.subcommand("finetune")]
     | Annotated[Lodo, tyro.conf.subcommand("lodo")]
     | Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
@@ -576,7 +614,8 @@ def main(arguments: list[str] | None = None) -> None:
     command = tyro.cli(
         Command,
         prog="harlora",
-        description="4-bit QLoRA for human activity recognition: data, training, reports, benchmarks, self-test.",
+        description="4-bit QLoRA for human activity recognition: data, training, export, reports, benchmarks, "
+        "self-test.",
         args=arguments,
     )
     try:

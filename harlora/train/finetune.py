@@ -555,9 +555,10 @@ class _MeanToken(nn.Module):
         return mean
 
 
-def load_classifier(file: Path) -> tuple[Classifier, Normalizer, tuple[str, ...]]:
-    """The classifier in a checkpoint that `finetune` wrote, its normaliser and its labels.
+def load_checkpoint(file: Path) -> tuple[Classifier, dict[str, Any]]:
+    """The classifier in a checkpoint that `finetune` wrote, in evaluation mode, and what the file says of it.
 
+    The latter has config, model, normalizer and target, and labels in the order of the logits.
     Raises: InputError if the file is missing, damaged or not such a checkpoint.
     """
     remedy = f"give the {CHECKPOINT} of a `harlora finetune` run"
@@ -568,5 +569,14 @@ def load_classifier(file: Path) -> tuple[Classifier, Normalizer, tuple[str, ...]
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise InputError(f"{file}: is a checkpoint of another model ({error}); {remedy}") from error
+    return model.eval(), info
+
+
+def load_classifier(file: Path) -> tuple[Classifier, Normalizer, tuple[str, ...]]:
+    """The classifier in a checkpoint that `finetune` wrote, its normaliser and its labels.
+
+    Raises: as `load_checkpoint`.
+    """
+    model, info = load_checkpoint(file)
     normalizer = Normalizer(tuple(info["normalizer"]["mean"]), tuple(info["normalizer"]["std"]))
-    return model.eval(), normalizer, tuple(info["labels"])
+    return model, normalizer, tuple(info["labels"])
