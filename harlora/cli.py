@@ -110,8 +110,8 @@ class DataList:
         console.print(table)
         console.print(
             "Windows of 128 samples at 50 Hz with 50 % overlap. Dropped: windows whose activity has no label in the "
-            "vocabulary, stretches shorter than a window, and what lacks one of the sensors. Not used by `harlora lodo`: "
-            "the same people as another set, or synthetic beside real data."
+            "vocabulary, stretches shorter than a window, and what lacks one of the sensors. Not used by "
+            "`harlora lodo`: the same people as another set, or synthetic beside real data."
         )
 
 

@@ -75,7 +75,11 @@ class Archive:
         unpacked = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115, closed when the archive goes
         for block in self._blocks(name):
             unpacked.write(block)
-        archive = Archive(self.path / name, unpacked)
+        try:
+            archive = Archive(self.path / name, unpacked)
+        except InputError:
+            unpacked.close()
+            raise
         weakref.finalize(archive, unpacked.close)
         return archive
 

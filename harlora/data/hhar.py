@@ -106,10 +106,14 @@ def _streams(archive: Archive, name: str) -> dict[tuple[str, str], _Stream]:
 def _recordings(accel: _Stream, gyro: _Stream, user: str, placement: str, source: str) -> Iterator[Recording]:
     accel_s, gyro_s = _common_clock(accel, gyro, source)
     rate_hz = common_rate(accel_s, gyro_s)
+    tracks = []
+    for times, stream in ((accel_s, accel), (gyro_s, gyro)):
+        order = np.argsort(times, kind="stable")
+        tracks.append((times[order], stream.labels[order]))
     for start, accelerations, rates in align(accel_s, accel.values, gyro_s, gyro.values, rate_hz=rate_hz):
-        times = start + np.arange(len(accelerations)) / rate_hz
-        labels = labels_at(times, accel_s, accel.labels)
-        labels[labels != labels_at(times, gyro_s, gyro.labels)] = -1
+        grid = start + np.arange(len(accelerations)) / rate_hz
+        labels, others = (labels_at(grid, *track) for track in tracks)
+        labels[labels != others] = -1
         yield Recording(
             dataset="hhar",
             subject=user,
@@ -157,8 +161,13 @@ def _common_clock(accel: _Stream, gyro: _Stream, source: str) -> tuple[np.ndarra
 def _tells_apart(times: np.ndarray, stream: _Stream) -> bool:
     # Rows that are wholly repeated count once. Arrival_Time of a good file, in milliseconds, gives three of four
     # samples of 200 Hz a time of their own.
-    samples = len(np.unique(stream.arrival_s + 1j * stream.creation_s))
-    return len(np.unique(times)) >= 0.5 * samples
+    samples = _distinct(stream.arrival_s, stream.creation_s, stream.values.sum(axis=1))
+    return _distinct(times) >= 0.5 * samples
+
+
+def _distinct(*columns: np.ndarray) -> int:
+    order = np.lexsort(columns)
+    return 1 + int(np.any([np.diff(column[order]) != 0 for column in columns], axis=0).sum())
 
 
 def _same_base(accel: _Stream, gyro: _Stream) -> bool:

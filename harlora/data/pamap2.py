@@ -92,6 +92,7 @@ def _columns(archive: Archive, name: str) -> tuple[np.ndarray, np.ndarray, dict[
             )
         ]
     )
+    table = table[np.argsort(table[:, 0], kind="stable")]
     units = {
         placement: (table[:, 6 * unit + 2 : 6 * unit + 5], table[:, 6 * unit + 5 : 6 * unit + 8])
         for unit, placement in enumerate(PLACEMENTS)

@@ -14,6 +14,7 @@ from harlora.errors import InputError
 # signal, over 0.2 s by a whole one: it knows nothing more. Below 0.1 s the phones of RealWorld, which skip a sample
 # every two seconds, would leave no stretch as long as a window.
 LONGEST_GAP_S = 0.1
+_ROUNDING = 1e-6  # of a time, or of a number of samples
 
 
 def align(
@@ -47,7 +48,7 @@ def align(
         streams.append([(part, values[rows]) for part, rows in _pieces(times, first, breaks)])
     for (a_times, a_values), (g_times, g_values) in _overlapping(*streams):
         start, stop = max(a_times[0], g_times[0]), min(a_times[-1], g_times[-1])
-        times = start + np.arange(int((stop - start) * rate_hz) + 1) / rate_hz
+        times = start + np.arange(int((stop - start) * rate_hz + _ROUNDING) + 1) / rate_hz
         yield float(start), _at(times, a_times, a_values), _at(times, g_times, g_values)
 
 
@@ -93,13 +94,11 @@ def common_rate(*clocks: np.ndarray) -> float:
 def labels_at(times: np.ndarray, label_s: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The label at each time, -1 where it is unknown: between two samples with different labels, and outside.
 
-    label_s: ``(samples,)``, seconds, in any order; labels: ``(samples,)``, integers from 0.
+    label_s: ``(samples,)``, seconds, increasing; labels: ``(samples,)``, integers from 0.
     """
-    order = np.argsort(label_s, kind="stable")
-    label_s, labels = label_s[order], labels[order]
     after = np.searchsorted(label_s, times, side="left").clip(max=len(labels) - 1)
     before = (np.searchsorted(label_s, times, side="right") - 1).clip(min=0)
-    inside = (times >= label_s[0]) & (times <= label_s[-1])
+    inside = (times >= label_s[0] - _ROUNDING) & (times <= label_s[-1] + _ROUNDING)
     return np.where(inside & (labels[before] == labels[after]), labels[before], -1)
 
 

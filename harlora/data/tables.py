@@ -9,6 +9,7 @@ from harlora.errors import InputError
 if TYPE_CHECKING:
     import polars
 
+_REMEDY = "repair the file or download it again"
 _NAMES = {",": "a comma", "\t": "a tab", " ": "a space"}
 
 
@@ -26,44 +27,50 @@ def frames(
 
     columns: all the file's columns in the authors' order. A first line with their names may be missing.
     text: those of the wanted columns that hold text, the others hold numbers.
-    gaps: those that may be empty or NaN; empty text is then "".
+    gaps: those whose numbers may be NaN, or whose text may be missing and is then "".
     delimiters: the characters that may stand between columns; the first line shows which it is.
     Raises: InputError if the file is empty or not such a table, names the row that is not.
     """
     import polars as pl  # takes longer to import than most commands run, and only the large datasets need it
 
     where = f"{archive.path}: {name}"
+    numbers = [column for column in wanted if column not in text]
     names: list[str] = []
-    delimiter, header = "", False
-    row = 1
+    delimiter = ""
+    row, empty = 1, True
     for chunk in archive.chunks(name):
         if not names:
             delimiter, names, header = _form(where, chunk.split(b"\n", 1)[0], columns, wanted, delimiters)
             if header:
                 chunk = chunk.partition(b"\n")[2]
                 row += 1
+        after = row + chunk.count(b"\n")
         content = chunk.rstrip()
         if not content:
+            row = after
             continue
-        schema = {column: pl.String if column in text else pl.Float64 for column in names}
+        schema = {column: pl.Float64 if column in numbers else pl.String for column in names}
         try:
-            table = pl.scan_csv(content, has_header=False, separator=delimiter, schema=schema).select(wanted).collect()
+            table = pl.read_csv(content, has_header=False, separator=delimiter, schema=schema).select(wanted)
         except pl.exceptions.PolarsError as error:
-            numbers = [names.index(column) for column in wanted if column not in text]
-            raise InputError(f"{where}: {_problem(content, row, delimiter, len(names), numbers, error)}") from error
+            lines = content.decode("utf-8", "replace").splitlines()
+            found = (_problem(line, delimiter, names, numbers) for line in lines)
+            number, problem = next(((i, text) for i, text in enumerate(found) if text), (0, str(error).split("\n")[0]))
+            raise InputError(f"{where}: row {row + number} {problem}; {_REMEDY}") from error
         table = table.with_columns(pl.col(column).str.strip_chars().fill_null("") for column in text)
         for column in wanted:
-            if column in gaps:
-                continue
-            bad = (table[column] == "") if column in text else ~table[column].is_finite().fill_null(value=False)
-            if bad.any():
-                raise InputError(
-                    f"{where}: row {row + (bad.arg_max() or 0)} has no {'text' if column in text else 'finite number'} "
-                    f"in the column {column}; repair the file or download it again"
-                )
+            if column in text:
+                bad = (table[column] == "") & (column not in gaps)
+            else:
+                bad = table[column].is_null() if column in gaps else ~table[column].is_finite().fill_null(value=False)
+            if (number := bad.arg_max()) is not None and bad[number]:
+                problem = _problem(content.decode().splitlines()[number], delimiter, names, numbers)
+                kind = "text" if column in text else "finite number"
+                problem = problem or f"has no {kind} in the column {column}"
+                raise InputError(f"{where}: row {row + number} {problem}; {_REMEDY}")
         yield table
-        row += len(table)
-    if row == 1 + header:
+        row, empty = after, False
+    if empty:
         raise InputError(f"{where}: the file has no rows; download it again")
 
 
@@ -85,15 +92,15 @@ def _form(
     )
 
 
-def _problem(content: bytes, row: int, delimiter: str, count: int, numbers: Sequence[int], error: Exception) -> str:
-    for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), start=row):
-        fields = [field.strip().strip('"') for field in line.split(delimiter)]
-        if len(fields) > count:
-            return f"row {number} has {len(fields)} columns, required {count}; repair the file or download it again"
-        for index in numbers:
-            if index < len(fields) and fields[index] and not _is_number(fields[index]):
-                return f"row {number} has {fields[index]!r} where a number is required; repair the file or remove it"
-    return f"not a table from row {row} on ({str(error).splitlines()[0]}); download it again"
+def _problem(line: str, delimiter: str, names: Sequence[str], numbers: Sequence[str]) -> str:
+    """What is wrong with the form of a row, or nothing."""
+    fields = [field.strip().strip('"') for field in line.split(delimiter)]
+    if len(fields) != len(names):
+        return f"has {len(fields)} columns, required {len(names)}"
+    for name, field in zip(names, fields, strict=True):
+        if name in numbers and field and not _is_number(field):
+            return f"has {field!r} in the column {name}, required a number"
+    return ""
 
 
 def _is_number(field: str) -> bool:
