@@ -245,6 +245,28 @@ def test_dsa_rows_of_zeros_were_not_measured(tmp_path):
     assert np.abs(windows.signals[:, :, 0]).min() > 8
 
 
+def test_every_activity_has_its_label(tmp_path):
+    files = {}
+    for number in range(1, 20):
+        files |= dsa_files(segments=(1,), activity=f"a{number:02}")[0]
+    made = [r for r in dsa.read(zipped(tmp_path / "dsa.zip", files)) if r.placement == "torso"]
+    assert [VOCABULARY[label] for label in cut(made).labels[::2]] == [
+        "sit", "stand", "lie", "lie", "upstairs", "downstairs", "walk", "walk", "walk", "run", "stepper",
+        "cross_trainer", "cycle", "cycle", "row", "jump", "basketball",
+    ]  # fmt: skip
+    trials = ("sit_5", "std_6", "wlk_7", "ups_3", "dws_1", "jog_9")
+    files = {f"{trial}/sub_{i}.csv": text(motion_table(130), ",", HEADER) for i, trial in enumerate(trials)}
+    labels = cut(motionsense.read(zipped(tmp_path / "motionsense.zip", files))).labels
+    assert [VOCABULARY[label] for label in labels] == ["sit", "stand", "walk", "upstairs", "downstairs", "run"]
+    files, _ = hapt_files()
+    files["RawData/labels.txt"] = "".join(f"1 1 {n} {100 * n - 99} {100 * n}\n" for n in range(1, 7))
+    files["RawData/labels.txt"] += "".join(f"2 1 {n} {100 * n - 99} {100 * n}\n" for n in range(4, 7))
+    windows = cut(uci_hapt.read(zipped(tmp_path / "hapt.zip", files)), window=100)
+    assert [VOCABULARY[label] for label in windows.labels] == [
+        "walk", "upstairs", "downstairs", "sit", "stand", "lie", "sit", "stand", "lie",
+    ]  # fmt: skip
+
+
 def test_dsa_lift_rides_are_dropped_and_counted(tmp_path):
     walk, _ = dsa_files()
     lift, _ = dsa_files(activity="a08")

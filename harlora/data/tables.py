@@ -63,7 +63,8 @@ def frames(
                 bad = (table[column] == "") & (column not in gaps)
             else:
                 bad = table[column].is_null() if column in gaps else ~table[column].is_finite().fill_null(value=False)
-            if (number := bad.arg_max()) is not None and bad[number]:
+            if bad.any():
+                number = bad.arg_max() or 0
                 problem = _problem(content.decode().splitlines()[number], delimiter, names, numbers)
                 kind = "text" if column in text else "finite number"
                 problem = problem or f"has no {kind} in the column {column}"
