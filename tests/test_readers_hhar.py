@@ -257,6 +257,18 @@ def test_the_sensors_may_count_from_different_moments(tmp_path):
     assert max(errors(recordings)) < 0.02
 
 
+def test_rows_in_any_order(tmp_path):
+    times = clock(6)
+    rng = np.random.default_rng(2)
+    accel, gyro = rows(times, accel_of(times)), rows(times, gyro_of(times), creation=times - START + 5000.0)
+    for lines in (accel, gyro):
+        rng.shuffle(lines)
+    recordings = read(tmp_path, accel, gyro)
+    (one,) = recordings
+    assert len(one.accel) in (599, 600)
+    assert max(errors(recordings)) < 0.02
+
+
 def test_sensors_that_count_from_one_moment_are_not_shifted_apart(tmp_path):
     """The gyroscope is always handed over 40 ms late; the sensors' own times are right."""
     times = clock(6)
