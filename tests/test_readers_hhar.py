@@ -260,7 +260,8 @@ def test_the_sensors_may_count_from_different_moments(tmp_path):
 def test_rows_in_any_order(tmp_path):
     times = clock(6)
     rng = np.random.default_rng(2)
-    accel, gyro = rows(times, accel_of(times)), rows(times, gyro_of(times), creation=times - START + 5000.0)
+    accel = rows(times, accel_of(times), arrival=busy(times))
+    gyro = rows(times, gyro_of(times), arrival=busy(times), creation=times - START + 5000.0)
     for lines in (accel, gyro):
         rng.shuffle(lines)
     recordings = read(tmp_path, accel, gyro)
