@@ -104,12 +104,14 @@ class DataList:
                 )
                 table.add_row(entry.name, found, "", "", "", "", "", entry.licence)
                 continue
-            windows = load_windows(entry.name, root)
+            with console.status(f"reading {entry.title}"):
+                windows = load_windows(entry.name, root)
             classes = ", ".join(
                 f"{label} {int((windows.labels == VOCABULARY.index(label)).sum())}" for label in windows.label_names()
             )
-            dropped = ", ".join(f"{name} {count}" for name, count in windows.dropped.items())
-            dropped += f"; {windows.too_short} stretches too short" if windows.too_short else ""
+            dropped = [", ".join(f"{name} {count}" for name, count in windows.dropped.items())]
+            dropped += [f"{windows.too_short} stretches too short"] if windows.too_short else []
+            dropped += [f"{count} {reason}" for reason, count in windows.left_out.items()]
             table.add_row(
                 entry.name + ("" if entry.name in used else " (not used)"),
                 "SYNTHETIC, made on the fly" if path is None else str(path),
@@ -117,13 +119,14 @@ class DataList:
                 f"{hours(windows):.1f}",
                 str(len(windows)),
                 classes,
-                dropped,
+                "; ".join(filter(None, dropped)),
                 entry.licence,
             )
         console.print(table)
         console.print(
             "Windows of 128 samples at 50 Hz with 50 % overlap. Dropped: windows whose activity has no label in the "
-            "vocabulary. Not used by `harlora lodo`: the same people as another set, or synthetic beside real data."
+            "vocabulary, stretches shorter than a window, and what lacks one of the sensors. Not used by "
+            "`harlora lodo`: the same people as another set, or synthetic beside real data."
         )
 
 
@@ -140,7 +143,8 @@ class DataInspect:
 
     def run(self) -> None:
         entry = dataset(self.name)
-        windows = load_windows(self.name, data_root(self.data))
+        with console.status(f"reading {entry.title}"):
+            windows = load_windows(self.name, data_root(self.data))
         file = self.out or Path(f"{self.name}.png")
         title = f"{entry.title}, {entry.placement}: {len(windows)} windows of {len(windows.subject_names)} subjects"
         draw(windows, title, file)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from importlib.metadata import entry_points
 
 import pytest
+from rich.console import Console
 
 from harlora import __main__ as program
 from harlora import cli
@@ -81,6 +82,26 @@ def test_data_list_and_inspect(capsys, tmp_path):
     assert "no; `harlora data download" in said
     run("data", "inspect", "synthetic_a")
     assert (tmp_path / "synthetic_a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_data_list_shows_what_was_left_out(capsys, tmp_path, monkeypatch):
+    names = ("Index", "Arrival_Time", "Creation_Time", "x", "y", "z", "User", "Model", "Device", "gt")
+    for sensor, devices in (("accelerometer", "12"), ("gyroscope", "1")):
+        rows = [
+            f"{i},{1424696633000 + 20 * i},{1424696631000000000 + 20000000 * i},0,0,9.8,a,s3,s3_{device},{activity}"
+            for device in devices
+            for i, activity in enumerate(["stand"] * 300 + ["null"] * 150 + ["sit"] * 50)
+        ]
+        file = tmp_path / "data" / "hhar" / f"Phones_{sensor}.csv"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join([",".join(names), *rows]))
+    monkeypatch.setattr(cli, "console", Console(width=600))  # nothing is folded
+    run("data", "list")
+    said = capsys.readouterr().out
+    assert "stand 3" in said
+    assert "null 1; 1 stretches too short; 1 devices without gyroscope" in said
+    run("data", "inspect", "hhar")
+    assert (tmp_path / "hhar.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_report_from_json_alone(capsys, tmp_path):

@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -12,9 +13,9 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import torch
 
-from harlora.data import dsa, motionsense, synthetic, uci_hapt, uci_har
+from harlora.data import dsa, hhar, motionsense, pamap2, realworld, synthetic, uci_hapt, uci_har
 from harlora.data.archive import Archive
-from harlora.data.recording import Recording
+from harlora.data.recording import LeftOut, Recording
 from harlora.data.windows import HOP, WINDOW, Windows, cut
 from harlora.errors import InputError
 from harlora.files import load_tensors, save_tensors
@@ -43,7 +44,7 @@ class Dataset:
     folder: str
     download: str
     licence: str
-    read: Callable[[Archive], Iterator[Recording]] | None
+    read: Callable[[Archive], Iterator[Recording | LeftOut]] | None
     size: int | None = None
     checksum: str | None = None
 
@@ -74,7 +75,7 @@ class Dataset:
         files = (entry for entry in folder.rglob("*") if not entry.name.endswith(_BESIDE))
         return folder if any(entry.is_file() for entry in files) else None
 
-    def recordings(self, root: Path) -> Iterator[Recording]:
+    def recordings(self, root: Path) -> Iterator[Recording | LeftOut]:
         """Its recordings, at the one placement that is used.
 
         Raises: InputError that says where to get the archive and where to put it, if it is not under ``root``.
@@ -143,6 +144,37 @@ DATASETS = {
             download="https://archive.ics.uci.edu/static/public/256/daily+and+sports+activities.zip",
             licence="UCI repository; cite Altun et al. 2010",
             read=dsa.read,
+        ),
+        Dataset(
+            name="hhar",
+            title="HHAR",
+            domain="hhar",
+            placement="waist",
+            folder="hhar",
+            download="https://archive.ics.uci.edu/static/public/344/heterogeneity+activity+recognition.zip",
+            licence="UCI repository; cite Stisen et al. 2015",
+            read=partial(hhar.read, placements=("waist",)),
+        ),
+        Dataset(
+            name="realworld",
+            title="RealWorld2016",
+            domain="realworld",
+            placement="waist",
+            folder="realworld",
+            download="http://wifo5-14.informatik.uni-mannheim.de/sensor/dataset/realworld2016/"
+            "realworld2016_dataset.zip",
+            licence="no open licence found; cite Sztyler and Stuckenschmidt 2016",
+            read=partial(realworld.read, placements=("waist",)),
+        ),
+        Dataset(
+            name="pamap2",
+            title="PAMAP2",
+            domain="pamap2",
+            placement="chest",
+            folder="pamap2",
+            download="https://archive.ics.uci.edu/static/public/231/pamap2+physical+activity+monitoring.zip",
+            licence="UCI repository; cite Reiss and Stricker 2012",
+            read=pamap2.read,
         ),
         *(
             Dataset(
