@@ -161,7 +161,7 @@ DATASETS = {
             domain="realworld",
             placement="waist",
             folder="realworld",
-            download="http://wifo5-14.informatik.uni-mannheim.de/sensor/dataset/realworld2016/"
+            download="https://wifo5-14.informatik.uni-mannheim.de/sensor/dataset/realworld2016/"
             "realworld2016_dataset.zip",
             licence="no open licence found; cite Sztyler and Stuckenschmidt 2016",
             read=partial(realworld.read, placements=("waist",)),
