@@ -131,7 +131,11 @@ def paper(record: Record) -> str:
 def _reference(x: str, first: Record) -> dict[float, float]:
     """The paper's curve by ``x``, if it has one for this target."""
     ours = first["config"]["protocol"] == "paper" and DATASETS[first["target"]].domain == "uci"
-    return dict(RANK_MACRO_F1) if ours and x == "rank" and not first["synthetic"] else {}
+    return (
+        {float(rank): score for rank, score in RANK_MACRO_F1.items()}
+        if ours and x == "rank" and not first["synthetic"]
+        else {}
+    )
 
 
 _DIFFERENCES = ("macro-F1, person by person", "people", "difference", "95 % interval", "p")

@@ -177,7 +177,7 @@ _KINDS = {PretrainConfig: "pretraining", FinetuneConfig: "fine-tuning", MAEConfi
 
 
 def _changed(config: Any, settings: Mapping[str, Any]) -> Any:
-    kinds = {entry.name: entry.type for entry in fields(config) if entry.name != "model"}
+    kinds: dict[str, Any] = {entry.name: entry.type for entry in fields(config) if entry.name != "model"}
     checked = {}
     for key, value in settings.items():
         if key not in kinds:
@@ -185,10 +185,10 @@ def _changed(config: Any, settings: Mapping[str, Any]) -> Any:
             near = difflib.get_close_matches(key, kinds, n=1)
             hint = f"did you mean {near[0]}?" if near else f"required one of {', '.join(kinds)}"
             raise InputError(f"{key!r} is no setting of {kind}; {hint}")
-        kind = kinds[key]
-        checked[key] = float(value) if kind is float and type(value) is int else value
-        if kind in (int, float, bool, str) and type(checked[key]) is not kind:
-            raise InputError(f"{key} must be of type {kind.__name__}, got {value!r}")
+        expected = kinds[key]
+        checked[key] = float(value) if expected is float and type(value) is int else value
+        if expected in (int, float, bool, str) and type(checked[key]) is not expected:
+            raise InputError(f"{key} must be of type {expected.__name__}, got {value!r}")
     return replace(config, **checked)
 
 
