@@ -274,6 +274,21 @@ def test_an_activation_that_is_kept_beside_the_graph_shows_up():
     assert found["step_peak"] > plain["step_peak"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu_the_trace_agrees_with_the_allocators_own_peak():
+    size = method_bytes(FinetuneConfig(method="full"), torch.device("cuda"))  # which warms up what allocates once
+    model = build_classifier(FinetuneConfig(method="full"), MAE().encoder, 6).cuda().train()
+    optimizer = make_optimizer(model, FinetuneConfig().optimisation())
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    x = torch.randn(64, 128, 6)
+    found = step_bytes(model, optimizer, lambda x: model(x).square().sum(), lambda: (x,))
+    assert found["step_peak"] == torch.cuda.max_memory_allocated() - before
+    assert size["saved"] > 0
+    assert found["saved"] > 0
+
+
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_nothing_is_held_that_is_not_counted(method):
     """All that building a model and a step leave allocated is in a category."""
