@@ -37,11 +37,11 @@ from harlora.data.windows import RATE_HZ
 from harlora.errors import InputError
 from harlora.progress import Bars, Transfer
 from harlora.report.build import build_report
-from harlora.report.tables import COLUMNS, LEGEND, groups, heading, pooled, row
+from harlora.report.tables import COLUMNS, LEGEND, MEMORY_LEGEND, groups, heading, memory, pooled, row, titled
 from harlora.train.capture import Capture, captures
 from harlora.train.execute import Ledger, Workers, carry_out
 from harlora.train.experiment import PRESETS, Adaptation, load_experiment
-from harlora.train.finetune import CHECKPOINT, FinetuneConfig, finetune
+from harlora.train.finetune import CHECKPOINT, FinetuneConfig, finetune, method_bytes
 from harlora.train.lodo import Study
 from harlora.train.pretrain import PretrainConfig, load_pretrained, pretrain
 
@@ -68,18 +68,24 @@ class Machine:
 
     def ready(self) -> tuple[Path, torch.device]:
         """The data root and the device, after checking both."""
-        if self.threads < 0:
-            raise InputError(f"--threads must be at least 0, got {self.threads}")
-        if self.threads:
-            torch.set_num_threads(self.threads)
-        try:
-            device = torch.device(self.device)
-        except RuntimeError as error:
-            raise InputError(f"--device must be cpu, cuda or cuda:0, got {self.device!r}") from error
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise InputError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
+        device = _device(self.device, self.threads)
         captures(self.capture, device)
         return data_root(self.data), device
+
+
+def _device(name: str, threads: int) -> torch.device:
+    """The device of that name, after setting the number of CPU threads; 0 leaves it."""
+    if threads < 0:
+        raise InputError(f"--threads must be at least 0, got {threads}")
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device must be cpu, cuda or cuda:0, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
+    return device
 
 
 @dataclass(frozen=True)
@@ -457,6 +463,65 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Measure what each method holds in memory in training, by what it is for, on this machine and without any dataset.
+
+    The model has its default sizes and random weights; one training step on random windows is traced.
+    """
+
+    methods: tuple[str, ...] = ("full", "lora", "qlora", "linear_probe")
+    """Of zero_shot, linear_probe, scratch, full, lora and qlora."""
+    rank: int = 16
+    """Of LoRA and QLoRA."""
+    batch_size: int = 64
+    """Windows a step."""
+    classes: int = 6
+    """Activities to tell apart."""
+    quant_type: str = "nf4"
+    """nf4 or fp4, of QLoRA's weights."""
+    blocksize: int = 64
+    """Weights that share a scale in QLoRA."""
+    double_quant: bool = True
+    """Store QLoRA's scales in 8 bits."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:0."""
+    threads: int = 0
+    """CPU threads; 0 leaves the choice to torch."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one JSON of bytes and nothing else."""
+
+    def run(self) -> None:
+        device = _device(self.device, self.threads)
+        if self.classes < 1 or not self.methods:
+            raise InputError(
+                f"--classes must be at least 1 and --methods name one, got {self.classes} and {self.methods}"
+            )
+        configs = [
+            FinetuneConfig(
+                method=method, rank=self.rank, batch_size=self.batch_size, quant_type=self.quant_type,
+                blocksize=self.blocksize, double_quant=self.double_quant,
+            )
+            for method in dict.fromkeys(self.methods)
+        ]  # fmt: skip
+        for config in configs:  # all of them before the first is measured
+            config.check()
+        columns = []
+        with Bars(Console(stderr=True)) as bars:
+            progress = bars.run("one training step each", 1, 1)
+            for done, config in enumerate(configs):
+                progress(done, len(configs), config.method)
+                size = method_bytes(config, device, classes=self.classes)
+                columns.append((config.method, titled(config.method, self.rank), size))
+            progress(len(configs), len(configs), "")
+        if self.json:
+            print(json.dumps({method: size for method, _, size in columns}, indent=1))
+            return
+        title = f"Memory in training, batches of {self.batch_size} windows, {device}"
+        _print_table(title, *memory(columns))
+        console.print(MEMORY_LEGEND, highlight=False)
+
+
+@dataclass(frozen=True)
 class Bench(Options):
     """Time harlora against bitsandbytes + PEFT and others on this machine: layers, whole encoders, training steps.
 
@@ -579,6 +644,7 @@ Command = (
     | Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Memory, tyro.conf.subcommand("memory")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )

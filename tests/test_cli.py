@@ -123,6 +123,19 @@ def bad_archive(tmp_path, name="motionsense", content=b"PK\x03\x04 not really"):
     return folder.parent
 
 
+def test_memory_without_any_dataset(capsys):
+    run("memory", "--methods", "linear_probe", "--batch-size", "8")
+    said = capsys.readouterr().out
+    assert said.startswith("Memory in training, batches of 8 windows, cpu")
+    assert "saved activations" in said
+    run("memory", "--methods", "linear_probe", "linear_probe", "--batch-size", "8", "--json")
+    (size,) = json.loads(capsys.readouterr().out).values()
+    assert size["batch"] == 8 * (4 * 192 + 8)
+    assert "unknown method 'qlra'; required one of zero_shot" in fails(capsys, "memory", "--methods", "full", "qlra")
+    assert "--classes must be at least 1" in fails(capsys, "memory", "--classes", "0")
+    assert "batch_size must be at least 2" in fails(capsys, "memory", "--methods", "linear_probe", "--batch-size", "1")
+
+
 def test_wrong_names_are_named(capsys):
     assert "unknown dataset 'motionsens'; did you mean motionsense?" in fails(capsys, *LODO, "--targets", "motionsens")
     assert "unknown method 'qlra'; required one of zero_shot" in fails(capsys, *LODO, "--methods", "qlra")

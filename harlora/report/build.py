@@ -15,14 +15,17 @@ from harlora.report.paper import LABEL_SHARE_ACCURACY, MEMORY_MB, PARAMETERS, SC
 from harlora.report.tables import (
     COLUMNS,
     LEGEND,
+    MEMORY_LEGEND,
     PROTOCOL_TITLES,
     TITLES,
     Record,
     groups,
+    has_memory,
     heading,
     held,
     markdown,
     megabytes,
+    memory,
     method_title,
     plain,
     pooled,
@@ -221,9 +224,16 @@ def _bytes_section(records: Sequence[Record], images: Path, out: Path) -> str:
             "paper's QLoRA held 6.22 MB and needed 4.82 MB of buffers on top, more than its LoRA.",
             "",
             markdown(header, rows),
+            *_categories(members),
             _link("Macro-F1 by bytes held in training", images / "macro-f1-by-bytes.png", out),
         ]
     )
+
+
+def _categories(members: Sequence[Record]) -> list[str]:
+    """The memory by category of the records that have it."""
+    columns = [(r["config"]["method"], method_title(r), r["bytes"]) for r in members if has_memory(r["bytes"])]
+    return [f"By what it is for. {MEMORY_LEGEND}", "", markdown(*memory(columns))] if columns else []
 
 
 def _aims(records: Sequence[Record]) -> str:

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,10 +21,10 @@ from harlora.errors import InputError
 from harlora.files import load_tensors, save_tensors
 from harlora.kernels.format import BLOCKSIZES, QUANT_TYPES
 from harlora.models.mae import MAE, Classifier, Encoder, MAEConfig
-from harlora.nn import adapted_layers, apply_lora, apply_qlora, save_adapter
-from harlora.train.capture import Capture, captures
-from harlora.train.fit import Optimisation, Report, fit, silent
-from harlora.train.memory import held_bytes, matrix_bytes, step_peak_bytes
+from harlora.nn import apply_lora, apply_qlora, save_adapter
+from harlora.train.capture import Capture, TrainingStep, captures
+from harlora.train.fit import Optimisation, Report, fit, make_optimizer, silent
+from harlora.train.memory import held_bytes, matrix_bytes, step_bytes
 from harlora.train.metrics import calibration, confusion, macro_f1, scores
 from harlora.train.pretrain import Pretrained, thinned
 from harlora.train.runs import Run, identify, open_run, provenance
@@ -395,9 +395,7 @@ def _finetune(
     logits = _in_batches(model, torch.from_numpy(test), device)
     predicted = logits.argmax(dim=1).numpy()
     people = target.subjects[parts.test]
-    paths = [path for path, _ in adapted_layers(model)] or [
-        path for path, layer in model.named_modules() if path.rsplit(".", 1)[-1] in TARGET_MODULES
-    ]
+    paths = [path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] in TARGET_MODULES]
     held, dense = matrix_bytes(model, paths)
     metrics = {
         "scores": scores(truth, predicted, labels),
@@ -528,21 +526,61 @@ def _train(
         validate=validate if len(samples.validation) else None,
         report=report,
     )
-    held = held_bytes(model, fitted.optimizer)
     state = {name: value.clone() for name, value in module.state_dict().items()}
     part = samples.train[: settings.batch_size]
-    module.train()
-    module.zero_grad(set_to_none=True)
-
-    def step() -> None:  # eager: a graph would hold as much for as long as it lives
-        loss(*(tensor.to(device) for tensor in batch(part))).backward()
-        fitted.optimizer.step()
-
-    held["step_peak"] = step_peak_bytes(step, device)
-    module.zero_grad(set_to_none=True)
+    # Eager: a graph would hold as much for as long as it lives.
+    size = _training_bytes(model, module, fitted.optimizer, loss, lambda: batch(part), settings)
     module.load_state_dict(state)  # the measured step is not part of the training
     module.eval()
-    return _Trained(held, encoding_s + fitted.seconds, fitted.best_epoch, fitted.history, settings.learning_rate)
+    return _Trained(size, encoding_s + fitted.seconds, fitted.best_epoch, fitted.history, settings.learning_rate)
+
+
+def _training_bytes(
+    model: nn.Module,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[..., Tensor],
+    batch: Callable[[], Sequence[Tensor]],
+    settings: Optimisation,
+) -> dict[str, int]:
+    """What ``model`` holds and one step of ``module``, the part of it that is trained, allocates."""
+    module.train()
+    optimizer.zero_grad()
+    step = step_bytes(module, optimizer, loss, batch, clip_norm=settings.clip_norm)
+    held = held_bytes(model, optimizer)  # with the gradients of that step
+    optimizer.zero_grad()
+    return held | step
+
+
+def method_bytes(
+    config: FinetuneConfig, device: torch.device, *, encoder: MAEConfig | None = None, classes: int = 6
+) -> dict[str, int]:
+    """What ``config.method`` holds in training, as `held_bytes` and `step_bytes` have it, on windows that are random.
+
+    encoder: sizes of the model. zero_shot and linear_probe train the head on what the encoder gave once.
+    Raises: InputError as `FinetuneConfig.check`, or if the batch has fewer than two windows.
+    """
+    config.check()
+    if config.batch_size < 2:
+        raise InputError(f"batch_size must be at least 2 (the head has a BatchNorm), got {config.batch_size}")
+    sizes = encoder or MAEConfig()
+    model = build_classifier(config, Encoder(sizes), classes).to(device)
+    frozen = not any(p.requires_grad for p in model.encoder.parameters())
+    module: nn.Module = model.head if frozen else model
+    shape = (sizes.width,) if frozen else (sizes.window, sizes.channels)
+
+    def batch() -> tuple[Tensor, Tensor]:
+        return torch.randn(config.batch_size, *shape), torch.randint(classes, (config.batch_size,))
+
+    def loss(x: Tensor, truth: Tensor) -> Tensor:
+        return F.cross_entropy(module(x), truth, label_smoothing=config.label_smoothing)
+
+    settings = config.optimisation()
+    optimizer = make_optimizer(module, settings)
+    module.train()
+    # The first step compiles kernels, compares them with the reference and makes the optimiser's state.
+    TrainingStep(module, loss, optimizer, clip_norm=settings.clip_norm)(*batch())
+    return _training_bytes(model, module, optimizer, loss, batch, settings)
 
 
 class _MeanToken(nn.Module):
