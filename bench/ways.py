@@ -31,6 +31,13 @@ def measure(device: torch.device, report: Callable[[str], None], rows: tuple[int
     """One row for each operator, shape and number of rows: ``times_us`` of each way by its configuration, and ``table``
     the name of the one that the table has. What proved wrong or does not serve is not in it.
     """
+    model = MAEConfig()
+    sizes = (model.tokens, model.heads, model.width, model.ffn, model.depth)
+    _, measured = configure.measure_encoders(
+        device, sizes, lambda done, total, what: report(f"{what}, {done} of {total}")
+    )
+    for each in measured:
+        yield {**each, "table": str(dispatch.encoder_way(device, DTYPE, each["rows"]))}
     for operator in configurations.OPERATORS:
         for count in rows:
             title = f"{operator} {8 * DTYPE.itemsize}"
@@ -43,13 +50,6 @@ def measure(device: torch.device, report: Callable[[str], None], rows: tuple[int
             ]
             times = configure.times(operator, device, DTYPE, count, SHAPE, [chosen, *candidates])
             yield {"title": title, "shape": list(SHAPE), "rows": count, "times_us": times, "table": str(chosen)}
-    model = MAEConfig()
-    sizes = (model.tokens, model.heads, model.width, model.ffn, model.depth)
-    _, measured = configure.measure_encoders(
-        device, sizes, lambda done, total, what: report(f"{what}, {done} of {total}")
-    )
-    for each in measured:
-        yield {**each, "table": str(dispatch.encoder_way(device, DTYPE, each["rows"]))}
 
 
 def main(file: Path) -> None:

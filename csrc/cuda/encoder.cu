@@ -10,6 +10,7 @@
 #include "encoder.h"
 
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>

@@ -2,6 +2,7 @@
 
 // Launches of kernels, checked. Included by .cu files alone.
 
+#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <array>

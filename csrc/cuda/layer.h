@@ -3,6 +3,7 @@
 // What the ways of the layer are given, checked before a kernel sees it. Host code alone.
 
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <cstdint>

@@ -4,6 +4,7 @@
 #include "lora_grads.h"
 
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
 #include "launch.cuh"

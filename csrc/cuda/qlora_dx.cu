@@ -7,6 +7,7 @@
 #include "qlora_dx.cuh"
 
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
 #include "launch.cuh"

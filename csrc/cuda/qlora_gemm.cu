@@ -7,6 +7,7 @@
 #include "qlora_gemm.h"
 
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <type_traits>

@@ -6,6 +6,7 @@
 #include "qlora_gemm_sm90.cuh"
 
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
 #include "launch.cuh"

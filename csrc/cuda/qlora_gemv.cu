@@ -4,6 +4,7 @@
 #include "qlora_gemv.cuh"
 
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
 #include "launch.cuh"
