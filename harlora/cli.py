@@ -20,9 +20,11 @@ from rich.table import Table
 
 from harlora.bench import peers, report
 from harlora.bench.run import RESULT, Options, Preset, measure, where
-from harlora.data.catalog import DATASETS, ROOT_VARIABLE, available, data_root, dataset, load_windows
+from harlora.data import imported
+from harlora.data.catalog import ROOT_VARIABLE, available, data_root, dataset, known, load_windows
 from harlora.data.inspect import draw, hours
 from harlora.data.labels import VOCABULARY
+from harlora.data.table import AccelUnit, GyroUnit, SubjectFrom, TimeUnit, Units
 from harlora.data.windows import RATE_HZ
 from harlora.errors import InputError
 from harlora.progress import Bars
@@ -83,7 +85,7 @@ class DataList:
         table = Table(title=f"Datasets under {root}", title_justify="left", show_lines=True)
         for column in ("dataset", "found", "subjects", "hours", "windows", "of each class", "dropped", "licence"):
             table.add_column(column, overflow="fold")
-        for entry in DATASETS.values():
+        for entry in known(root).values():
             path = entry.find(root)
             if path is None and not entry.is_synthetic:
                 found = f"no; put the archive into {root / entry.folder}: {entry.download}"
@@ -124,8 +126,11 @@ class DataInspect:
     """Folder with the datasets; by default $HARLORA_DATA, else ./data."""
 
     def run(self) -> None:
-        entry = dataset(self.name)
-        windows = load_windows(self.name, data_root(self.data))
+        root = data_root(self.data)
+        entry = dataset(self.name, root)
+        windows = load_windows(self.name, root)
+        if entry.read is imported.read:
+            _print_facts(imported.facts(root / entry.folder))
         file = self.out or Path(f"{self.name}.png")
         title = f"{entry.title}, {entry.placement}: {len(windows)} windows of {len(windows.subject_names)} subjects"
         draw(windows, title, file)
@@ -133,11 +138,72 @@ class DataInspect:
 
 
 @dataclass(frozen=True)
+class UnitOptions:
+    """In which units the tables are; auto finds out, and says so if it cannot."""
+
+    time_unit: TimeUnit = "auto"
+    """Of a timestamp that is a number; a date as 2024-05-31T12:00:00.020 (ISO 8601) needs none."""
+    accel_unit: AccelUnit = "auto"
+    """Of ax, ay, az; told from gravity, which must be included."""
+    gyro_unit: GyroUnit = "auto"
+    """Of gx, gy, gz; told from how fast a body can turn."""
+
+    def units(self) -> Units:
+        """As the readers of tables take them."""
+        return Units(self.time_unit, self.accel_unit, self.gyro_unit)
+
+
+@dataclass(frozen=True)
+class DataImport:
+    """Make recordings of your own a dataset: check them, say what was found, and write them under the data root.
+
+    Tables, CSV or Parquet, with the columns timestamp, ax, ay, az, gx, gy, gz, label and subject; docs/data.md has an
+    example. Nothing is written if anything is wrong.
+    """
+
+    files: tyro.conf.Positional[tuple[Path, ...]]
+    """Tables, or folders with tables."""
+    name: str
+    """What the dataset is called from now on, and its folder under the data root."""
+    placement: str = "unknown"
+    """Where on the body the device was, for example waist."""
+    domain: str = ""
+    """A dataset's domain, if these are its people; they are then never trained on for it. By default nobody else's."""
+    labels: tuple[str, ...] = ()
+    """own=vocabulary, for each activity that the vocabulary calls otherwise: walking=walk."""
+    subject_from: SubjectFrom = "column"
+    """The column subject; or each file, or each folder, is another person."""
+    replace: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Overwrite a dataset of this name that was imported before."""
+    units: tyro.conf.OmitArgPrefixes[UnitOptions] = field(default_factory=UnitOptions)
+    data: Path | None = None
+    """Folder with the datasets; by default $HARLORA_DATA, else ./data."""
+
+    def run(self) -> None:
+        root = data_root(self.data)
+        taken = {entry.name: entry.domain for entry in known(root).values()}
+        with Bars(console) as bars:
+            facts = imported.import_tables(
+                self.files, self.name, root, domain=self.domain, placement=self.placement, units=self.units.units(),
+                labels=self.labels, subject_from=self.subject_from, replace=self.replace, taken=taken,
+                report=bars.run("reading", 1, 1),
+            )  # fmt: skip
+        _print_facts(facts)
+        console.print(
+            f"dataset {facts.name}: {root / facts.name / imported.FILE}\nnext: harlora data inspect {facts.name}, "
+            f"harlora lodo --targets {facts.name}",
+            highlight=False,
+        )
+
+
+@dataclass(frozen=True)
 class Data:
-    """Look at datasets."""
+    """Look at datasets, and add your own."""
 
     command: tyro.conf.OmitSubcommandPrefixes[
-        Annotated[DataList, tyro.conf.subcommand("list")] | Annotated[DataInspect, tyro.conf.subcommand("inspect")]
+        Annotated[DataList, tyro.conf.subcommand("list")]
+        | Annotated[DataInspect, tyro.conf.subcommand("inspect")]
+        | Annotated[DataImport, tyro.conf.subcommand("import")]
     ]
 
     def run(self) -> None:
@@ -157,7 +223,7 @@ class Pretrain:
 
     def run(self) -> None:
         root, device = self.machine.ready()
-        names = [dataset(name).name for name in self.sources] or [entry.name for entry in available(root)]
+        names = [dataset(name, root).name for name in self.sources] or [entry.name for entry in available(root)]
         windows = [load_windows(name, root) for name in names]
         with Bars(console) as bars:
             progress = bars.run(f"pretraining on {', '.join(names)}", 1, 1)
@@ -184,7 +250,7 @@ class Finetune:
     def run(self) -> None:
         root, device = self.machine.ready()
         self.config.check()
-        dataset(self.target)
+        dataset(self.target, root)
         pretrained = load_pretrained(self.pretrained)
         needed = pretrained.sources if self.config.method == "zero_shot" else ()
         sources = [load_windows(name, root) for name in needed]
@@ -216,7 +282,7 @@ class Lodo:
         root, device = self.machine.ready()
         self.study.check()
         synthetic = any(entry.is_synthetic for entry in available(root)) or any(
-            dataset(name).is_synthetic for name in (*self.study.targets, *self.study.sources)
+            dataset(name, root).is_synthetic for name in (*self.study.targets, *self.study.sources)
         )
         if synthetic:
             console.print(
@@ -386,6 +452,17 @@ def _print_table(title: str, heads: Sequence[str], body: Sequence[Sequence[str]]
         table.add_row(*line)
     console.print(title, style="bold", highlight=False, markup=False)
     console.print(table if body else "  none\n")
+
+
+def _print_facts(facts: imported.Facts) -> None:
+    _print_table(f"{facts.name}: what was found", ("checked", "found", ""), facts.checks)
+    subjects = list(dict.fromkeys(subject for counts in facts.windows.values() for subject in counts))
+    heads = ("subject", *facts.windows, "all")
+    body = [(subject, *(str(counts[subject]) for counts in facts.windows.values()),
+             str(sum(counts[subject] for counts in facts.windows.values()))) for subject in subjects]  # fmt: skip
+    sums = [sum(counts.values()) for counts in facts.windows.values()]
+    body.append(("all", *map(str, sums), str(sum(sums))))
+    _print_table("Windows that come out, by subject and class", heads, body)
 
 
 def _print_tables(records: list[dict[str, object]]) -> None:

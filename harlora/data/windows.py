@@ -29,6 +29,7 @@ class Windows:
     starts: ``(n,)``, int64, first sample within that stretch, at the common rate.
     dropped: windows left out, by the dataset's own activity name, because it has no label in the vocabulary.
     too_short: stretches of a labelled activity that are shorter than one window.
+    domain: whose people they are, as `harlora.data.catalog.Dataset`; empty where that is for the catalogue to say.
     """
 
     dataset: str
@@ -40,6 +41,7 @@ class Windows:
     starts: np.ndarray
     dropped: dict[str, int]
     too_short: int
+    domain: str = ""
 
     def __len__(self) -> int:
         return len(self.signals)

@@ -135,8 +135,8 @@ def lodo(
     study.check()
     captures(capture, device)
     names = [entry.name for entry in available(root)]
-    sources = [dataset(name) for name in study.sources or names]
-    targets = [dataset(name) for name in study.targets or names]
+    sources = [dataset(name, root) for name in study.sources or names]
+    targets = [dataset(name, root) for name in study.targets or names]
     loaded: dict[str, Windows] = {}
 
     def windows(name: str) -> Windows:
@@ -146,8 +146,9 @@ def lodo(
 
     plan = []
     for target in targets:
-        others = [source.name for source in sources if source.domain != target.domain]
-        require_apart(others)
+        whose = {source.name: source.domain for source in sources if source.domain != target.domain}
+        require_apart(whose)
+        others = list(whose)
         if not others:
             raise InputError(
                 f"leaving out {target.name} leaves no dataset to pretrain on; give at least two datasets of "

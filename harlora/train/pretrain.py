@@ -1,6 +1,6 @@
 """Self-supervised pretraining of the masked autoencoder on unlabelled windows of several datasets."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from harlora.data.augment import random_rotations, rescale, rotate
-from harlora.data.catalog import require_apart
+from harlora.data.catalog import domain, people, require_apart
 from harlora.data.windows import Normalizer, Windows
 from harlora.errors import InputError
 from harlora.files import load_tensors, save_tensors
@@ -55,6 +55,7 @@ class Pretrained:
     """A pretrained encoder and what it was made from.
 
     identity: a hash of its configuration and data. sources: the datasets it has seen.
+    domains: of each source, whose people they are; a source that is not named here is as the catalogue says.
     """
 
     encoder: Encoder
@@ -62,6 +63,11 @@ class Pretrained:
     sources: tuple[str, ...]
     loss: float
     seconds: float
+    domains: Mapping[str, str] = field(default_factory=dict)
+
+    def domain(self, source: str) -> str:
+        """Whose people a source is."""
+        return self.domains.get(source) or domain(source)
 
 
 def thinned(windows: Windows, most: int, seed: int) -> Windows:
@@ -94,7 +100,8 @@ def pretrain(
     captured = captures(capture, device)
     if not sources:
         raise InputError("pretraining requires at least one source dataset, got none")
-    require_apart(windows.dataset for windows in sources)
+    domains = {windows.dataset: people(windows) for windows in sources}
+    require_apart(domains)
     try:
         config.model.check()
     except ValueError as error:
@@ -106,6 +113,9 @@ def pretrain(
         "sources": {part.dataset: part.fingerprint() for part in parts},
         "device": device.type,
     }
+    # What the catalogue does not know decides who may be a target later, so it is part of the run's identity.
+    if own := {name: whose for name, whose in domains.items() if whose != domain(name)}:
+        signature["domains"] = own
     run = open_run(out, "pretrain", signature)
     file = run.folder / CHECKPOINT
     if run.metrics() is not None and file.exists():
@@ -147,6 +157,7 @@ def pretrain(
         "identity": run.identity,
         "model": asdict(config.model),
         "sources": [part.dataset for part in parts],
+        "domains": domains,
         "loss": fitted.history[-1]["loss"],
         "seconds": fitted.seconds,
     }
@@ -173,4 +184,5 @@ def load_pretrained(file: Path) -> Pretrained:
         sources=tuple(info["sources"]),
         loss=info["loss"],
         seconds=info["seconds"],
+        domains=info.get("domains", {}),
     )
