@@ -25,14 +25,16 @@ from harlora.data.catalog import ROOT_VARIABLE, available, data_root, dataset, k
 from harlora.data.inspect import draw, hours
 from harlora.data.labels import VOCABULARY
 from harlora.data.table import AccelUnit, GyroUnit, SubjectFrom, TimeUnit, Units
-from harlora.data.windows import RATE_HZ
+from harlora.data.windows import HOP, RATE_HZ
 from harlora.errors import InputError
 from harlora.progress import Bars
+from harlora.report import timeline
 from harlora.report.build import build_report
 from harlora.report.tables import COLUMNS, LEGEND, groups, heading, pooled, row
 from harlora.train.capture import Capture, captures
 from harlora.train.finetune import CHECKPOINT, FinetuneConfig, finetune
 from harlora.train.lodo import Study, lodo
+from harlora.train.predict import predict
 from harlora.train.pretrain import PretrainConfig, load_pretrained, pretrain
 
 RESULTS = Path("bench/results/lodo")
@@ -40,6 +42,16 @@ SHOWN = 20  # problems that the doctor prints: one wrong kernel has many
 
 # A terminal says how wide it is; a log file does not, and a table broken into slivers helps nobody.
 console = Console(width=None if sys.stdout.isatty() else 160)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device must be cpu, cuda or cuda:0, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
+    return device
 
 
 @dataclass(frozen=True)
@@ -62,12 +74,7 @@ class Machine:
             raise InputError(f"--threads must be at least 0, got {self.threads}")
         if self.threads:
             torch.set_num_threads(self.threads)
-        try:
-            device = torch.device(self.device)
-        except RuntimeError as error:
-            raise InputError(f"--device must be cpu, cuda or cuda:0, got {self.device!r}") from error
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise InputError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
+        device = _device(self.device)
         captures(self.capture, device)
         return data_root(self.data), device
 
@@ -266,6 +273,67 @@ class Finetune:
 
 
 @dataclass(frozen=True)
+class Predict:
+    """Label a recording of your own: every window's activity as CSV, a picture over time, the time of each activity.
+
+    The recording is a table as `harlora data import` takes it, of one person; with the column label it is scored.
+    """
+
+    recording: tyro.conf.Positional[Path]
+    """CSV or Parquet with the columns timestamp, ax, ay, az, gx, gy, gz."""
+    model: Path
+    """classifier.safetensors of a `harlora finetune` or `harlora lodo` run."""
+    out: Path | None = None
+    """Folder for predictions.csv and timeline.png; by default runs/predict/NAME of the recording."""
+    hop: int = HOP
+    """Samples at 50 Hz from one window to the next; a window has 128."""
+    labels: tuple[str, ...] = ()
+    """own=vocabulary, for activities in the table that the vocabulary calls otherwise."""
+    units: tyro.conf.OmitArgPrefixes[UnitOptions] = field(default_factory=UnitOptions)
+    device: str = "cpu"
+    """cpu, cuda or cuda:0."""
+
+    def run(self) -> None:
+        device = _device(self.device)
+        with Bars(console) as bars:
+            found = predict(
+                self.model, self.recording, units=self.units.units(), labels=self.labels, hop=self.hop, device=device,
+                report=bars.run(self.recording.name, 1, 1),
+            )  # fmt: skip
+        folder = self.out or Path("runs/predict") / self.recording.stem
+        try:
+            found.write_csv(folder / "predictions.csv")
+            timeline.draw(found, f"{self.recording.name}, by a classifier for {found.target}", folder / "timeline.png")
+        except OSError as error:
+            raise InputError(f"cannot write to {folder} ({error}); choose another folder with --out") from error
+        if found.synthetic:
+            console.print(
+                "SYNTHETIC data: the classifier learned from made-up recordings; what it says means nothing.",
+                style="bold red",
+                highlight=False,
+            )
+        shares = found.shares()
+        whole = sum(shares.values())
+        body = [(name, timeline.clock(seconds), f"{seconds / whole:.1%}") for name, seconds in shares.items()]
+        title = f"{self.recording.name}: {len(found.starts_s)} windows in {len(found.stretches)} stretches"
+        _print_table(title, ("activity", "time", "share"), [*body, ("all", timeline.clock(whole), "100.0%")])
+        if (score := found.scores()) is not None:
+            rows = [
+                (name, str(count), f"{f1:.3f}", *map(str, line))
+                for name, count, f1, line in zip(
+                    score["labels"], score["support"], score["f1"], score["confusion"], strict=True
+                )
+                if count
+            ]
+            title = f"Accuracy {score['accuracy']:.3f}, macro-F1 {score['macro_f1']:.3f} of the labels in the table"
+            _print_table(title, ("true", "windows", "F1", *(f"→ {name}" for name in score["labels"])), rows)
+        for why, count in found.unscored.items():
+            if count:
+                console.print(f"not scored: {count} windows {why}", highlight=False, markup=False)
+        console.print(f"windows: {folder / 'predictions.csv'}\npicture: {folder / 'timeline.png'}", highlight=False)
+
+
+@dataclass(frozen=True)
 class Lodo:
     """Leave one dataset out: pretrain on the others, adapt to it by every method, and report what each cost and
     reached. Uses synthetic data where no real dataset is found.
@@ -435,6 +503,7 @@ Command = (
     Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
     | Annotated[Finetune, tyro.conf.subcommand("finetune")]
+    | Annotated[Predict, tyro.conf.subcommand("predict")]
     | Annotated[Lodo, tyro.conf.subcommand("lodo")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]

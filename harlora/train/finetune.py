@@ -30,6 +30,7 @@ from harlora.train.pretrain import Pretrained, thinned
 from harlora.train.runs import open_run, provenance
 
 CHECKPOINT = "classifier.safetensors"
+CLASSIFIER = "classifier checkpoint"  # what the file says of itself
 TARGET_MODULES = ("q", "k", "v", "o", "fc1", "fc2")
 
 
@@ -341,7 +342,7 @@ def finetune(
         "labels": list(labels),
         "target": target.dataset,
     }
-    save_tensors(run.folder / CHECKPOINT, model.state_dict(), kind="classifier checkpoint", info=info)
+    save_tensors(run.folder / CHECKPOINT, model.state_dict(), kind=CLASSIFIER, info=info)
     if METHODS[config.method].adapter:
         save_adapter(model, run.folder / "adapter")
     run.finish(metrics)
@@ -456,7 +457,7 @@ def load_classifier(file: Path) -> tuple[Classifier, Normalizer, tuple[str, ...]
     Raises: InputError if the file is missing, damaged or not such a checkpoint.
     """
     remedy = f"give the {CHECKPOINT} of a `harlora finetune` run"
-    tensors, info = load_tensors(file, kind="classifier checkpoint", remedy=remedy)
+    tensors, info = load_tensors(file, kind=CLASSIFIER, remedy=remedy)
     config = FinetuneConfig(**info["config"])
     model = build_classifier(config, Encoder(MAEConfig(**info["model"])), len(info["labels"]))
     try:
