@@ -328,7 +328,7 @@ class Predict:
             title = f"Accuracy {score['accuracy']:.3f}, macro-F1 {score['macro_f1']:.3f} of the labels in the table"
             _print_table(title, ("true", "windows", "F1", *(f"→ {name}" for name in score["labels"])), rows)
         for why, count in found.unscored.items():
-            if count:
+            if count and found.given:
                 console.print(f"not scored: {count} windows {why}", highlight=False, markup=False)
         console.print(f"windows: {folder / 'predictions.csv'}\npicture: {folder / 'timeline.png'}", highlight=False)
 

@@ -282,6 +282,10 @@ def _load(file: Path, *, needs_label: bool) -> _Table:
             separator = _separator(file)
             scan, form, first_row = pl.scan_csv(file, separator=separator, infer_schema=False), SEPARATORS[separator], 2
         schema = scan.collect_schema()
+        if not parquet:
+            # Of columns that are not asked for polars overlooks that a row has too many fields, and so that all others
+            # have moved.
+            scan.select(pl.all().null_count()).collect(engine="streaming")
         found = _columns(file, schema.names(), needs_label=needs_label)
         numbers, comma = _numbers(file, scan, {name: found[name] for name in REQUIRED}, schema, first_row)
         words = scan.select(
@@ -382,10 +386,10 @@ def _numbers(
         value = scan.select(pl.col(plain[name])).slice(row, 1).collect().item()
         where = f"{file}: column {name}, row {row + first_row}"
         if commas is not None:
-            there, _, other = commas
+            there, column, other = commas
             raise InputError(
-                f"{where}: reads {value!r}, but row {there} has {other!r}; required decimal points, or decimal commas "
-                "throughout"
+                f"{where}: reads {value!r}, but row {there} has {other!r} in {column}; required decimal points, or "
+                "decimal commas throughout"
             )
         if not _DECIMAL_COMMA.fullmatch(value.strip()):
             raise InputError(f"{where}: required a number, got {value!r}; correct it, or leave the field empty")
@@ -632,20 +636,28 @@ def _accel_unit(tracks: Sequence[Track], given: AccelUnit) -> str:
     """The unit in which the mean over seconds, which is gravity whatever the movement, is about one g."""
     seen: dict[str, str] = {}
     for track in tracks:
-        still = float(np.median(np.linalg.norm(_blocks(track, track.accel).mean(axis=1), axis=1)))
-        typical = float(np.median(np.linalg.norm(track.accel, axis=1)))
+        means = np.linalg.norm(_blocks(track, track.accel).mean(axis=1), axis=1)
+        still = float(np.median(means))
         fitting = [unit for unit, factor in _ACCEL.items() if 0.6 < still * factor / STANDARD_GRAVITY < 1.6]
         if not fitting or given not in ("auto", *fitting):
             where = f"{track.source}: columns ax, ay, az (subject {track.subject})"
             found = f"averaged over {_BLOCK_S:g} s the magnitude is {still:.3g}, required about 1 (g) or 9.81 (m/s²)"
             if fitting:
                 raise InputError(f"{where}: {found}, and --accel-unit is {given}; correct it to {fitting[0]}")
-            gone = typical < 2 * STANDARD_GRAVITY
+            gone = still < 0.6 * STANDARD_GRAVITY
             raise InputError(
                 f"{where}: {found}; "
                 + ("gravity seems to have been removed: export the accelerometer itself, not the linear acceleration, "
                    "or add the gravity to it; if it was not, convert to m/s²" if gone else "convert it to m/s²")
             )  # fmt: skip
+        (other,) = _ACCEL.keys() - {fitting[0]}
+        odd = np.abs(np.log(means.clip(1e-9) * _ACCEL[other] / STANDARD_GRAVITY)) < 0.3
+        if odd.sum() > max(2, 0.02 * len(means)):
+            row = track.rows[np.argmax(odd) * (len(track.rows) // len(means))]
+            raise InputError(
+                f"{track.source}: columns ax, ay, az (subject {track.subject}): are in {fitting[0]}, but from about "
+                f"row {row} on in {other}; required one unit throughout: convert those rows"
+            )
         seen.setdefault(fitting[0], track.source)
     _require_one("--accel-unit", "accelerations", seen)
     return next(iter(seen))

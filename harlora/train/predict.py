@@ -214,7 +214,6 @@ def _truth(
         elif inside.any():
             whose = "the classifier does not know" if label in VOCABULARY else "is not in the vocabulary"
             unscored[f"of {interval.activity!r}, which {whose}"] += int(inside.sum())
-    if part.recording.intervals:
-        unscored["of several activities, or partly without"] += int((touched & ~within).sum())
-        unscored["without a label"] += int((~touched).sum())
+    unscored["of several activities, or partly without"] += int((touched & ~within).sum())
+    unscored["without a label"] += int((~touched).sum())
     return truth
