@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -160,6 +161,20 @@ def test_timestamps_of_every_unit(tmp_path, unit, written):
     assert np.array_equal(stretch.recording.accel, joined(made_of("1")).accel)
 
 
+def test_dates_without_a_zone_are_utc(tmp_path, monkeypatch):
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        rows = rows_of(joined(made_of("1")))
+        for row in rows:
+            row[0] = (datetime(2024, 5, 31) + timedelta(seconds=float(row[0]))).isoformat(sep=" ")
+        (track,) = read_tables([write(tmp_path / "a.csv", rows)], Units()).tracks
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert track.origin_s == datetime(2024, 5, 31, tzinfo=UTC).timestamp()
+
+
 def test_subjects_in_turn_are_told_apart(tmp_path):
     several = [rows_of(joined(made_of(subject))) for subject in "123"]
     bring(tmp_path, write(tmp_path / "mine.csv", itertools.chain(*zip(*several, strict=True))))
@@ -256,7 +271,11 @@ def test_rows_out_of_order_and_repeated(tmp_path):
     order = list(range(1000))
     order[300], order[301] = order[301], order[300]
     order[600:600] = [599, 599]
-    facts = bring(tmp_path, irregular(tmp_path, times, order=order), units=RAD)
+    file = irregular(tmp_path, times, order=order)
+    (track,) = read_tables([file], RAD).tracks
+    assert (np.diff(track.times) > 0).all()
+    facts = bring(tmp_path, file, file, tmp_path, units=RAD)  # a file that is named several times counts once
+    assert found(facts)["files"][0] == "1: comma"
     assert found(facts)["rows out of order"] == ("1", "sorted by time")
     assert found(facts)["rows of the same time"] == ("2", "the first counts")
     (one,) = dataset("mine", tmp_path).recordings(tmp_path)

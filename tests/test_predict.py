@@ -89,6 +89,7 @@ def test_every_moment_is_spoken_for_once(tmp_path, classifier, hop):
     found = predict(classifier, write(tmp_path / "a.csv", rows), hop=hop, device=CPU)
     assert len(found.stretches) == 2
     assert len(found.starts_s) == sum(1 + (len(trace) - 128) // hop for _, trace in found.stretches)
+    assert found.starts_s[1 + (2000 - 128) // hop] == pytest.approx(50.0)
     begin, end = found.spans_s.T
     assert (begin[1:] >= end[:-1] - 1e-9).all()
     assert not ((begin < 49.9) & (end > 40.1)).any()  # nothing in the gap

@@ -258,9 +258,9 @@ def _read_checks(tables: Tables) -> Iterator[Check]:
     if tables.columns:
         yield "other columns", ", ".join(tables.columns), "ignored"
     yield "rows", f"{sum(track.read for track in tracks):,}", ""
-    subjects = {track.subject for track in tracks}
+    subjects = list(dict.fromkeys(track.subject for track in tracks))
     few = "the subject protocol requires 3" if len(subjects) < 3 else ""
-    yield "subjects", f"{len(subjects)}: {', '.join(sorted(subjects)[:12])}{' …' if len(subjects) > 12 else ''}", few
+    yield "subjects", f"{len(subjects)}: {', '.join(subjects[:12])}{' …' if len(subjects) > 12 else ''}", few
     for what, count, meaning in (
         ("incomplete rows", sum(track.incomplete for track in tracks), "left out, as if nothing was measured"),
         ("rows out of order", sum(track.disordered for track in tracks), "sorted by time"),
