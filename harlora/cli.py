@@ -21,19 +21,32 @@ from rich.table import Table
 from harlora.bench import peers, report
 from harlora.bench.run import RESULT, Options, Preset, measure, where
 from harlora.data import imported
-from harlora.data.catalog import ROOT_VARIABLE, available, data_root, dataset, known, load_windows
+from harlora.data.catalog import (
+    DATASETS,
+    ROOT_VARIABLE,
+    Dataset,
+    available,
+    data_root,
+    dataset,
+    known,
+    load_windows,
+    named_root,
+)
+from harlora.data.download import MIRROR_VARIABLE, download, present, size_text, source, wanted
 from harlora.data.inspect import draw, hours
 from harlora.data.labels import VOCABULARY
 from harlora.data.table import AccelUnit, GyroUnit, SubjectFrom, TimeUnit, Units
 from harlora.data.windows import HOP, RATE_HZ
 from harlora.errors import InputError
-from harlora.progress import Bars
+from harlora.progress import Bars, Transfer
 from harlora.report import timeline
 from harlora.report.build import build_report
-from harlora.report.tables import COLUMNS, LEGEND, groups, heading, pooled, row
+from harlora.report.tables import COLUMNS, LEGEND, MEMORY_LEGEND, groups, heading, memory, pooled, row, titled
 from harlora.train.capture import Capture, captures
-from harlora.train.finetune import CHECKPOINT, FinetuneConfig, finetune
-from harlora.train.lodo import Study, lodo
+from harlora.train.execute import Ledger, Workers, carry_out
+from harlora.train.experiment import PRESETS, Adaptation, load_experiment
+from harlora.train.finetune import CHECKPOINT, FinetuneConfig, finetune, method_bytes
+from harlora.train.lodo import Study
 from harlora.train.predict import predict
 from harlora.train.pretrain import PretrainConfig, load_pretrained, pretrain
 
@@ -42,16 +55,6 @@ SHOWN = 20  # problems that the doctor prints: one wrong kernel has many
 
 # A terminal says how wide it is; a log file does not, and a table broken into slivers helps nobody.
 console = Console(width=None if sys.stdout.isatty() else 160)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device must be cpu, cuda or cuda:0, got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
-    return device
 
 
 @dataclass(frozen=True)
@@ -70,13 +73,24 @@ class Machine:
 
     def ready(self) -> tuple[Path, torch.device]:
         """The data root and the device, after checking both."""
-        if self.threads < 0:
-            raise InputError(f"--threads must be at least 0, got {self.threads}")
-        if self.threads:
-            torch.set_num_threads(self.threads)
-        device = _device(self.device)
+        device = _device(self.device, self.threads)
         captures(self.capture, device)
         return data_root(self.data), device
+
+
+def _device(name: str, threads: int) -> torch.device:
+    """The device of that name, after setting the number of CPU threads; 0 leaves it."""
+    if threads < 0:
+        raise InputError(f"--threads must be at least 0, got {threads}")
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device must be cpu, cuda or cuda:0, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
+    return device
 
 
 @dataclass(frozen=True)
@@ -95,15 +109,20 @@ class DataList:
         for entry in known(root).values():
             path = entry.find(root)
             if path is None and not entry.is_synthetic:
-                found = f"no; put the archive into {root / entry.folder}: {entry.download}"
+                found = (
+                    f"no; `harlora data download {entry.name}`, or put the archive into {root / entry.folder}: "
+                    f"{entry.download}"
+                )
                 table.add_row(entry.name, found, "", "", "", "", "", entry.licence)
                 continue
-            windows = load_windows(entry.name, root)
+            with console.status(f"reading {entry.title}"):
+                windows = load_windows(entry.name, root)
             classes = ", ".join(
                 f"{label} {int((windows.labels == VOCABULARY.index(label)).sum())}" for label in windows.label_names()
             )
-            dropped = ", ".join(f"{name} {count}" for name, count in windows.dropped.items())
-            dropped += f"; {windows.too_short} stretches too short" if windows.too_short else ""
+            dropped = [", ".join(f"{name} {count}" for name, count in windows.dropped.items())]
+            dropped += [f"{windows.too_short} stretches too short"] if windows.too_short else []
+            dropped += [f"{count} {reason}" for reason, count in windows.left_out.items()]
             table.add_row(
                 entry.name + ("" if entry.name in used else " (not used)"),
                 "SYNTHETIC, made on the fly" if path is None else str(path),
@@ -111,13 +130,14 @@ class DataList:
                 f"{hours(windows):.1f}",
                 str(len(windows)),
                 classes,
-                dropped,
+                "; ".join(filter(None, dropped)),
                 entry.licence,
             )
         console.print(table)
         console.print(
             "Windows of 128 samples at 50 Hz with 50 % overlap. Dropped: windows whose activity has no label in the "
-            "vocabulary. Not used by `harlora lodo`: the same people as another set, or synthetic beside real data."
+            "vocabulary, stretches shorter than a window, and what lacks one of the sensors. Not used by "
+            "`harlora lodo`: the same people as another set, or synthetic beside real data."
         )
 
 
@@ -135,13 +155,76 @@ class DataInspect:
     def run(self) -> None:
         root = data_root(self.data)
         entry = dataset(self.name, root)
-        windows = load_windows(self.name, root)
+        with console.status(f"reading {entry.title}"):
+            windows = load_windows(self.name, root)
         if entry.read is imported.read:
             _print_facts(imported.facts(root / entry.folder))
         file = self.out or Path(f"{self.name}.png")
         title = f"{entry.title}, {entry.placement}: {len(windows)} windows of {len(windows.subject_names)} subjects"
         draw(windows, title, file)
         console.print(f"{title}, {windows.signals.shape[1] / RATE_HZ:.2f} s each: {file}", highlight=False)
+
+
+@dataclass(frozen=True)
+class DataDownload:
+    """Fetch the authors' archives to where the readers look, checked; an interrupted download goes on."""
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Datasets; `all` for every real one, but of those with the same people only the first (uci_hapt, not uci_har)."""
+    yes: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Agree to the licences shown without being asked."""
+    force: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Fetch it even where it is there."""
+    mirror: str | None = None
+    """Folder or http(s) address that has FOLDER/FILE of every dataset as a data root does; by default
+    $HARLORA_MIRROR, else the authors' addresses."""
+    data: Path | None = None
+    """Folder for the datasets, made if need be; by default $HARLORA_DATA, else ./data."""
+
+    def run(self) -> None:
+        entries, left_out = wanted(self.names)
+        root = named_root(self.data)
+        mirror = self.mirror or os.environ.get(MIRROR_VARIABLE)
+        if left_out:
+            console.print(f"Left out, the same people as another: {', '.join(left_out)}", highlight=False)
+        failures: list[str] = []
+        missing: dict[Dataset, str | Path] = {}
+        for entry in entries:
+            try:
+                with Transfer(console, entry.name) as transfer:
+                    there = None if self.force else present(entry, root, transfer)
+                if there is None:
+                    missing[entry] = source(entry, mirror)
+                else:
+                    console.print(there, highlight=False, markup=False, soft_wrap=True)
+            except InputError as error:
+                failures.append(str(error))
+        for entry, origin in missing.items():
+            for line in (
+                f"{entry.name}: {entry.title}",
+                f"  licence and citation: {entry.licence}",
+                f"  from: {origin} ({size_text(entry.size)})",
+                f"  to: {entry.target(root)}",
+            ):
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if missing and not self.yes:
+            refused = ""
+            if not sys.stdin.isatty():
+                refused = "nothing fetched: there is no terminal to ask; agree to the licences above with --yes"
+            elif console.input("Fetch under these licences? [y/N] ", markup=False).strip().lower() not in ("y", "yes"):
+                refused = "nothing fetched: the licences above were not agreed to"
+            if refused:
+                raise InputError("\n".join((*failures, refused)))
+        for entry in missing:
+            try:
+                with Transfer(console, entry.name) as transfer:
+                    said = download(entry, root, mirror=mirror, report=transfer)
+            except InputError as error:
+                failures.append(str(error))
+            else:
+                console.print(said, highlight=False, markup=False, soft_wrap=True)
+        if failures:
+            raise InputError("\n".join(failures))
 
 
 @dataclass(frozen=True)
@@ -205,11 +288,12 @@ class DataImport:
 
 @dataclass(frozen=True)
 class Data:
-    """Look at datasets, and add your own."""
+    """Look at datasets, fetch them, add your own."""
 
     command: tyro.conf.OmitSubcommandPrefixes[
         Annotated[DataList, tyro.conf.subcommand("list")]
         | Annotated[DataInspect, tyro.conf.subcommand("inspect")]
+        | Annotated[DataDownload, tyro.conf.subcommand("download")]
         | Annotated[DataImport, tyro.conf.subcommand("import")]
     ]
 
@@ -294,7 +378,7 @@ class Predict:
     """cpu, cuda or cuda:0."""
 
     def run(self) -> None:
-        device = _device(self.device)
+        device = _device(self.device, 0)
         with Bars(console) as bars:
             found = predict(
                 self.model, self.recording, units=self.units.units(), labels=self.labels, hop=self.hop, device=device,
@@ -346,27 +430,151 @@ class Lodo:
     """Folder for one JSON a run; by default bench/results/lodo/PRESET, with -synthetic behind it where data is."""
     machine: tyro.conf.OmitArgPrefixes[Machine] = field(default_factory=Machine)
 
+    workers: tyro.conf.OmitArgPrefixes[Workers] = field(default_factory=Workers)
+
     def run(self) -> None:
         root, device = self.machine.ready()
-        self.study.check()
-        synthetic = any(entry.is_synthetic for entry in available(root)) or any(
-            dataset(name, root).is_synthetic for name in (*self.study.targets, *self.study.sources)
-        )
-        if synthetic:
-            console.print(
-                f"SYNTHETIC data: no dataset under {root}. The numbers show that the program works and nothing else; "
-                f"`harlora data list` says where to get real recordings and {ROOT_VARIABLE} where they are.",
-                style="bold red",
-                highlight=False,
-            )
-        results = self.results or RESULTS / (self.study.preset + ("-synthetic" if synthetic else ""))
-        with Bars(console) as bars:
-            records = lodo(
-                self.study, root, self.out, results, device=device, capture=self.machine.capture, progress=bars
-            )
+        self.workers.check()
+        experiment = self.study.experiment()
+        tasks = experiment.plan(root)
+        results = self.results or _results(tasks, self.study.preset)
+        records = _carry_out(tasks, Ledger(root, results, device), self.out, self.workers, self.machine)
         _print_tables(records)
         page = build_report(results, results / "report" / "results.md")
         console.print(f"one JSON a run: {results}\ntables and pictures: {page}", highlight=False)
+
+
+def _is_synthetic(tasks: Sequence[Adaptation]) -> bool:
+    names = {name for task in tasks for name in (task.target, *task.sources)}
+    return any(name in DATASETS and DATASETS[name].is_synthetic for name in names)
+
+
+def _results(tasks: Sequence[Adaptation], preset: str) -> Path:
+    return RESULTS / (preset + ("-synthetic" if _is_synthetic(tasks) else ""))
+
+
+def _carry_out(
+    tasks: Sequence[Adaptation], ledger: Ledger, runs: Path, workers: Workers, machine: Machine
+) -> list[dict[str, Any]]:
+    if _is_synthetic(tasks):
+        console.print(
+            f"SYNTHETIC data: no dataset under {ledger.root}. The numbers show that the program works and nothing "
+            f"else; `harlora data list` says where to get real recordings and {ROOT_VARIABLE} where they are.",
+            style="bold red",
+            highlight=False,
+        )
+    with Bars(console) as bars:
+        return carry_out(tasks, ledger, runs, workers=workers, capture=machine.capture, progress=bars)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Carry out experiments that files describe, and build the report. Runs that have results are skipped, one that
+    was stopped goes on. The folder experiments/ has a file for every table and figure of the study.
+    """
+
+    files: tyro.conf.Positional[tuple[Path, ...]]
+    """TOML files; docs/experiments.md says what they may contain."""
+    plan: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Only list the runs, and which of them have results."""
+    out: Path = Path("runs")
+    """Folder for run directories."""
+    results: Path | None = None
+    """Folder for one JSON a run; by default bench/results/lodo/PRESET, with -synthetic behind it where data is."""
+    report: Path | None = None
+    """The page to write; by default docs/results.md, or report/results.md in the folder of results that are not those
+    of the standard study on real recordings."""
+    machine: tyro.conf.OmitArgPrefixes[Machine] = field(default_factory=Machine)
+    workers: tyro.conf.OmitArgPrefixes[Workers] = field(default_factory=Workers)
+
+    def run(self) -> None:
+        root, device = self.machine.ready()
+        self.workers.check()
+        if not self.files:
+            raise InputError("run requires at least one file, for example experiments/lodo.toml")
+        experiments = [load_experiment(file) for file in self.files]
+        tasks: list[Adaptation] = []
+        for experiment in experiments:
+            tasks += [task for task in experiment.plan(root) if task not in tasks]
+        presets = {experiment.preset for experiment in experiments}
+        if len(presets) > 1:
+            raise InputError(f"run takes experiments of one preset at a time, got {', '.join(sorted(presets))}")
+        (preset,) = presets
+        results = self.results or _results(tasks, preset)
+        ledger = Ledger(root, results, device)
+        if self.plan:
+            _print_plan(tasks, ledger)
+            return
+        records = _carry_out(tasks, ledger, self.out, self.workers, self.machine)
+        _print_tables(records)
+        committed = results == RESULTS / "standard"
+        page = self.report or (Path("docs/results.md") if committed else results / "report" / "results.md")
+        build_report(results, page, experiments=experiments)
+        console.print(f"one JSON a run: {results}\ntables and pictures: {page}", highlight=False)
+
+
+def _print_plan(tasks: Sequence[Adaptation], ledger: Ledger) -> None:
+    body, left = [], 0
+    for task in tasks:
+        preset = PRESETS[task.preset].finetune.values()
+        config, found = task.finetune, ledger.find(task) is not None
+        left += not found
+        changed = {
+            name: value
+            for name, value in config.values().items()
+            if value != preset[name] and name not in ("method", "protocol", "seed")
+        }
+        body.append(
+            [
+                task.target,
+                config.protocol,
+                config.method,
+                str(config.seed),
+                " ".join(f"{name}={value}" for name, value in changed.items()),
+                "finished" if found else "to do",
+            ]
+        )
+    heads = ("target", "protocol", "method", "seed", "beside the preset", "state")
+    pretrainings = len({(task.sources, task.pretrain) for task in tasks})
+    title = f"{len(tasks)} runs, {left} to do; {pretrainings} pretrainings"
+    _print_table(title, heads, body)
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a finetuned classifier as a file that runs outside of harlora, and check it against the PyTorch model.
+
+    It takes raw windows (n, 128, 6), m/s² with gravity and rad/s at 50 Hz, and gives logits and probabilities.
+    """
+
+    model: Path
+    """classifier.safetensors of a `harlora finetune` run."""
+    out: Path
+    """Folder for the model and export.json; one folder an export."""
+    format: str = "onnx"
+    """onnx or torch: adapters merged, float32 weights. onnx-4bit: 4-bit weights as they are, and the adapters, for
+    ONNX Runtime's MatMulBnb4. torch-4bit: the same with harlora's operators; to run it, import harlora."""
+    merge: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Of the 4-bit formats: merge the adapters and quantise the result anew. Changes results; the report says how
+    much. Also for classifiers whose weights are not in 4 bits."""
+    threads: int = 1
+    """CPU threads of both models in the comparison."""
+    data: Path | None = None
+    """Folder with the datasets, whose windows it is compared on; by default $HARLORA_DATA, else ./data."""
+
+    def run(self) -> None:
+        from harlora.export import REPORT, export, tables
+
+        with Bars(console) as bars:
+            result = export(
+                self.model, self.out, self.format, data=data_root(self.data), merge=self.merge, threads=self.threads,
+                report=bars.run(f"export to {self.format}", 1, 1),
+            )  # fmt: skip
+        for title, heads, body in tables(result):
+            _print_table(title, heads, body)
+        console.print(
+            f"model: {self.out / result['file']}\nreport: {self.out / REPORT}", highlight=False, soft_wrap=True
+        )
 
 
 @dataclass(frozen=True)
@@ -382,6 +590,65 @@ class Report:
 
     def run(self) -> None:
         console.print(f"{build_report(self.results, self.out, self.readme)}", highlight=False)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Measure what each method holds in memory in training, by what it is for, on this machine and without any dataset.
+
+    The model has its default sizes and random weights; one training step on random windows is traced.
+    """
+
+    methods: tuple[str, ...] = ("full", "lora", "qlora", "linear_probe")
+    """Of zero_shot, linear_probe, scratch, full, lora and qlora."""
+    rank: int = 16
+    """Of LoRA and QLoRA."""
+    batch_size: int = 64
+    """Windows a step."""
+    classes: int = 6
+    """Activities to tell apart."""
+    quant_type: str = "nf4"
+    """nf4 or fp4, of QLoRA's weights."""
+    blocksize: int = 64
+    """Weights that share a scale in QLoRA."""
+    double_quant: bool = True
+    """Store QLoRA's scales in 8 bits."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:0."""
+    threads: int = 0
+    """CPU threads; 0 leaves the choice to torch."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one JSON of bytes and nothing else."""
+
+    def run(self) -> None:
+        device = _device(self.device, self.threads)
+        if self.classes < 1 or not self.methods:
+            raise InputError(
+                f"--classes must be at least 1 and --methods name one, got {self.classes} and {self.methods}"
+            )
+        configs = [
+            FinetuneConfig(
+                method=method, rank=self.rank, batch_size=self.batch_size, quant_type=self.quant_type,
+                blocksize=self.blocksize, double_quant=self.double_quant,
+            )
+            for method in dict.fromkeys(self.methods)
+        ]  # fmt: skip
+        for config in configs:  # all of them before the first is measured
+            config.check()
+        columns = []
+        with Bars(Console(stderr=True)) as bars:
+            progress = bars.run("one training step each", 1, 1)
+            for done, config in enumerate(configs):
+                progress(done, len(configs), config.method)
+                size = method_bytes(config, device, classes=self.classes)
+                columns.append((config.method, titled(config.method, self.rank), size))
+            progress(len(configs), len(configs), "")
+        if self.json:
+            print(json.dumps({method: size for method, _, size in columns}, indent=1))
+            return
+        title = f"Memory in training, batches of {self.batch_size} windows, {device}"
+        _print_table(title, *memory(columns))
+        console.print(MEMORY_LEGEND, highlight=False)
 
 
 @dataclass(frozen=True)
@@ -505,7 +772,10 @@ Command = (
     | Annotated[Finetune, tyro.conf.subcommand("finetune")]
     | Annotated[Predict, tyro.conf.subcommand("predict")]
     | Annotated[Lodo, tyro.conf.subcommand("lodo")]
+    | Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Memory, tyro.conf.subcommand("memory")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
@@ -556,7 +826,8 @@ def main(arguments: list[str] | None = None) -> None:
     command = tyro.cli(
         Command,
         prog="harlora",
-        description="4-bit QLoRA for human activity recognition: data, training, reports, benchmarks, self-test.",
+        description="4-bit QLoRA for human activity recognition: data, training, export, reports, benchmarks, "
+        "self-test.",
         args=arguments,
     )
     try:

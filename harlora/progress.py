@@ -1,11 +1,21 @@
-"""Progress bars of long jobs, on the terminal or, where there is none, as one line a run."""
+"""Progress bars of long jobs and of downloads, on the terminal or, where there is none, as one line a run."""
 
 import time
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from harlora.train.fit import Report
 
@@ -57,3 +67,41 @@ class Bars:
             self._console.print(text, highlight=False)
         else:
             self._console.print(f"[{time.monotonic() - self._began:6.0f} s] {text}", highlight=False, markup=False)
+
+
+class Transfer:
+    """A bar of bytes with their rate and the time that remains; call it with what is done, bytes done and all bytes."""
+
+    def __init__(self, console: Console, name: str) -> None:
+        self._name = name
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._what = ""
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, what: str, done: int, total: int | None) -> None:
+        """Show it. What was done before another ``what`` began does not count for the rate."""
+        if what != self._what or self._task is None:
+            if self._task is not None:
+                self._progress.remove_task(self._task)
+            self._what = what
+            self._task = self._progress.add_task(f"{self._name}: {what}", total=total, completed=done)
+        self._progress.update(self._task, completed=done, total=total)

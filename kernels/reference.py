@@ -165,11 +165,13 @@ def qlora_linear_backward(
     u = None if lora_B is None else scaling * (rows @ lora_B)
     if want_x:
         shape = (grad.shape[-1], in_features)
-        weight = dequantize_4bit(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, grad.dtype)
-        grad_x = rows @ weight
+        # Without a name the weight goes before what is added is computed, and no third tensor of that size is made.
+        grad_x = rows @ dequantize_4bit(
+            packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, grad.dtype
+        )
         if u is not None and lora_A is not None:
             low = u @ lora_A
-            grad_x = grad_x + (low if seed is None else dropped(low, dropout, seed))
+            grad_x += low if seed is None else dropped(low, dropout, seed)
         grad_x = grad_x.view(*grad.shape[:-1], in_features)
     if want_bias:
         grad_bias = rows.sum(dim=0)

@@ -158,3 +158,11 @@ def test_merging_a_model(apply):
 def test_training_mode_is_kept():
     assert not apply_qlora(Toy().eval(), ["q"]).q.training
     assert harlora.apply_qlora(Toy(), ["q"]).q.training
+
+
+@pytest.mark.parametrize("apply", [apply_lora, apply_qlora])
+def test_patterns_give_some_layers_another_rank_as_in_peft(apply):
+    model = nn.ModuleDict({"a": nn.ModuleDict({"q": nn.Linear(8, 8), "fc1": nn.Linear(8, 8)}), "fc1": nn.Linear(8, 8)})
+    apply(model, ["q", "fc1"], rank=2, alpha=4, rank_pattern={"a.fc1": 5, "q|v": 3}, alpha_pattern={"q": 6})
+    found = {path: (layer.rank, layer.alpha) for path, layer in adapted_layers(model)}
+    assert found == {"a.q": (3, 6), "a.fc1": (5, 4), "fc1": (2, 4)}

@@ -27,6 +27,10 @@ ALLOWED = {
     "harlora.train": {
         "harlora.nn", "harlora.kernels", "harlora.models", "harlora.data", "harlora.errors", "harlora.files",
     },
+    "harlora.export": {
+        "harlora", "harlora.nn", "harlora.kernels", "harlora.models", "harlora.train", "harlora.data",
+        "harlora.errors", "harlora.files",
+    },
     "harlora.report": {"harlora.train", "harlora.data", "harlora.errors", "harlora.files"},
     "harlora.progress": {"harlora.train"},
     "harlora.bench": {
@@ -36,8 +40,8 @@ ALLOWED = {
     "harlora.configure": {"harlora.kernels"},
     "harlora.doctor": {"harlora", "harlora.configure", "harlora.kernels", "harlora.models", "harlora.files"},
     "harlora.cli": {
-        "harlora", "harlora.bench", "harlora.doctor", "harlora.train", "harlora.report", "harlora.data",
-        "harlora.errors", "harlora.progress",
+        "harlora", "harlora.bench", "harlora.doctor", "harlora.export", "harlora.train", "harlora.report",
+        "harlora.data", "harlora.errors", "harlora.progress",
     },
     "harlora.__main__": {"harlora.cli"},
     "harlora": {"harlora.kernels", "harlora.nn", "harlora.models"},

@@ -8,11 +8,11 @@ from dataclasses import replace
 from importlib.metadata import entry_points
 
 import pytest
+from rich.console import Console
 
 from harlora import __main__ as program
 from harlora import cli
-from harlora.train import lodo as lodo_module
-from harlora.train.lodo import PRESETS
+from harlora.train.experiment import PRESETS, Preset
 from small import FINETUNE, PRETRAIN
 
 
@@ -20,7 +20,7 @@ from small import FINETUNE, PRETRAIN
 def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HARLORA_DATA", raising=False)
-    monkeypatch.setitem(PRESETS, "quick", lodo_module.Preset(replace(PRETRAIN, epochs=1), replace(FINETUNE, epochs=1)))
+    monkeypatch.setitem(PRESETS, "quick", Preset(replace(PRETRAIN, epochs=1), replace(FINETUNE, epochs=1)))
 
 
 def run(*arguments):
@@ -79,9 +79,29 @@ def test_data_list_and_inspect(capsys, tmp_path):
     said = capsys.readouterr().out
     assert "motionsense" in said
     assert "synthetic_e" in said
-    assert "no; put the archive" in said
+    assert "no; `harlora data download" in said
     run("data", "inspect", "synthetic_a")
     assert (tmp_path / "synthetic_a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_data_list_shows_what_was_left_out(capsys, tmp_path, monkeypatch):
+    names = ("Index", "Arrival_Time", "Creation_Time", "x", "y", "z", "User", "Model", "Device", "gt")
+    for sensor, devices in (("accelerometer", "12"), ("gyroscope", "1")):
+        rows = [
+            f"{i},{1424696633000 + 20 * i},{1424696631000000000 + 20000000 * i},0,0,9.8,a,s3,s3_{device},{activity}"
+            for device in devices
+            for i, activity in enumerate(["stand"] * 300 + ["null"] * 150 + ["sit"] * 50)
+        ]
+        file = tmp_path / "data" / "hhar" / f"Phones_{sensor}.csv"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join([",".join(names), *rows]))
+    monkeypatch.setattr(cli, "console", Console(width=600))  # nothing is folded
+    run("data", "list")
+    said = capsys.readouterr().out
+    assert "stand 3" in said
+    assert "null 1; 1 stretches too short; 1 devices without gyroscope" in said
+    run("data", "inspect", "hhar")
+    assert (tmp_path / "hhar.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_report_from_json_alone(capsys, tmp_path):
@@ -101,6 +121,19 @@ def bad_archive(tmp_path, name="motionsense", content=b"PK\x03\x04 not really"):
     folder.mkdir(parents=True)
     (folder / "archive.zip").write_bytes(content)
     return folder.parent
+
+
+def test_memory_without_any_dataset(capsys):
+    run("memory", "--methods", "linear_probe", "--batch-size", "8")
+    said = capsys.readouterr().out
+    assert said.startswith("Memory in training, batches of 8 windows, cpu")
+    assert "saved activations" in said
+    run("memory", "--methods", "linear_probe", "linear_probe", "--batch-size", "8", "--json")
+    (size,) = json.loads(capsys.readouterr().out).values()
+    assert size["batch"] == 8 * (4 * 192 + 8)
+    assert "unknown method 'qlra'; required one of zero_shot" in fails(capsys, "memory", "--methods", "full", "qlra")
+    assert "--classes must be at least 1" in fails(capsys, "memory", "--classes", "0")
+    assert "batch_size must be at least 2" in fails(capsys, "memory", "--methods", "linear_probe", "--batch-size", "1")
 
 
 def test_wrong_names_are_named(capsys):
@@ -123,7 +156,7 @@ def test_missing_files_are_named(capsys, tmp_path, monkeypatch):
     assert "none.safetensors: no such file; give the encoder.safetensors of a `harlora pretrain` run" in said
     assert "has no results JSON; run `harlora lodo` first" in fails(capsys, "report", "nowhere")
     said = fails(capsys, "data", "inspect", "uci_hapt")
-    assert "uci_hapt: no archive in data/uci_hapt; download https://" in said
+    assert "uci_hapt: no archive in data/uci_hapt; run `harlora data download uci_hapt`, or download https://" in said
     monkeypatch.setenv("HARLORA_DATA", "nowhere")
     assert "HARLORA_DATA names nowhere, which is no folder" in fails(capsys, "data", "list")
     assert "--data names elsewhere, which is no folder" in fails(capsys, "data", "list", "--data", "elsewhere")
@@ -182,7 +215,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
     def broken(*arguments, **options):
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(cli, "lodo", broken)
+    monkeypatch.setattr(cli, "carry_out", broken)
     with pytest.raises(RuntimeError, match="a defect"):
         run(*LODO)
 
@@ -191,7 +224,7 @@ def test_interruption_says_that_it_goes_on(capsys, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "lodo", interrupted)
+    monkeypatch.setattr(cli, "carry_out", interrupted)
     with pytest.raises(SystemExit) as stopped:
         run(*LODO)
     assert stopped.value.code == 130
@@ -199,7 +232,8 @@ def test_interruption_says_that_it_goes_on(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("command", [(), ("data",), ("data", "list"), ("data", "inspect"), ("data", "import"),
-                                     ("pretrain",), ("finetune",), ("predict",), ("lodo",), ("report",)])  # fmt: skip
+                                     ("pretrain",), ("finetune",), ("predict",), ("lodo",), ("run",),
+                                     ("report",)])  # fmt: skip
 def test_help_suffices(capsys, command):
     with pytest.raises(SystemExit) as stopped:
         run(*command, "--help")

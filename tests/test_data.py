@@ -8,6 +8,7 @@ from harlora.data import catalog as catalog_module
 from harlora.data.inspect import draw, hours
 from harlora.data.windows import HOP, WINDOW
 from harlora.errors import InputError
+from harlora.report.paper import SCORES
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,10 @@ def test_the_cache_follows_the_code_that_cuts_windows(tmp_path, monkeypatch):
 def test_unknown_and_missing_datasets_are_named(tmp_path):
     with pytest.raises(InputError, match="unknown dataset 'motionsens'; did you mean motionsense\\?"):
         dataset("motionsens")
-    with pytest.raises(InputError, match=r"uci_hapt: no archive in .*uci_hapt; download https://archive.ics"):
+    with pytest.raises(
+        InputError,
+        match=r"uci_hapt: no archive in .*uci_hapt; run `harlora data download uci_hapt`, or download https://archive.ics",
+    ):
         load_windows("uci_hapt", tmp_path)
 
 
@@ -176,3 +180,17 @@ def test_picture_of_windows(windows, tmp_path):
     content = file.read_bytes()
     assert content.startswith(b"\x89PNG")
     assert len(content) > 20_000
+
+
+def test_a_study_finds_what_is_there(tmp_path):
+    names = ["motionsense", "uci_hapt", "dsa", "hhar", "realworld", "pamap2"]
+    for name in [*names, "uci_har"]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.zip").write_bytes(b"")
+    assert [entry.name for entry in available(tmp_path)] == names
+
+
+def test_each_table_of_the_paper_has_its_dataset():
+    domains = {entry.domain for entry in DATASETS.values()}
+    assert set(SCORES) <= domains
+    assert set(SCORES) == {"hhar", "motionsense", "realworld", "uci", "pamap2"}

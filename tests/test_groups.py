@@ -14,6 +14,7 @@ from harlora import QLoRALinear
 from harlora.kernels import eager
 from harlora.models import MAE, Classifier, MAEConfig, whole
 from harlora.models.mae import Attention, Block
+from harlora.train.memory import step_peak_bytes
 
 pytestmark = needs_extension
 LAYERS = ["q", "k", "v", "o", "fc1", "fc2"]
@@ -390,3 +391,19 @@ def test_a_copied_model_has_its_own_groups():
     with torch.no_grad():
         twin.encoder.blocks[0].fc1.lora_A.zero_()
     assert not torch.equal(model(x), twin(x))
+
+
+def test_the_working_memory_of_a_backward_is_traced_and_is_one_buffer():
+    rows, ffn = 512, 256
+    fc1, fc2 = make(64, ffn, trainable_bias=True), make(ffn, 64, trainable_bias=True)
+    x = torch.randn(rows, 64, requires_grad=True)
+    inputs = [x, *(p for layer in (fc1, fc2) for p in (layer.bias, layer.lora_A, layer.lora_B))]
+    y = eager.qlora_mlp(x, fc1.operands(), fc2.operands())
+    grad, found = torch.randn_like(y), []
+
+    def backward():
+        found.extend(torch.autograd.grad(y, inputs, grad))
+
+    peak = step_peak_bytes(backward, torch.device("cpu")) - sum(each.nbytes for each in found)
+    t_and_u = 2 * 4 * rows * (fc1.rank + fc2.rank)
+    assert 4 * rows * ffn <= peak <= 4 * rows * ffn + t_and_u

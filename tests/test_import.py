@@ -17,7 +17,7 @@ from harlora.data.recording import STANDARD_GRAVITY
 from harlora.data.table import Units, read_tables, stretches
 from harlora.errors import InputError
 from harlora.train.finetune import finetune
-from harlora.train.lodo import Study, lodo
+from harlora.train.lodo import Study
 from harlora.train.pretrain import load_pretrained, pretrain
 from small import FINETUNE, PRETRAIN
 from tables import HEADER, joined, made, rows_of, write
@@ -571,6 +571,6 @@ def test_people_of_another_dataset_are_not_trained_on(tmp_path, table):
     assert other.identity != pretrained.identity
     study = Study(targets=("synthetic_b",), sources=("mine",))
     with pytest.raises(InputError, match="leaving out synthetic_b leaves no dataset to pretrain on"):
-        lodo(study, tmp_path, tmp_path / "runs", tmp_path / "results", device=CPU, progress=None)
+        study.experiment().plan(tmp_path)
     with pytest.raises(InputError, match="mine and other"):
         require_apart({"mine": "a", "other": "a"})

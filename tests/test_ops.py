@@ -8,6 +8,7 @@ from torch.nn import functional as F
 import harlora
 from harlora.kernels import cpp, dispatch, eager, reference
 from harlora.kernels.dropout import draw_seed, kept, rescale
+from harlora.train.memory import step_peak_bytes
 
 OPS = torch.ops.harlora
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -422,3 +423,14 @@ def test_the_reference_of_the_feed_forward_layers_has_the_gradients_of_autograd(
         for one, other in zip(reference.qlora_mlp_backward(grad, leaves[0], h, t1, t2, *full, nothing_of_fc1)[4:],
                               expected[4:], strict=True):  # fmt: skip
             torch.testing.assert_close(one, grad.new_empty(0) if other is None else other)
+
+
+def test_the_references_backward_makes_no_third_tensor_of_the_size_of_dx():
+    rows, in_features, out_features = 2048, 256, 32
+    packed = harlora.quantize_4bit(torch.randn(out_features, in_features))
+    A, B = torch.randn(4, in_features), torch.randn(out_features, 4)
+    grad = torch.randn(rows, out_features)
+    arguments = (*packed.tensors().values(), None, None, "nf4", 64, in_features, A, B, 0.5, (True, False, False, False))
+    peak = step_peak_bytes(lambda: reference.qlora_linear_backward(grad, None, None, *arguments), torch.device("cpu"))
+    dx = 4 * rows * in_features
+    assert 2 * dx <= peak < 2.2 * dx

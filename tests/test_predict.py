@@ -15,7 +15,7 @@ from harlora.data.labels import VOCABULARY
 from harlora.errors import InputError
 from harlora.files import load_tensors, save_tensors
 from harlora.report import timeline
-from harlora.train.finetune import CHECKPOINT, CLASSIFIER, finetune, load_classifier
+from harlora.train.finetune import CHECKPOINT, finetune, load_classifier
 from harlora.train.predict import predict
 from harlora.train.pretrain import load_pretrained, pretrain
 from small import FINETUNE, PRETRAIN
@@ -184,7 +184,7 @@ def test_what_cannot_be_labelled_is_named(tmp_path, classifier):
         predict(classifier, file, hop=0, device=CPU)
     with pytest.raises(InputError, match=r"none.safetensors: no such file; give the classifier.safetensors"):
         predict(tmp_path / "none.safetensors", file, device=CPU)
-    tensors, info = load_tensors(classifier, kind=CLASSIFIER, remedy="")
+    tensors, info = load_tensors(classifier, kind="classifier checkpoint", remedy="")
     save_tensors(tmp_path / "other.safetensors", tensors, kind="encoder checkpoint", info=info)
     with pytest.raises(InputError, match="required a harlora classifier checkpoint file, found encoder checkpoint"):
         predict(tmp_path / "other.safetensors", file, device=CPU)

@@ -5,21 +5,16 @@ import zipfile
 
 import numpy as np
 import pytest
+from archives import packed, zipped
 
-from harlora.data import cut, dsa, motionsense, uci_hapt, uci_har
+from harlora.data import archive as archive_module
+from harlora.data import cut, dsa, hhar, motionsense, pamap2, realworld, uci_hapt, uci_har
 from harlora.data.archive import Archive
 from harlora.data.labels import VOCABULARY
 from harlora.errors import InputError
 
 G = 9.80665
 RNG = np.random.default_rng(3)
-
-
-def zipped(path, files):
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return Archive(path)
 
 
 def text(table, delimiter, header=None):
@@ -47,6 +42,7 @@ def motionsense_archive(path, **extra):
     files = {f"A_DeviceMotion_data/{trial}/sub_{subject}.csv": text(motion_table(), ",", HEADER)
              for trial in ("dws_1", "wlk_15") for subject in (2, 10)}  # fmt: skip
     files["__MACOSX/A_DeviceMotion_data/dws_1/._sub_2.csv"] = "resource fork"
+    files["__MACOSX/A_DeviceMotion_data/dws_1/sub_2.csv"] = "resource fork"
     files["A_DeviceMotion_data/.DS_Store"] = "binary"
     return zipped(path, {**files, **extra})
 
@@ -249,6 +245,28 @@ def test_dsa_rows_of_zeros_were_not_measured(tmp_path):
     assert np.abs(windows.signals[:, :, 0]).min() > 8
 
 
+def test_every_activity_has_its_label(tmp_path):
+    files = {}
+    for number in range(1, 20):
+        files |= dsa_files(segments=(1,), activity=f"a{number:02}")[0]
+    made = [r for r in dsa.read(zipped(tmp_path / "dsa.zip", files)) if r.placement == "torso"]
+    assert [VOCABULARY[label] for label in cut(made).labels[::2]] == [
+        "sit", "stand", "lie", "lie", "upstairs", "downstairs", "walk", "walk", "walk", "run", "stepper",
+        "cross_trainer", "cycle", "cycle", "row", "jump", "basketball",
+    ]  # fmt: skip
+    trials = ("sit_5", "std_6", "wlk_7", "ups_3", "dws_1", "jog_9")
+    files = {f"{trial}/sub_{i}.csv": text(motion_table(130), ",", HEADER) for i, trial in enumerate(trials)}
+    labels = cut(motionsense.read(zipped(tmp_path / "motionsense.zip", files))).labels
+    assert [VOCABULARY[label] for label in labels] == ["sit", "stand", "walk", "upstairs", "downstairs", "run"]
+    files, _ = hapt_files()
+    files["RawData/labels.txt"] = "".join(f"1 1 {n} {100 * n - 99} {100 * n}\n" for n in range(1, 7))
+    files["RawData/labels.txt"] += "".join(f"2 1 {n} {100 * n - 99} {100 * n}\n" for n in range(4, 7))
+    windows = cut(uci_hapt.read(zipped(tmp_path / "hapt.zip", files)), window=100)
+    assert [VOCABULARY[label] for label in windows.labels] == [
+        "walk", "upstairs", "downstairs", "sit", "stand", "lie", "sit", "stand", "lie",
+    ]  # fmt: skip
+
+
 def test_dsa_lift_rides_are_dropped_and_counted(tmp_path):
     walk, _ = dsa_files()
     lift, _ = dsa_files(activity="a08")
@@ -268,6 +286,23 @@ def test_dsa_with_bad_files(tmp_path):
 # Archives
 
 
+def test_large_files_come_in_pieces_that_end_with_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(archive_module, "_BLOCK", 7)
+    monkeypatch.setattr(archive_module, "_IN_MEMORY", 10)  # the inner archive goes to a temporary file
+    content = "first\nsecond line longer than a block\n\nlast without an end"
+    outer = zipped(tmp_path / "outer.zip", {"inner.zip": packed({"a.txt": content})})
+    pieces = list(outer.nested("inner.zip").chunks("a.txt"))
+    assert b"".join(pieces).decode() == content
+    assert len(pieces) > 2
+    assert all(piece.endswith(b"\n") for piece in pieces[:-1])
+
+
+def test_a_damaged_archive_inside_another_is_named(tmp_path):
+    outer = zipped(tmp_path / "outer.zip", {"inner.zip": packed({"a.txt": "x" * 100})[:60]})
+    with pytest.raises(InputError, match=r"outer\.zip/inner\.zip: not a complete zip archive .*download it again"):
+        outer.nested("inner.zip")
+
+
 def test_truncated_and_damaged_archives_are_named(tmp_path):
     path = tmp_path / "a.zip"
     motionsense_archive(path)
@@ -284,7 +319,7 @@ def test_truncated_and_damaged_archives_are_named(tmp_path):
         Archive(tmp_path / "none.zip")
 
 
-@pytest.mark.parametrize("reader", [motionsense, uci_hapt, dsa, uci_har])
+@pytest.mark.parametrize("reader", [motionsense, uci_hapt, dsa, uci_har, hhar, realworld, pamap2])
 def test_a_foreign_archive_is_refused(tmp_path, reader):
     with pytest.raises(InputError, match="required"):
         list(reader.read(zipped(tmp_path / "a.zip", {"readme.txt": "hello"})))

@@ -1,5 +1,7 @@
 """Recordings, resampling and windows."""
 
+from dataclasses import replace
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 
 from harlora.data import Interval, Normalizer, Recording, cut, resample, sliding_windows
 from harlora.data.labels import ACTIVITY_LABELS, VOCABULARY
+from harlora.data.recording import LeftOut
 from harlora.errors import InputError
 
 UP = np.array([0.0, 0.0, 9.81], dtype=np.float32)
@@ -104,6 +107,21 @@ def test_a_dataset_without_gravity_or_in_g_is_refused():
 def test_a_recording_shorter_than_a_window_is_refused():
     with pytest.raises(InputError, match="made.csv: the recording has 100 samples at 50 Hz, required at least one"):
         cut([recording(100)])
+
+
+def test_a_fragment_shorter_than_a_window_is_counted():
+    windows = cut([recording(300), replace(recording(100), fragment=True), replace(recording(1), fragment=True)])
+    assert len(windows) == 3
+    assert windows.too_short == 2
+
+
+def test_what_a_reader_left_out_is_counted():
+    one, other = (LeftOut("motionsense", "waist", f"devices without {sensor}") for sensor in ("gyroscope", "both"))
+    windows = cut([one, recording(300), one, other])
+    assert windows.left_out == {"devices without gyroscope": 2, "devices without both": 1}
+    assert len(windows) == 3
+    with pytest.raises(InputError, match="motionsense: no window of a known activity.*devices without both': 1"):
+        cut([other])
 
 
 def test_a_short_interval_of_a_longer_recording_is_counted():

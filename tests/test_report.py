@@ -9,7 +9,7 @@ from harlora.errors import InputError
 from harlora.report import plots
 from harlora.report.build import build_report, read_results
 from harlora.report.paper import SCORES
-from harlora.report.tables import COLUMNS, groups, held, markdown, plain, pooled, row, total
+from harlora.report.tables import COLUMNS, groups, has_memory, held, markdown, memory, plain, pooled, row, total
 from harlora.train.finetune import METHODS
 
 
@@ -158,6 +158,39 @@ def test_the_page_has_every_number_and_the_papers_beside(tmp_path):
     assert len(images) == 4
     for image in images:
         assert (tmp_path / "docs" / image).read_bytes().startswith(b"\x89PNG")
+
+
+SIZE = {
+    "packed": 1_000_000, "scales": 30_000, "dense": 20_000, "adapters": 1_100_000, "other_trained": 300_000,
+    "gradients": 1_400_000, "optimizer": 2_800_000, "saved": 50_000_000, "working": 4_000_000, "batch": 200_000,
+    "step_peak": 55_000_000, "frozen": 1_050_000, "trainable": 1_400_000, "matrices": 140, "matrices_float32": 1000,
+}  # fmt: skip
+
+
+def test_memory_stands_side_by_side_with_the_papers():
+    lora = {**SIZE, "packed": 0, "scales": 0, "dense": 8_250_000}
+    header, lines = memory([("lora", "LoRA", lora), ("qlora", "QLoRA", SIZE), ("linear_probe", "probe", SIZE)])
+    cells = {line[0]: line[1:] for line in lines}
+    assert header == ["MB", "LoRA", "QLoRA", "probe"]
+    assert cells["weights in 4 bits"] == ["0.00", "1.00", "1.00"]
+    assert cells["all weights"] == ["9.65", "2.45", "2.45"]
+    assert cells["all weights in the paper"] == ["10.06", "6.22", ""]
+    assert cells["buffers in the paper"] == ["0.01", "4.82", ""]
+    assert cells["held without activations"] == ["13.85", "6.65", "6.65"]
+    assert cells["… as a share of LoRA's"] == ["1.000", "0.480", "0.480"]
+    assert "… as a share of full fine-tuning's" not in cells
+    assert cells["all at the fullest moment"] == ["67.45", "60.25", "60.25"]  # gradients are part of the step
+
+
+def test_memory_is_told_by_category_of_the_results_that_have_it(tmp_path):
+    old, new = record("lora"), {**record("qlora"), "bytes": SIZE}
+    assert has_memory(SIZE)
+    assert not has_memory(old["bytes"])
+    page = build_report(written(tmp_path / "old", [old]), tmp_path / "page.md").read_text()
+    assert "saved activations" not in page
+    page = build_report(written(tmp_path / "new", [old, new]), tmp_path / "page.md").read_text()
+    assert "| MB | QLoRA r=8 |" in page
+    assert "| saved activations | 50.00 |" in page
 
 
 def test_the_page_is_the_same_every_time(tmp_path):

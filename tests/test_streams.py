@@ -6,7 +6,8 @@ import io
 import numpy as np
 import pytest
 
-from harlora.data.streams import align
+from harlora.data import Interval
+from harlora.data.streams import align, common_rate, intervals, labels_at
 from harlora.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -38,6 +39,41 @@ def test_nothing_is_interpolated_across_a_gap():
     stretches = list(align(accel_s, curve(accel_s), gyro_s, curve(gyro_s), rate_hz=50, longest_gap_s=0.5))
     spans = [(round(start), round(start + len(accel) / 50)) for start, accel, _ in stretches]
     assert spans == [(0, 5), (7, 10), (14, 20)]
+
+
+def test_pieces_of_both_sensors_that_end_anywhere():
+    """As the pairs of all pieces with all pieces would be."""
+    for _ in range(20):
+        bounds = [np.sort(RNG.choice(400, 12, replace=False)) / 2 for _ in range(2)]
+        clocks = [np.concatenate([np.arange(a, b, 0.02) for a, b in zip(one[::2], one[1::2], strict=True)])
+                  for one in bounds]  # fmt: skip
+        pieces = [np.split(one, np.flatnonzero(np.diff(one) > 0.1) + 1) for one in clocks]
+        expected = sorted((max(a[0], b[0]), min(a[-1], b[-1])) for a in pieces[0] for b in pieces[1])
+        expected = [(start, stop) for start, stop in expected if start < stop]
+        found = align(clocks[0], curve(clocks[0]), clocks[1], curve(clocks[1]), rate_hz=50)
+        spans = [(start, start + (len(accel) - 1) / 50) for start, accel, _ in found]
+        np.testing.assert_allclose(spans, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [((50.0, 50.0), 50), ((25.0, 20.0), 50), ((51.0, 49.0), 50), ((60.0, 50.0), 100), ((98.7, 98.8), 100),
+     ((50.0, 198.4), 200), ((203.0, 200.0), 200)],
+)  # fmt: skip
+def test_the_rate_to_align_at(rates, expected):
+    clocks = [np.arange(0, 20, 1 / rate) for rate in rates]
+    clocks = [np.delete(np.concatenate([one, one[5:] + 500.0]), [3, 50, 51]) for one in clocks]  # a gap, lost samples
+    assert common_rate(*(RNG.permutation(one) for one in clocks)) == expected
+
+
+def test_labels_between_samples():
+    label_s, labels = np.array([1.0, 2.0, 3.0, 4.0]), np.array([0, 0, 1, 1])
+    times = np.array([0.5, 1.0, 1.7, 2.0, 2.5, 3.0, 3.5, 4.0 + 1e-9, 4.5])
+    found = labels_at(times, label_s, labels)
+    assert found.tolist() == [-1, 0, 0, 0, -1, 1, 1, 1, -1]
+    assert intervals(found, ("sit", "walk")) == (Interval(1, 4, "sit"), Interval(5, 8, "walk"))
+    assert intervals(np.array([1, 1, 0]), ("sit", "walk")) == (Interval(0, 2, "walk"), Interval(2, 3, "sit"))
+    assert intervals(np.array([-1, -1]), ("sit",)) == ()
 
 
 def test_order_and_repetition_do_not_matter():

@@ -1,22 +1,26 @@
 """Training, resuming, adapting and the leave-one-dataset-out study, on small synthetic data."""
 
+import gc
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from needs import needs_extension
 from torch import nn
 
 from harlora.data import load_windows, split
 from harlora.errors import InputError
 from harlora.models import MAE
 from harlora.nn import QLoRALinear, adapted_layers
-from harlora.train import lodo as lodo_module
-from harlora.train.finetune import METHODS, build_classifier, finetune, load_classifier
-from harlora.train.fit import Optimisation, fit
-from harlora.train.lodo import PRESETS, Study, lodo
-from harlora.train.memory import held_bytes, step_peak_bytes
+from harlora.report.tables import has_memory
+from harlora.train import memory
+from harlora.train.finetune import METHODS, FinetuneConfig, build_classifier, finetune, load_classifier, method_bytes
+from harlora.train.fit import Optimisation, fit, make_optimizer
+from harlora.train.lodo import Study
+from harlora.train.memory import held_bytes, step_bytes, step_peak_bytes
 from harlora.train.metrics import macro_f1, scores
 from harlora.train.pretrain import load_pretrained, pretrain, thinned
 from small import FINETUNE, MODEL, PRETRAIN
@@ -188,11 +192,30 @@ def test_held_bytes_are_those_of_the_tensors():
     optimizer.step()
     held = held_bytes(model, optimizer)
     trained = 4 * (8 + 8 + 2 * 8 + 4 * 2)
-    quantised = 8 * 4 // 2 + 4
+    assert held["packed"] == 8 * 4 // 2
+    assert held["scales"] == 4 + 4 * 16  # of one block, and what the 16 codes mean
+    assert held["dense"] == 4 * (64 + 8) + 4 * 16 + 8 + 4 * 4  # linear, statistics, bias
+    assert held["adapters"] == 4 * (2 * 8 + 4 * 2)
+    assert held["other_trained"] == 4 * (8 + 8)
     assert held["trainable"] == held["gradients"] == trained
-    assert held["frozen"] == 4 * (64 + 8) + 4 * 16 + 8 + quantised + 4 * 4  # linear, statistics, 4 bits, bias
+    assert held["frozen"] == held["packed"] + held["scales"] + held["dense"]
     steps = len([p for p in model.parameters() if p.requires_grad])
     assert held["optimizer"] == 2 * trained + 4 * steps
+    optimizer.zero_grad()
+    assert held_bytes(model, optimizer)["gradients"] == 0
+
+
+def test_memory_that_is_shared_counts_once_and_whole_where_a_part_is_in_use():
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    model[1].weight = model[0].weight
+    optimizer = torch.optim.SGD(model.parameters())
+    assert held_bytes(model, optimizer)["other_trained"] == 4 * 64
+    layer = QLoRALinear(64, 64, rank=0, double_quant=True)
+    before = held_bytes(layer, optimizer)
+    assert before["packed"] == 64 * 64 // 2
+    assert before["scales"] == 64 + 4 + 4 + 4 * (16 + 256)  # 8 bits, of 256 scales one, their mean, both tables
+    layer.weight = torch.cat([layer.weight, torch.zeros(10_000, 1, dtype=torch.uint8)])[: len(layer.weight)]
+    assert held_bytes(layer, optimizer)["packed"] == before["packed"] + 10_000
 
 
 def test_step_peak_counts_what_lives_at_once():
@@ -205,6 +228,95 @@ def test_step_peak_counts_what_lives_at_once():
 
     peak = step_peak_bytes(step, CPU)
     assert 6_000_000 <= peak < 6_100_000
+
+
+def live_bytes(call):
+    """What ``call`` leaves allocated."""
+    gc.collect()
+    events, _ = memory._traced(call, CPU)
+    return sum(block.size for block in memory._blocks(events) if block.last == math.inf)
+
+
+def step_of(function):
+    """What a step on ``function`` of a product of 128 rows, 64 to 32 wide, allocates; a row of 32 has 128 bytes."""
+    model = nn.Linear(64, 32, bias=False)
+    x = torch.randn(128, 64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x).sum().backward()
+    return step_bytes(model, optimizer, lambda x: function(model(x)).sum(), lambda: (x.clone(),))
+
+
+def test_a_step_is_told_by_category():
+    y = 128 * 32 * 4
+    few = 600  # scalars
+    plain = step_of(torch.exp)
+    assert plain["batch"] == 128 * 64 * 4
+    assert plain["saved"] == y  # exp keeps what it returns; x and the weight are counted elsewhere
+    assert y <= plain["working"] < y + few  # the product itself, then the gradient of the product
+    # The gradient of the weight, half as large, comes when nothing is saved any more.
+    assert plain["batch"] + 2 * y <= plain["step_peak"] < plain["batch"] + 2 * y + few
+    # What two functions keep counts once, what one more keeps counts.
+    assert step_of(lambda y: y.exp().cos())["saved"] == y
+    assert step_of(lambda y: y.sin().cos())["saved"] == 2 * y
+
+
+def test_an_activation_that_is_kept_beside_the_graph_shows_up():
+    kept = []
+
+    def function(y):
+        kept.append(y * 2)
+        return y.exp()
+
+    plain, found = step_of(torch.exp), step_of(function)
+    assert found["saved"] == plain["saved"]
+    assert found["working"] == pytest.approx(plain["working"] + 128 * 32 * 4, abs=600)
+    assert found["step_peak"] > plain["step_peak"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu_the_trace_agrees_with_the_allocators_own_peak():
+    size = method_bytes(FinetuneConfig(method="full"), torch.device("cuda"))  # which warms up what allocates once
+    model = build_classifier(FinetuneConfig(method="full"), MAE().encoder, 6).cuda().train()
+    optimizer = make_optimizer(model, FinetuneConfig().optimisation())
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    x = torch.randn(64, 128, 6)
+    found = step_bytes(model, optimizer, lambda x: model(x).square().sum(), lambda: (x,))
+    assert found["step_peak"] == torch.cuda.max_memory_allocated() - before
+    assert size["saved"] > 0
+    assert found["saved"] > 0
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_nothing_is_held_that_is_not_counted(method):
+    """All that building a model and a step leave allocated is in a category."""
+    config = FinetuneConfig(method=method, rank=16)
+    encoder = MAE().encoder
+    method_bytes(config, CPU)  # code tables, and probes at the first use
+    kept = []
+
+    def train():
+        model = build_classifier(config, encoder, 6).train()
+        optimizer = make_optimizer(model, config.optimisation())
+        model(torch.randn(4, 128, 6)).square().sum().backward()
+        optimizer.step()
+        kept.extend((model, optimizer))
+
+    found = live_bytes(train)
+    held = held_bytes(*kept)
+    tables = 4 * (16 + 256) if method == "qlora" else 0
+    assert sum(held[key] for key in ("frozen", "trainable", "gradients", "optimizer")) - tables == found
+
+
+@needs_extension
+def test_qlora_holds_no_more_of_anything_than_lora_at_real_size():
+    size = {method: method_bytes(FinetuneConfig(method=method, rank=16), CPU) for method in ("full", "lora", "qlora")}
+    held = {m: sum(s[k] for k in ("frozen", "trainable", "gradients", "optimizer")) for m, s in size.items()}
+    assert held["qlora"] <= 0.6 * held["lora"]
+    assert held["qlora"] <= 0.25 * held["full"]
+    for key in ("saved", "working", "step_peak", "adapters", "gradients", "optimizer"):
+        assert size["qlora"][key] <= size["lora"][key], key
 
 
 # Pretraining
@@ -265,11 +377,9 @@ def test_a_checkpoint_of_another_kind_is_refused(data, pretrained, checkpoint, t
 
 
 def test_a_capture_that_is_not_possible_is_refused_at_once(data, pretrained, tmp_path):
-    study = Study(targets=("synthetic_a",), sources=("synthetic_b",))
     for run in (
         lambda: pretrain(PRETRAIN, data[1:], tmp_path, device=CPU, capture="on"),
         lambda: finetune(FINETUNE, data[0], pretrained, tmp_path, device=CPU, capture="on"),
-        lambda: lodo(study, tmp_path, tmp_path, tmp_path, device=CPU, capture="on", progress=Quiet()),
     ):
         with pytest.raises(InputError, match="capture: on requires a CUDA device, got cpu"):
             run()
@@ -291,7 +401,11 @@ def test_every_method_runs(data, pretrained, tmp_path, method, protocol):
     assert 0 <= metrics["scores"]["macro_f1"] <= 1
     assert metrics["synthetic"] is True
     assert metrics["seconds"] > 0
-    assert all(value > 0 for value in metrics["bytes"].values())
+    size = metrics["bytes"]
+    absent = {"packed", "scales"} if method != "qlora" else set()
+    absent |= {"adapters"} if METHODS[method].adapter is None else set()
+    assert {name for name, value in size.items() if value == 0} == absent
+    assert has_memory(size)
     assert sum(map(sum, metrics["scores"]["confusion"])) == metrics["windows"]["test"]
     json.dumps(metrics, allow_nan=False)
     (folder,) = tmp_path.glob(f"*{metrics['identity']}")
@@ -386,9 +500,8 @@ def test_the_same_people_are_never_on_both_sides(data, pretrained, tmp_path):
     twice = [replace(one, dataset=name) for one, name in zip(data, ("uci_har", "uci_hapt"), strict=False)]
     with pytest.raises(InputError, match="uci_har and uci_hapt are the same recordings of the same people"):
         pretrain(PRETRAIN, twice, tmp_path, device=CPU)
-    study = Study(targets=("synthetic_a",), sources=("uci_har", "uci_hapt"))
     with pytest.raises(InputError, match="are the same recordings"):
-        lodo(study, tmp_path, tmp_path, tmp_path, device=CPU, progress=Quiet())
+        Study(targets=("synthetic_a",), sources=("uci_har", "uci_hapt")).experiment().plan(tmp_path)
 
 
 def test_zero_shot_needs_sources(data, pretrained, tmp_path):
@@ -396,90 +509,7 @@ def test_zero_shot_needs_sources(data, pretrained, tmp_path):
         finetune(replace(FINETUNE, method="zero_shot"), data[0], pretrained, tmp_path, device=CPU)
 
 
-# The study
-
-
-class Quiet:
-    def __init__(self):
-        self.lines, self.runs = [], []
-
-    def run(self, name, number, total):
-        self.runs.append((name, number, total))
-        return lambda done, steps, note: None
-
-    def say(self, text):
-        self.lines.append(text)
-
-
-@pytest.fixture
-def tiny_preset(monkeypatch):
-    monkeypatch.setitem(PRESETS, "quick", lodo_module.Preset(replace(PRETRAIN, epochs=1), replace(FINETUNE, epochs=1)))
-
-
-@pytest.mark.usefixtures("tiny_preset")
-def test_a_study_covers_every_combination(tmp_path):
-    study = Study(
-        targets=("synthetic_a", "synthetic_b"), sources=("synthetic_a", "synthetic_b", "synthetic_c"),
-        methods=("zero_shot", "linear_probe", "qlora"), ranks=(2, 4), windows_per_class=(3,),
-    )  # fmt: skip
-    quiet = Quiet()
-    records = lodo(study, tmp_path, tmp_path / "runs", tmp_path / "results", device=CPU, progress=quiet)
-    # For a target and protocol: zero-shot, probe and qlora at two ranks, the latter two with all labels and with few.
-    assert len(records) == 2 * 2 * (1 + 2 * (1 + 2))
-    assert len(list((tmp_path / "results").glob("*.json"))) == len(records)
-    assert len(list((tmp_path / "runs").glob("pretrain-*"))) == 2  # once for a target
-    assert len(quiet.runs) == len(records) + 2
-    assert quiet.runs[-1][1] == quiet.runs[-1][2]
-    assert all("SYNTHETIC" in line for line in quiet.lines)
-    for record in records:
-        assert record["target"] not in record["sources"]
-        assert record["config"]["alpha"] == 2 * record["config"]["rank"]
-    # Again: nothing is computed anew, and the results are not touched.
-    times = {file: file.stat().st_mtime_ns for file in (tmp_path / "results").iterdir()}
-    again = lodo(study, tmp_path, tmp_path / "runs", tmp_path / "results", device=CPU, progress=Quiet())
-    assert again == records
-    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "results").iterdir()} == times
-
-
-@pytest.mark.usefixtures("tiny_preset")
-def test_a_study_killed_in_the_middle_ends_the_same(tmp_path, monkeypatch):
-    study = Study(targets=("synthetic_a",), sources=("synthetic_b",), methods=("lora",), protocols=("paper",))
-
-    def run(name):
-        return lodo(study, tmp_path, tmp_path / name, tmp_path / f"results-{name}", device=CPU, progress=Quiet())
-
-    (expected,) = run("undisturbed")
-    original = lodo_module.finetune
-
-    def killed(*args, **options):
-        def report(done, total, note):
-            if done == 5:
-                raise KilledError
-
-        return original(*args, **{**options, "report": report})
-
-    monkeypatch.setattr(lodo_module, "finetune", killed)
-    with pytest.raises(KilledError):
-        run("killed")
-    assert not (tmp_path / "results-killed").exists()
-    monkeypatch.setattr(lodo_module, "finetune", original)
-    (record,) = run("killed")
-    for key in ("scores", "history", "best_epoch", "bytes", "identity"):
-        assert record[key] == expected[key], key
-
-
-def test_wrong_studies_are_refused(tmp_path):
-    for options, message in (
-        ({"preset": "huge"}, "unknown preset 'huge'; required one of quick, standard"),
-        ({"methods": ("qlra",)}, "unknown method 'qlra'"),
-        ({"protocols": ("random",)}, "unknown protocol"),
-        ({"ranks": (0,)}, "rank must be at least 1"),
-    ):
-        with pytest.raises(InputError, match=message):
-            Study(**options).check()
-    with pytest.raises(InputError, match="leaves no dataset to pretrain on"):
-        lodo(Study(targets=("synthetic_a",), sources=("synthetic_a",)), tmp_path, tmp_path, tmp_path, device=CPU,
-             progress=Quiet())  # fmt: skip
+# Folders of runs
 
 
 def test_a_config_that_was_edited_is_refused(data, tmp_path):

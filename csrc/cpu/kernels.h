@@ -121,8 +121,8 @@ struct Kernels {
   void (*layer_norm)(const float* x, int64_t rows, int64_t width, const float* gain, const float* bias, float eps,
                      float* y);
   void (*gelu)(const float* x, int64_t n, float* y);
-  // y = gelu(x) and grad = grad · gelu'(x); x and y may be the same.
-  void (*gelu_backward)(const float* x, int64_t n, float* y, float* grad);
+  // grad = grad · gelu'(x).
+  void (*gelu_backward)(const float* x, int64_t n, float* grad);
   // softmax(q·kᵀ / sqrt(size of a head))·v for heads [first, last), counted through all windows; q, k, v and y are
   // (windows, tokens, width), the values of one head side by side.
   void (*attention)(const float* q, const float* k, const float* v, int64_t tokens, int64_t width, int64_t heads,

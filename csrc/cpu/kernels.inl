@@ -698,21 +698,15 @@ inline F gelu_slope(F x) {
   return fma(bounded, density, cumulative);
 }
 
-void gelu_backward(const float* x, int64_t n, float* y, float* grad) {
+void gelu_backward(const float* x, int64_t n, float* grad) {
   int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) {
-    const F value = load(x + i);
-    store(grad + i, mul(load(grad + i), gelu_slope(value)));
-    store(y + i, gelu(value));
-  }
+  for (; i + LANES <= n; i += LANES) store(grad + i, mul(load(grad + i), gelu_slope(load(x + i))));
   if (i < n) {
     float rest[LANES], rest_grad[LANES];
     widen(x + i, n - i, LANES, rest);
     widen(grad + i, n - i, LANES, rest_grad);
     store(rest_grad, mul(load(rest_grad), gelu_slope(load(rest))));
-    store(rest, gelu(load(rest)));
     narrow(rest_grad, n - i, grad + i);
-    narrow(rest, n - i, y + i);
   }
 }
 

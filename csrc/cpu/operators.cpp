@@ -46,7 +46,7 @@ void* writable(const char* name, const Optional& tensor, ScalarType type, int64_
 }
 
 // As empty_strided, without the dispatcher: at HAR size every microsecond shows.
-Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dim) {
+Tensor empty(int32_t dtype, const int64_t* sizes, int64_t dim) {
   int64_t strides[64];
   STD_TORCH_CHECK(dim <= 64, "at most 64 dimensions");
   int64_t stride = 1;
@@ -54,12 +54,16 @@ Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dim) {
     strides[i] = stride;
     stride *= std::max<int64_t>(sizes[i], 1);
   }
-  int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
+}
+
+Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dim) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return empty(dtype, sizes, dim);
 }
 
 Weight weight_of(const Tensor& packed, const Tensor& absmax, const Optional& nested_absmax,
@@ -95,17 +99,18 @@ int rank_of(const Optional& lora_A) {
   return lora_A.has_value() && lora_A->dim() == 2 ? static_cast<int>(lora_A->size(0)) : 0;
 }
 
-// t and u in float32: the caller's memory where it has that dtype, else memory of their own.
+// Working memory in float32: the caller's where it has that dtype, else of its own. That comes from torch's allocator, so
+// that what a training step needs is seen there. Made before work is shared out: allocations of other threads are not.
 class Scratch {
  public:
-  Scratch(int64_t numel, void* given) {
+  explicit Scratch(int64_t numel, void* given = nullptr) {
     if (given != nullptr) {
       data_ = static_cast<float*>(given);
     } else if (numel <= kInline) {
       data_ = inline_;
     } else {
-      owned_.reset(new float[static_cast<size_t>(numel)]);
-      data_ = owned_.get();
+      owned_ = empty(aoti_torch_dtype_float32(), &numel, 1);
+      data_ = static_cast<float*>(owned_->mutable_data_ptr());
     }
   }
   float* data() { return data_; }
@@ -113,7 +118,7 @@ class Scratch {
  private:
   static constexpr int64_t kInline = 1024;
   float inline_[kInline];
-  std::unique_ptr<float[]> owned_;
+  Optional owned_;
   float* data_;
 };
 
@@ -572,7 +577,7 @@ void qlora_linear_backward(Tensor grad, Optional x, Optional t, Tensor packed, T
     job.t = static_cast<const float*>(memory("t", *t_float, ScalarType::Float, rows * job.rank));
   }
   const bool wants_u = job.rank > 0 && (wants_x || wants_A);
-  Scratch u(wants_u ? rows * job.rank : 0, nullptr);
+  Scratch u(wants_u ? rows * job.rank : 0);
   job.u = u.data();
   backward(kernels(), &job, 1);
 }
@@ -779,7 +784,7 @@ std::vector<Tensor> qlora_qkv_backward(Tensor grad_q, Tensor grad_k, Tensor grad
   const int64_t none[1] = {0};
   std::vector<Tensor> grads{wanted[0] != 0 ? empty_rows(x, in) : empty(x, none, 1)};
   float* to = wanted[0] != 0 ? floats_of(grads[0]) : nullptr;
-  Scratch u(rows * ranks_of(layers), nullptr);
+  Scratch u(rows * ranks_of(layers));
   std::vector<Backward> jobs;
   int64_t offset = 0;
   for (int i = 0; i < 3; ++i) {
@@ -839,16 +844,17 @@ std::tuple<Tensor, Tensor, Tensor> qlora_mlp(Tensor x, std::vector<Tensor> tenso
   // Fewer would be served by kernels for few rows, whose sums are rounded otherwise.
   const bool apart = rows >= threads * kRowsOfMlp / 2;
   const int64_t chunks = apart ? (rows + threads * kRowsOfMlp - 1) / (threads * kRowsOfMlp) * threads : 1;
-  const size_t room = static_cast<size_t>(((rows + chunks - 1) / chunks) * (ffn + ranks));
+  const int64_t room = ((rows + chunks - 1) / chunks) * (ffn + ranks);
   if (rows > 0 && !apart) {
-    std::unique_ptr<float[]> scratch(new float[room]);
-    some(scratch.get(), 0, rows, true);
+    Scratch scratch(room);
+    some(scratch.data(), 0, rows, true);
   } else if (rows > 0) {
-    in_parts(threads == 1 ? 0 : rows * (in * ffn + ffn * out), [&](int64_t part, int64_t parts) {
-      std::unique_ptr<float[]> scratch(new float[room]);
+    const int64_t work = threads == 1 ? 0 : rows * (in * ffn + ffn * out);
+    Scratch scratch(parts_of(work) * room);
+    in_parts(work, [&](int64_t part, int64_t parts) {
       for (int64_t chunk = share(chunks, part, parts); chunk < share(chunks, part + 1, parts); ++chunk) {
         const int64_t first = share(rows, chunk, chunks);
-        some(scratch.get(), first, share(rows, chunk + 1, chunks) - first, false);
+        some(scratch.data() + part * room, first, share(rows, chunk + 1, chunks) - first, false);
       }
     });
   }
@@ -871,26 +877,29 @@ std::vector<Tensor> qlora_mlp_backward(Tensor grad, Tensor x, Tensor inner, Tens
   const auto* grad_y = static_cast<const float*>(memory("grad", grad, ScalarType::Float, rows * out));
   const int64_t none[1] = {0};
   std::vector<Tensor> grads{wanted[0] != 0 ? empty_rows(x, in) : empty(x, none, 1)};
-  Scratch u(rows * ranks_of(layers), nullptr);
-  std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(2 * rows * ffn)]);
-  float* hidden = scratch.get();
-  float* grad_hidden = hidden + rows * ffn;
+  Scratch u(rows * ranks_of(layers));
+  // First what the second layer's gradients need, gelu(fc1(x)); then, in the same memory, the gradient of fc1(x).
+  Scratch hidden(rows * ffn);
   const int64_t second = rows * layers[0].rank;
-  // First the gradient of what lies between the layers, then all that depends on it.
   Backward jobs[2] = {
-      backward_of(layers[0], x, rows, from, ts, u.data(), grad_hidden, wanted[1], grads),
-      backward_of(layers[1], x, rows, hidden, ts + second, u.data() + second, grad_y, wanted[2], grads)};
+      backward_of(layers[0], x, rows, from, ts, u.data(), hidden.data(), wanted[1], grads),
+      backward_of(layers[1], x, rows, hidden.data(), ts + second, u.data() + second, grad_y, wanted[2], grads)};
   if (wanted[0] != 0) jobs[0].grad_x = floats_of(grads[0]);
   const Kernels& k = kernels();
+  const auto over_hidden = [&](const auto& f) {
+    in_parts(8 * rows * ffn, [&](int64_t part, int64_t parts) {
+      const int64_t first = share(rows, part, parts) * ffn, last = share(rows, part + 1, parts) * ffn;
+      f(before + first, last - first, hidden.data() + first);
+    });
+  };
+  const bool has_u = jobs[1].grad_A != nullptr;
+  if (has_u) over_hidden(k.gelu);
+  backward(k, jobs + 1, 1);
   Backward between = jobs[1];
   between.grad_bias = between.grad_A = between.grad_B = nullptr;
-  between.grad_x = grad_hidden;
-  backward(k, &between, 1);
-  in_parts(16 * rows * ffn, [&](int64_t part, int64_t parts) {
-    const int64_t first = share(rows, part, parts) * ffn, last = share(rows, part + 1, parts) * ffn;
-    k.gelu_backward(before + first, last - first, hidden + first, grad_hidden + first);
-  });
-  backward(k, jobs + 1, 1, true);
+  between.grad_x = hidden.data();
+  backward(k, &between, 1, has_u);
+  over_hidden(k.gelu_backward);
   backward(k, jobs, 1);
   return grads;
 }
@@ -901,10 +910,10 @@ namespace {
 template <typename F>
 void over_heads(const Kernels& k, const Tensor& q, int64_t heads, const F& f) {
   const int64_t tokens = q.size(1), width = q.size(2), all = q.size(0) * heads;
-  const int64_t floats = k.attention_scratch(tokens, width, heads);
-  in_parts(16 * q.numel() * tokens, [&](int64_t part, int64_t parts) {
-    std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(floats)]);
-    f(share(all, part, parts), share(all, part + 1, parts), scratch.get());
+  const int64_t floats = k.attention_scratch(tokens, width, heads), work = 16 * q.numel() * tokens;
+  Scratch scratch(parts_of(work) * floats);
+  in_parts(work, [&](int64_t part, int64_t parts) {
+    f(share(all, part, parts), share(all, part + 1, parts), scratch.data() + part * floats);
   });
 }
 

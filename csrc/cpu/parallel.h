@@ -21,13 +21,16 @@ bool threads_usable();
 // Multiply-adds for which another thread is worth waking.
 constexpr int64_t kWorkOfThread = 150'000;
 
-// f(part, parts) for every part, on as many of torch's threads as `work` (multiply-adds) keeps busy.
+// As many of torch's threads as `work` (multiply-adds) keeps busy.
+inline int64_t parts_of(int64_t work) {
+  if (work < 2 * kWorkOfThread || !threads_usable()) return 1;
+  return std::min<int64_t>(torch::stable::get_num_threads(), work / kWorkOfThread);
+}
+
+// f(part, parts) for every part, on parts_of(work) threads.
 template <typename F>
 void in_parts(int64_t work, const F& f) {
-  int64_t parts = 1;
-  if (work >= 2 * kWorkOfThread && threads_usable()) {
-    parts = std::min<int64_t>(torch::stable::get_num_threads(), work / kWorkOfThread);
-  }
+  const int64_t parts = parts_of(work);
   if (parts == 1) return f(int64_t{0}, int64_t{1});
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; ++part) f(part, parts);

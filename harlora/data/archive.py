@@ -1,17 +1,23 @@
 """Reading the authors' own archives: a zip file, a zip inside a zip, or the extracted folder."""
 
 import io
+import tempfile
 import warnings
+import weakref
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from harlora.errors import InputError
 
 _AGAIN = "download it again"
+_BLOCK = 32 << 20  # bytes of a large file that are held at a time
+_IN_MEMORY = 64 << 20  # bytes up to which a zip inside a zip is unpacked in memory, beyond in a temporary file
 
 
 class Archive:
@@ -23,14 +29,14 @@ class Archive:
     Raises: InputError if ``path`` is missing or not a complete zip archive.
     """
 
-    def __init__(self, path: Path, content: bytes | None = None) -> None:
+    def __init__(self, path: Path, content: IO[bytes] | None = None) -> None:
         self.path = path
         self._zip: zipfile.ZipFile | None = None
         if content is None and path.is_dir():
             names = [entry.relative_to(path).as_posix() for entry in path.rglob("*") if entry.is_file()]
         else:
             try:
-                self._zip = zipfile.ZipFile(path if content is None else io.BytesIO(content))
+                self._zip = zipfile.ZipFile(path if content is None else content)
             except FileNotFoundError as error:
                 raise InputError(f"{path}: no such file") from error
             except (zipfile.BadZipFile, OSError) as error:
@@ -43,18 +49,54 @@ class Archive:
 
         Raises: InputError if it is not there or damaged.
         """
+        with self._open(name) as opened:
+            return opened.read()
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The bytes of a large text file in pieces that end with a line.
+
+        Raises: InputError if it is not there or damaged.
+        """
+        rest = b""
+        for block in self._blocks(name):
+            end = block.rfind(b"\n") + 1
+            if end:
+                yield rest + block[:end]
+                rest = block[end:]
+            else:
+                rest += block
+        if rest:
+            yield rest
+
+    def nested(self, name: str) -> "Archive":
+        """The zip archive that is the member ``name`` of this one."""
+        if self._zip is None:
+            return Archive(self.path / name)
+        unpacked = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115, closed when the archive goes
+        for block in self._blocks(name):
+            unpacked.write(block)
         try:
-            if self._zip is None:
-                return (self.path / name).read_bytes()
-            return self._zip.read(name)
+            archive = Archive(self.path / name, unpacked)
+        except InputError:
+            unpacked.close()
+            raise
+        weakref.finalize(archive, unpacked.close)
+        return archive
+
+    def _blocks(self, name: str) -> Iterator[bytes]:
+        with self._open(name) as opened:
+            while block := opened.read(_BLOCK):
+                yield block
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[IO[bytes]]:
+        try:
+            with (self.path / name).open("rb") if self._zip is None else self._zip.open(name) as opened:
+                yield opened
         except (KeyError, FileNotFoundError) as error:
             raise InputError(f"{self.path}: {name} is missing from it; {_AGAIN}") from error
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
             raise InputError(f"{self.path}: {name} in it is damaged ({error}); {_AGAIN}") from error
-
-    def nested(self, name: str) -> "Archive":
-        """The zip archive that is the member ``name`` of this one."""
-        return Archive(self.path / name, self.read(name))
 
     def numbers(
         self, name: str, *, columns: Sequence[str] | int, delimiter: str | None, header: bool = False

@@ -5,21 +5,24 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import torch
 
-from harlora.data import dsa, imported, motionsense, synthetic, uci_hapt, uci_har
+from harlora.data import dsa, hhar, imported, motionsense, pamap2, realworld, synthetic, uci_hapt, uci_har
 from harlora.data.archive import Archive
-from harlora.data.recording import Recording
+from harlora.data.recording import LeftOut, Recording
 from harlora.data.windows import HOP, WINDOW, Windows, cut
 from harlora.errors import InputError
 from harlora.files import load_tensors, save_tensors
 
 ROOT_VARIABLE = "HARLORA_DATA"
 CACHE_VARIABLE = "HARLORA_CACHE"
+_BESIDE = (".part", ".part.json", ".sha256")  # files of a download, which are no recordings
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Dataset:
     folder: under the data root. download: the authors' address. licence: as found there.
     read: the reader, or None for synthetic data.
     placement: where the device sat; of a dataset with several, the one that is used.
+    size: bytes of what ``download`` delivers, or None. checksum: ``sha256:`` or ``git:`` (the content's name in the
+    authors' git repository) and hexadecimal digits, or None where none is known.
     """
 
     name: str
@@ -39,24 +44,38 @@ class Dataset:
     folder: str
     download: str
     licence: str
-    read: Callable[[Archive], Iterator[Recording]] | None
+    read: Callable[[Archive], Iterator[Recording | LeftOut]] | None
+    size: int | None = None
+    checksum: str | None = None
 
     @property
     def is_synthetic(self) -> bool:
         """Whether the recordings are made up."""
         return self.read is None
 
+    @property
+    def file(self) -> str:
+        """The name under which the authors distribute the archive."""
+        return unquote(urlsplit(self.download).path.rpartition("/")[2])
+
+    def target(self, root: Path) -> Path:
+        """Where the archive belongs under ``root``."""
+        return root / self.folder / self.file
+
     def find(self, root: Path) -> Path | None:
-        """Its archive or extracted folder under ``root``, or None."""
+        """Its archive or extracted folder under ``root``, or None. Of several archives the authors' comes first."""
         folder = root / self.folder
         if self.is_synthetic or not folder.is_dir():
             return None
+        if self.target(root).is_file():
+            return self.target(root)
         archives = sorted(folder.glob("*.zip"))
         if archives:
             return archives[0]
-        return folder if any(entry.is_file() for entry in folder.rglob("*")) else None
+        files = (entry for entry in folder.rglob("*") if not entry.name.endswith(_BESIDE))
+        return folder if any(entry.is_file() for entry in files) else None
 
-    def recordings(self, root: Path) -> Iterator[Recording]:
+    def recordings(self, root: Path) -> Iterator[Recording | LeftOut]:
         """Its recordings, at the one placement that is used.
 
         Raises: InputError that says where to get the archive and where to put it, if it is not under ``root``.
@@ -67,8 +86,9 @@ class Dataset:
         path = self.find(root)
         if path is None:
             raise InputError(
-                f"{self.name}: no archive in {root / self.folder}; download {self.download} and put the file there, "
-                f"or set {ROOT_VARIABLE} to the folder that has {self.folder}/"
+                f"{self.name}: no archive in {root / self.folder}; run `harlora data download {self.name}`, or "
+                f"download {self.download} and put the file there, or set {ROOT_VARIABLE} to the folder that has "
+                f"{self.folder}/"
             )
         for recording in self.read(Archive(path)):
             if recording.placement == self.placement:
@@ -87,6 +107,7 @@ DATASETS = {
             download="https://github.com/mmalekzadeh/motion-sense/raw/master/data/A_DeviceMotion_data.zip",
             licence="MIT / ODbL; cite Malekzadeh et al. 2018",
             read=motionsense.read,
+            checksum="git:78f9957d9f4d0a4b6457461009e1f2e0453a872d",
         ),
         Dataset(
             name="uci_hapt",
@@ -98,6 +119,9 @@ DATASETS = {
             "smartphone+based+recognition+of+human+activities+and+postural+transitions.zip",
             licence="as is, no commercial use; cite Reyes-Ortiz et al. 2015",
             read=uci_hapt.read,
+            # UCI publishes no checksums. These two are what several independent public projects found at the address.
+            size=79_596_192,
+            checksum="sha256:4ac4ae064227c07045a99551876b54d204837e995e298b6488559e209b3deb09",
         ),
         Dataset(
             name="uci_har",
@@ -108,6 +132,8 @@ DATASETS = {
             download="https://archive.ics.uci.edu/static/public/240/human+activity+recognition+using+smartphones.zip",
             licence="as is, no commercial use; cite Anguita et al. 2013",
             read=uci_har.read,
+            size=61_005_872,
+            checksum="sha256:c00b803081a5c797cd5e4b83700a9810b38d53d9d84e01917e090e1fdbc81031",
         ),
         Dataset(
             name="dsa",
@@ -118,6 +144,37 @@ DATASETS = {
             download="https://archive.ics.uci.edu/static/public/256/daily+and+sports+activities.zip",
             licence="UCI repository; cite Altun et al. 2010",
             read=dsa.read,
+        ),
+        Dataset(
+            name="hhar",
+            title="HHAR",
+            domain="hhar",
+            placement="waist",
+            folder="hhar",
+            download="https://archive.ics.uci.edu/static/public/344/heterogeneity+activity+recognition.zip",
+            licence="UCI repository; cite Stisen et al. 2015",
+            read=partial(hhar.read, placements=("waist",)),
+        ),
+        Dataset(
+            name="realworld",
+            title="RealWorld2016",
+            domain="realworld",
+            placement="waist",
+            folder="realworld",
+            download="https://wifo5-14.informatik.uni-mannheim.de/sensor/dataset/realworld2016/"
+            "realworld2016_dataset.zip",
+            licence="no open licence found; cite Sztyler and Stuckenschmidt 2016",
+            read=partial(realworld.read, placements=("waist",)),
+        ),
+        Dataset(
+            name="pamap2",
+            title="PAMAP2",
+            domain="pamap2",
+            placement="chest",
+            folder="pamap2",
+            download="https://archive.ics.uci.edu/static/public/231/pamap2+physical+activity+monitoring.zip",
+            licence="UCI repository; cite Reiss and Stricker 2012",
+            read=pamap2.read,
         ),
         *(
             Dataset(
@@ -136,14 +193,18 @@ DATASETS = {
 }
 
 
+def named_root(given: Path | None = None) -> Path:
+    """The folder for datasets, there or not: ``given``, or ``HARLORA_DATA``, or ``data`` under the current folder."""
+    return given or Path(os.environ.get(ROOT_VARIABLE) or "data")
+
+
 def data_root(given: Path | None = None) -> Path:
-    """The folder with the datasets: ``given``, or ``HARLORA_DATA``, or ``data`` under the current folder.
+    """The folder with the datasets, as `named_root` names it.
 
     Raises: InputError if the one that was named is no folder.
     """
-    named = os.environ.get(ROOT_VARIABLE)
-    root = given or Path(named or "data")
-    if (given or named) and not root.is_dir():
+    root = named_root(given)
+    if (given or os.environ.get(ROOT_VARIABLE)) and not root.is_dir():
         raise InputError(
             f"{'--data' if given else ROOT_VARIABLE} names {root}, which is no folder; correct or unset it"
         )
@@ -254,7 +315,9 @@ def load_windows(name: str, root: Path, cache: Path | None = None, *, window: in
         tensors, info = load_tensors(file, kind="windows", remedy="delete it, it will be made again")
         fields: dict[str, Any] = {key: tensor.numpy() for key, tensor in tensors.items()}
         return Windows(**fields, **{**info, "subject_names": tuple(info["subject_names"])})
-    windows = replace(cut(entry.recordings(root), window=window, hop=hop), domain=entry.domain)
+    windows = cut(entry.recordings(root), window=window, hop=hop)
+    if name not in DATASETS:
+        windows = replace(windows, domain=entry.domain)
     arrays = {key: value for key, value in vars(windows).items() if isinstance(value, np.ndarray)}
     info = {key: value for key, value in vars(windows).items() if key not in arrays}
     save_tensors(file, {key: torch.from_numpy(array) for key, array in arrays.items()}, kind="windows", info=info)

@@ -31,7 +31,8 @@ _UCI = {
 }
 
 # An activity that is not listed has no label here: its windows are dropped and counted, never given a class.
-# Left out on purpose: the postural transitions of HAPT (7 to 12) and the two lift rides of DSA (a07, a08).
+# Left out on purpose: the postural transitions of HAPT (7 to 12), the two lift rides of DSA (a07, a08), what HHAR
+# calls null and PAMAP2 numbers 0, and the activities of PAMAP2's optional part.
 ACTIVITY_LABELS: dict[str, dict[str, str]] = {
     "motionsense": {
         "dws": "downstairs",
@@ -61,5 +62,37 @@ ACTIVITY_LABELS: dict[str, dict[str, str]] = {
         "a17": "row",
         "a18": "jump",
         "a19": "basketball",
+    },
+    "hhar": {
+        "bike": "cycle",
+        "sit": "sit",
+        "stand": "stand",
+        "walk": "walk",
+        "stairsup": "upstairs",
+        "stairsdown": "downstairs",
+    },
+    "realworld": {
+        "climbingdown": "downstairs",
+        "climbingup": "upstairs",
+        "jumping": "jump",
+        "lying": "lie",
+        "running": "run",
+        "sitting": "sit",
+        "standing": "stand",
+        "walking": "walk",
+    },
+    "pamap2": {
+        "lying": "lie",
+        "sitting": "sit",
+        "standing": "stand",
+        "walking": "walk",
+        "running": "run",
+        "cycling": "cycle",
+        "Nordic walking": "nordic_walk",
+        "ascending stairs": "upstairs",
+        "descending stairs": "downstairs",
+        "vacuum cleaning": "vacuum",
+        "ironing": "iron",
+        "rope jumping": "rope_jump",
     },
 }

@@ -29,6 +29,7 @@ class Recording:
     gyro: ``(time, 3)``, float32, rad/s, sample by sample beside ``accel``.
     intervals: sorted, not overlapping; samples outside every interval are unlabelled.
     source: the file it came from, for messages.
+    fragment: a piece between two gaps of a longer recording, which may be shorter than a window.
     Raises: InputError if shapes disagree, a value is not finite, or an interval lies outside or overlaps another.
     """
 
@@ -40,6 +41,7 @@ class Recording:
     gyro: np.ndarray
     intervals: tuple[Interval, ...]
     source: str
+    fragment: bool = False
 
     def __post_init__(self) -> None:
         where = f"{self.dataset}: {self.source}"
@@ -66,3 +68,15 @@ class Recording:
                     "the labels belong to another file"
                 )
             end = interval.stop
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What a reader found but could make no recording of, such as a device without a gyroscope; it is counted.
+
+    reason: in words, for many of them.
+    """
+
+    dataset: str
+    placement: str
+    reason: str

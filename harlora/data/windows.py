@@ -1,15 +1,16 @@
 """From recordings to windows: one rate, no window across a gap, a subject or an activity, normalisation."""
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import numpy as np
 
 from harlora.data.labels import ACTIVITY_LABELS, LABEL_INDEX, VOCABULARY
-from harlora.data.recording import Recording
+from harlora.data.recording import LeftOut, Recording
 from harlora.errors import InputError
 
 RATE_HZ = 50.0
@@ -29,6 +30,7 @@ class Windows:
     starts: ``(n,)``, int64, first sample within that stretch, at the common rate.
     dropped: windows left out, by the dataset's own activity name, because it has no label in the vocabulary.
     too_short: stretches of a labelled activity that are shorter than one window.
+    left_out: what the reader found but could make no recording of, by reason.
     domain: whose people they are, as `harlora.data.catalog.Dataset`; empty where that is for the catalogue to say.
     """
 
@@ -41,6 +43,7 @@ class Windows:
     starts: np.ndarray
     dropped: dict[str, int]
     too_short: int
+    left_out: dict[str, int] = field(default_factory=dict)
     domain: str = ""
 
     def __len__(self) -> int:
@@ -102,23 +105,27 @@ def sliding_windows(signal: np.ndarray, window: int = WINDOW, hop: int = HOP) ->
     return np.lib.stride_tricks.sliding_window_view(signal, window, axis=0)[::hop].swapaxes(1, 2)
 
 
-def cut(recordings: Iterable[Recording], *, window: int = WINDOW, hop: int = HOP) -> Windows:
+def cut(recordings: Iterable[Recording | LeftOut], *, window: int = WINDOW, hop: int = HOP) -> Windows:
     """All windows of one dataset's recordings, every labelled interval resampled to 50 Hz on its own.
 
-    Raises: InputError if a recording is shorter than a window, if no window is left, or if the acceleration has no
-    gravity or another unit.
+    Raises: InputError if a recording that is no fragment is shorter than a window, if no window is left, or if the
+    acceleration has no gravity or another unit.
     """
     signals: list[np.ndarray] = []
     rows: list[tuple[int, int, int, int]] = []  # label, subject, segment, windows
     subjects: dict[str, int] = {}
     dropped: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
     magnitudes: list[float] = []
     too_short = 0
     dataset = ""
     for recording in recordings:
         dataset = recording.dataset
+        if isinstance(recording, LeftOut):
+            left_out[recording.reason] += 1
+            continue
         length = round(len(recording.accel) * RATE_HZ / recording.rate_hz)
-        if length < window:
+        if length < window and not recording.fragment:
             raise InputError(
                 f"{dataset}: {recording.source}: the recording has {length} samples at {RATE_HZ:g} Hz, required at "
                 f"least one window of {window}; remove the file"
@@ -131,16 +138,19 @@ def cut(recordings: Iterable[Recording], *, window: int = WINDOW, hop: int = HOP
             if label is None:
                 dropped[interval.activity] += max(count, 0)
                 continue
-            stretch = resample(both[interval.start : interval.stop], recording.rate_hz)
-            if len(stretch) < window:
+            if math.ceil((interval.stop - interval.start) * RATE_HZ / recording.rate_hz) < window:
                 too_short += 1
                 continue
+            stretch = resample(both[interval.start : interval.stop], recording.rate_hz)
             magnitudes.append(float(np.median(np.linalg.norm(stretch[:, :3], axis=1))))
             signals.append(sliding_windows(stretch, window, hop))
             subject = subjects.setdefault(recording.subject, len(subjects))
             rows.append((LABEL_INDEX[label], subject, len(rows), len(signals[-1])))
     if not rows:
-        raise InputError(f"{dataset or 'recordings'}: no window of a known activity; dropped: {dict(dropped)}")
+        raise InputError(
+            f"{dataset or 'recordings'}: no window of a known activity; dropped: {dict(dropped)}, stretches too short: "
+            f"{too_short}, left out: {dict(left_out)}"
+        )
     _require_gravity(dataset, magnitudes)
     table = np.array(rows, dtype=np.int64)
     counts = table[:, 3]
@@ -154,6 +164,7 @@ def cut(recordings: Iterable[Recording], *, window: int = WINDOW, hop: int = HOP
         starts=np.concatenate([np.arange(count, dtype=np.int64) * hop for count in counts]),
         dropped=dict(dropped),
         too_short=too_short,
+        left_out=dict(left_out),
     )
 
 

@@ -246,12 +246,12 @@ class Classifier(nn.Module):
         )
         self.head.apply(_initialise)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits, ``(batch, classes)``.
+    def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Logits, ``(batch, classes)``; from the visible patches alone when ``visible`` is given, as in `Encoder`.
 
         x: ``(batch, window, channels)``, normalised.
         """
-        return self.head(self.encoder(x).mean(dim=1))
+        return self.head(self.encoder(x, visible).mean(dim=1))
 
 
 def _initialise(module: nn.Module) -> None:

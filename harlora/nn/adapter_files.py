@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from harlora.errors import InputError
 from harlora.files import read_json, replacing, write_text
-from harlora.nn.apply import _swap, adapted_layers
+from harlora.nn.apply import _swap, adapted_layers, matched
 from harlora.nn.linear import AdaptedLinear, LoRALinear
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -127,14 +127,6 @@ def load_adapter(model: Model, path: Path | str) -> Model:
     return model
 
 
-def _setting(config: dict[str, Any], pattern: str, name: str, default: Any) -> Any:
-    # PEFT matches the keys of a pattern as regular expressions against the end of the path.
-    for key, value in (config.get(pattern) or {}).items():
-        if re.fullmatch(rf"(.*\.)?({key})", name):
-            return value
-    return default
-
-
 def _plan(
     model: nn.Module, file: Path, config: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[dict[int, AdaptedLinear], list[tuple[Tensor, Tensor]]]:
@@ -148,8 +140,8 @@ def _plan(
         raise InputError(f"{file}: has no key like {_PREFIX}….lora_A.weight; required a LoRA adapter")
     for name in sorted(adapted):
         old = modules.get(name)
-        rank = _setting(config, "rank_pattern", name, config["r"])
-        alpha = _setting(config, "alpha_pattern", name, config["lora_alpha"])
+        rank = matched(config.get("rank_pattern"), name, config["r"])
+        alpha = matched(config.get("alpha_pattern"), name, config["lora_alpha"])
         rslora = bool(config.get("use_rslora"))
         dropout = float(config.get("lora_dropout", 0.0))
         if isinstance(old, AdaptedLinear):

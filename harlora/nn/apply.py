@@ -2,8 +2,8 @@
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -29,14 +29,22 @@ def apply_lora(
     alpha: float = 16,
     dropout: float = 0.0,
     rslora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
 ) -> Model:
     """``model`` itself, its target layers replaced by `LoRALinear`, all parameters but the adapters frozen.
 
-    target_modules, Raises: as in `apply_qlora`.
+    target_modules, rank_pattern, alpha_pattern, Raises: as in `apply_qlora`.
     """
 
-    def adapt(linear: nn.Linear) -> LoRALinear:
-        return LoRALinear.from_linear(linear, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora)
+    def adapt(path: str, linear: nn.Linear) -> LoRALinear:
+        return LoRALinear.from_linear(
+            linear,
+            rank=matched(rank_pattern, path, rank),
+            alpha=matched(alpha_pattern, path, alpha),
+            dropout=dropout,
+            rslora=rslora,
+        )
 
     return _replace("apply_lora", model, target_modules, adapt)
 
@@ -52,22 +60,32 @@ def apply_qlora(
     quant_type: str = "nf4",
     blocksize: int = 64,
     double_quant: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
 ) -> Model:
     """``model`` itself, its target layers replaced by `QLoRALinear`, all parameters but the adapters frozen.
 
     target_modules: as in PEFT. A list of names, each matching a layer whose path is it or ends in ``.`` and it; or a
     regular expression that a whole path must match; or ``"all-linear"``.
+    rank_pattern, alpha_pattern: as in PEFT, other values for the layers whose path a key matches, as a regular
+    expression for all of the path or for its end after a ``.``.
     The other arguments are those of `QLoRALinear`.
     Raises: ValueError if nothing matches, a match is no ``nn.Linear``, carries an adapter already, is the model
     itself, or is the ``out_proj`` of an ``nn.MultiheadAttention``, whose weight that module reads without running the
     layer. The model is unchanged then.
     """
 
-    def adapt(linear: nn.Linear) -> QLoRALinear:
+    def adapt(path: str, linear: nn.Linear) -> QLoRALinear:
         return QLoRALinear.from_linear(
-            linear, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora, quant_type=quant_type,
-            blocksize=blocksize, double_quant=double_quant,
-        )  # fmt: skip
+            linear,
+            rank=matched(rank_pattern, path, rank),
+            alpha=matched(alpha_pattern, path, alpha),
+            dropout=dropout,
+            rslora=rslora,
+            quant_type=quant_type,
+            blocksize=blocksize,
+            double_quant=double_quant,
+        )
 
     return _replace("apply_qlora", model, target_modules, adapt)
 
@@ -81,12 +99,19 @@ def merge_adapters(model: Model) -> Model:
     return model
 
 
+def matched(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """The value of the first key of ``pattern`` that matches ``path`` or its end after a ``.``, as PEFT does it."""
+    for key, value in (pattern or {}).items():
+        if re.fullmatch(rf"(.*\.)?({key})", path):
+            return value
+    return default
+
+
 def _replace(
-    function: str, model: Model, target_modules: Sequence[str] | str, adapt: Callable[[nn.Linear], AdaptedLinear]
+    function: str, model: Model, target_modules: Sequence[str] | str, adapt: Callable[[str, nn.Linear], AdaptedLinear]
 ) -> Model:
-    targets = _targets(function, model, target_modules)
     # A layer that the model holds under two paths stays one layer.
-    replacements = {id(layer): adapt(layer) for layer in targets}
+    replacements = {id(layer): adapt(path, layer) for path, layer in _targets(function, model, target_modules)}
     model.requires_grad_(False)
     _swap(model, replacements)
     return model
@@ -105,7 +130,7 @@ def _matches(path: str, targets: Sequence[str] | str) -> bool:
     return any(path == target or path.endswith(f".{target}") for target in targets)
 
 
-def _targets(function: str, model: nn.Module, target_modules: Sequence[str] | str) -> list[nn.Linear]:
+def _targets(function: str, model: nn.Module, target_modules: Sequence[str] | str) -> list[tuple[str, nn.Linear]]:
     everything = target_modules == ALL_LINEAR
     unusable: dict[int, str] = {}  # output projections of nn.MultiheadAttention, by their path
     for path, module in model.named_modules():
@@ -118,13 +143,13 @@ def _targets(function: str, model: nn.Module, target_modules: Sequence[str] | st
             UserWarning,
             stacklevel=4,
         )
-    found: list[nn.Linear] = []
+    found: list[tuple[str, nn.Linear]] = []
     for path, module in model.named_modules(remove_duplicate=False):
         if everything:
             wanted = (type(module) is nn.Linear or _is_quantized(module)) and id(module) not in unusable
         else:
             wanted = _matches(path, target_modules)
-        if not wanted or any(module is other for other in found):
+        if not wanted or any(module is other for _, other in found):
             continue
         if module is model:
             raise ValueError(f"{function}: model is itself the layer to replace; use from_linear on it")
@@ -139,7 +164,7 @@ def _targets(function: str, model: nn.Module, target_modules: Sequence[str] | st
         if type(module) is not nn.Linear and not _is_quantized(module):
             raise ValueError(f"{function}: {path} must be an nn.Linear to carry an adapter, got {type(module)}")
         assert isinstance(module, nn.Linear)
-        found.append(module)
+        found.append((path, module))
     if not found:
         linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
         raise ValueError(

@@ -10,18 +10,22 @@ from harlora.data.splits import TEST_FRACTION
 from harlora.errors import InputError
 from harlora.files import write_text
 from harlora.report import aims, plots
+from harlora.report.experiments import section
 from harlora.report.paper import LABEL_SHARE_ACCURACY, MEMORY_MB, PARAMETERS, SCORES
 from harlora.report.tables import (
     COLUMNS,
     LEGEND,
+    MEMORY_LEGEND,
     PROTOCOL_TITLES,
     TITLES,
     Record,
     groups,
+    has_memory,
     heading,
     held,
     markdown,
     megabytes,
+    memory,
     method_title,
     plain,
     pooled,
@@ -29,6 +33,7 @@ from harlora.report.tables import (
     score_text,
     total,
 )  # fmt: skip
+from harlora.train.experiment import Experiment
 
 
 def read_results(folder: Path) -> list[Record]:
@@ -50,9 +55,10 @@ def read_results(folder: Path) -> list[Record]:
     return records
 
 
-def build_report(results: Path, out: Path, readme: Path | None = None) -> Path:
+def build_report(results: Path, out: Path, readme: Path | None = None, experiments: Sequence[Experiment] = ()) -> Path:
     """Write the report on the results in a folder to ``out``, its pictures to ``images`` beside it.
 
+    experiments: each has a section of its own, instead of one for every target and split.
     readme: a file in which the lines between ``<!-- results -->`` and ``<!-- /results -->`` become the headline table.
     Raises: InputError as `read_results`, or if ``readme`` has no such lines.
     """
@@ -63,10 +69,14 @@ def build_report(results: Path, out: Path, readme: Path | None = None) -> Path:
         _fill(readme, main)
     images = out.parent / "images"
     parts = [_opening(main, len(records), results)]
-    parts += [_section(members, images, out) for members in groups(main)]
+    if experiments:
+        parts += [section(experiment, records, images, out) for experiment in experiments]
+    else:
+        parts += [_section(members, images, out) for members in groups(main)]
     parts.append(_bytes_section(main, images, out))
     parts.append(_aims(main))
-    parts.append(_sweeps(shown, images, out))
+    if not experiments:
+        parts.append(_sweeps(shown, images, out))
     parts.append(_how(records))
     write_text(out, "\n".join(part for part in parts if part))
     return out
@@ -214,9 +224,16 @@ def _bytes_section(records: Sequence[Record], images: Path, out: Path) -> str:
             "paper's QLoRA held 6.22 MB and needed 4.82 MB of buffers on top, more than its LoRA.",
             "",
             markdown(header, rows),
+            *_categories(members),
             _link("Macro-F1 by bytes held in training", images / "macro-f1-by-bytes.png", out),
         ]
     )
+
+
+def _categories(members: Sequence[Record]) -> list[str]:
+    """The memory by category of the records that have it."""
+    columns = [(r["config"]["method"], method_title(r), r["bytes"]) for r in members if has_memory(r["bytes"])]
+    return [f"By what it is for. {MEMORY_LEGEND}", "", markdown(*memory(columns))] if columns else []
 
 
 def _aims(records: Sequence[Record]) -> str:

@@ -1,6 +1,6 @@
 """Pictures of a study: confusion matrices, accuracy by rank, accuracy by bytes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -8,7 +8,7 @@ import numpy as np
 
 from harlora.files import replacing
 from harlora.report.paper import RANK_MACRO_F1
-from harlora.report.tables import Record, epochs, held, method_title
+from harlora.report.tables import TITLES, Record, epochs, held, method_title
 from harlora.train.finetune import METHODS
 
 matplotlib.use("Agg")
@@ -19,11 +19,16 @@ COLOURS = {
     "zero_shot": "#999999",
     "linear_probe": "#cc79a7",
     "scratch": "#e69f00",
+    "bitfit": "#009e73",
+    "partial": "#56b4e9",
     "full": "#000000",
     "lora": "#0072b2",
     "qlora": "#d55e00",
 }
-_MARKERS = {"zero_shot": "X", "linear_probe": "v", "scratch": "s", "full": "D", "lora": "o", "qlora": "^"}
+_MARKERS = {
+    "zero_shot": "X", "linear_probe": "v", "scratch": "s", "bitfit": "P", "partial": "<", "full": "D", "lora": "o",
+    "qlora": "^",
+}  # fmt: skip
 
 
 def save(figure: Figure, file: Path) -> None:
@@ -97,6 +102,45 @@ def by_rank(records: Sequence[Record], file: Path, *, with_paper: bool) -> None:
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_xlabel("rank")
+    axis.set_ylabel("macro-F1")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    stamp(figure, records)
+    save(figure, file)
+
+
+def curve(records: Sequence[Record], x: str, file: Path, *, reference: Mapping[float, float]) -> None:
+    """Macro-F1 by the setting ``x``, one line a method, with the standard deviation over seeds.
+
+    A method whose results do not vary in ``x`` is a line across. reference: the paper's scores by ``x``.
+    """
+    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    values = sorted({record["config"][x] for record in records}, key=lambda value: (str(type(value)), value))
+    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    place = {value: value if numbers else position for position, value in enumerate(values)}
+    for method, title in TITLES.items():
+        same = [record for record in records if record["config"]["method"] == method]
+        if not same:
+            continue
+        if len({str(record["config"][x]) for record in same}) == 1 and len(values) > 1:
+            for record in same:
+                axis.axhline(record["scores"]["macro_f1"], color=COLOURS[method], linestyle="--", linewidth=1,
+                             label=title)  # fmt: skip
+            continue
+        same.sort(key=lambda record: place[record["config"][x]])
+        spread = [record.get("spread", {}).get("macro_f1", 0.0) for record in same]
+        at = [place[record["config"][x]] for record in same]
+        axis.errorbar(at, [record["scores"]["macro_f1"] for record in same], yerr=spread, capsize=3,
+                      marker=_MARKERS[method], color=COLOURS[method], label=title)  # fmt: skip
+    if reference:
+        axis.plot(*zip(*sorted(reference.items()), strict=True), color="#777777", marker=".", linestyle=":",
+                  label="LoRA in the paper")  # fmt: skip
+    if numbers and min(values) > 0 and max(values) / min(values) >= 8:
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    if not numbers:
+        axis.set_xticks(range(len(values)), [str(value) for value in values])
+    axis.set_xlabel(x.replace("_", " "))
     axis.set_ylabel("macro-F1")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)

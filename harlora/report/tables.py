@@ -1,9 +1,11 @@
 """The table of a study's results, for the terminal and for Markdown."""
 
+import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from harlora.report.paper import MEMORY_MB
 from harlora.train.finetune import METHODS
 
 Record = dict[str, Any]
@@ -12,6 +14,8 @@ TITLES = {
     "zero_shot": "zero-shot",
     "linear_probe": "linear probe",
     "scratch": "from scratch",
+    "bitfit": "BitFit",
+    "partial": "last blocks",
     "full": "full",
     "lora": "LoRA",
     "qlora": "QLoRA",
@@ -33,9 +37,12 @@ PROTOCOL_TITLES = {
 
 def method_title(record: Record) -> str:
     """The method as a reader knows it, with its rank if it has one."""
-    config = record["config"]
-    title = TITLES[config["method"]]
-    return f"{title} r={config['rank']}" if METHODS[config["method"]].adapter else title
+    return titled(record["config"]["method"], record["config"]["rank"])
+
+
+def titled(method: str, rank: int) -> str:
+    """As `method_title`."""
+    return f"{TITLES[method]} r={rank}" if METHODS[method].adapter else TITLES[method]
 
 
 def held(record: Record) -> int:
@@ -56,14 +63,81 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:.2f}"
 
 
+_WEIGHTS = ("packed", "scales", "dense", "adapters", "other_trained")
+_HELD = (*_WEIGHTS, "gradients", "optimizer")
+_CATEGORIES = {
+    "packed": "weights in 4 bits",
+    "scales": "their scales and code tables",
+    "dense": "dense frozen weights, buffers",
+    "adapters": "adapters",
+    "other_trained": "other trained parameters",
+    "gradients": "gradients",
+    "optimizer": "optimiser state",
+    "saved": "saved activations",
+    "working": "peak working memory",
+    "batch": "the batch",
+    "step_peak": "most in one step",
+}
+MEMORY_LEGEND = (
+    "In MB (10⁶ bytes), counted on the tensors and traced through torch's allocator. Saved activations: what backward "
+    "needs of forward. Working memory: all else that a step allocates beside gradients and the batch, such as "
+    "temporary tensors; the most at once. Most in one step: activations, working memory, gradients and batch "
+    "together, at the fullest moment. "
+    "The paper's buffers are what its QLoRA dequantises into; how its memory was measured is not said."
+)
+
+
+def has_memory(size: Mapping[str, int]) -> bool:
+    """Whether the bytes of a record are told by category; older records have totals alone."""
+    return _CATEGORIES.keys() <= size.keys()
+
+
+def memory(columns: Sequence[tuple[str, str, Mapping[str, int]]]) -> tuple[list[str], list[list[str]]]:
+    """A table of memory in training, its header and lines: categories below each other, methods side by side.
+
+    columns: of each the method, its title, and bytes as `harlora.train.finetune.method_bytes` has them.
+    """
+    sizes = [size for *_, size in columns]
+    by_method = {method: size for method, _, size in columns}
+
+    def line(name: str, counts: Iterable[int]) -> list[str]:
+        return [name, *map(megabytes, counts)]
+
+    def summed(name: str, keys: Sequence[str]) -> list[str]:
+        return line(name, (sum(size[key] for key in keys) for size in sizes))
+
+    def paper(name: str, part: int) -> list[str]:
+        theirs = [MEMORY_MB.get(method) for method, *_ in columns]
+        return [name, *("" if mb is None else f"{mb[part]:.2f}" for mb in theirs)]
+
+    def share(name: str, method: str) -> Iterator[list[str]]:
+        if method in by_method:
+            whole = sum(by_method[method][key] for key in _HELD)
+            yield [name, *(f"{sum(size[key] for key in _HELD) / whole:.3f}" for size in sizes)]
+
+    lines = [line(_CATEGORIES[key], (size[key] for size in sizes)) for key in _HELD]
+    lines.insert(len(_WEIGHTS), summed("all weights", _WEIGHTS))
+    lines.insert(len(_WEIGHTS) + 1, paper("all weights in the paper", 0))
+    lines.append(summed("held without activations", _HELD))
+    lines += share("… as a share of LoRA's", "lora")
+    lines += share("… as a share of full fine-tuning's", "full")
+    lines += [line(_CATEGORIES[key], (size[key] for size in sizes)) for key in ("saved", "working")]
+    lines.append(paper("buffers in the paper", 2))
+    lines += [line(_CATEGORIES[key], (size[key] for size in sizes)) for key in ("batch", "step_peak")]
+    lines.append(summed("all at the fullest moment", (*_WEIGHTS, "optimizer", "step_peak")))
+    return ["MB", *(title for _, title, _ in columns)], lines
+
+
 _SCORES = ("accuracy", "macro_f1", "precision", "recall")
 
 
 def pooled(records: Iterable[Record]) -> list[Record]:
     """Results that differ in the seed alone as one: means, ``spread`` (standard deviations), confusion summed."""
-    found: dict[tuple[Any, ...], list[Record]] = {}
+    found: dict[str, list[Record]] = {}
     for record in sorted(records, key=order):
-        found.setdefault(order(record)[:-1], []).append(record)
+        before = record["pretrained"].get("config", {})
+        same = [{key: value for key, value in config.items() if key != "seed"} for config in (record["config"], before)]
+        found.setdefault(json.dumps([record["target"], record["sources"], *same], sort_keys=True), []).append(record)
     return [members[0] if len(members) == 1 else _pool(members) for members in found.values()]
 
 
@@ -73,8 +147,12 @@ def _pool(members: Sequence[Record]) -> Record:
     rows = zip(*(member["scores"]["confusion"] for member in members), strict=True)
     confusion = [[sum(cells) for cells in zip(*same, strict=True)] for same in rows]
     means = {key: statistics.fmean(several) for key, several in values.items()}
+    calibrated = [member["calibration"] for member in members if "calibration" in member]
+    kinds = ("ece", "mce", "brier")
     return {
         **first,
+        **({"calibration": {k: statistics.fmean(c[k] for c in calibrated) for k in kinds}} if calibrated else {}),
+        "seeds": tuple(member["config"]["seed"] for member in members),
         "scores": {**first["scores"], **means, "confusion": confusion},
         "spread": {key: statistics.stdev(several) for key, several in values.items()},
         "seconds": statistics.fmean(member["seconds"] for member in members),

@@ -2,10 +2,10 @@
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,16 +21,15 @@ from harlora.errors import InputError
 from harlora.files import load_tensors, save_tensors
 from harlora.kernels.format import BLOCKSIZES, QUANT_TYPES
 from harlora.models.mae import MAE, Classifier, Encoder, MAEConfig
-from harlora.nn import adapted_layers, apply_lora, apply_qlora, save_adapter
-from harlora.train.capture import Capture, captures
-from harlora.train.fit import Optimisation, Report, fit, silent
-from harlora.train.memory import held_bytes, matrix_bytes, step_peak_bytes
-from harlora.train.metrics import macro_f1, scores
+from harlora.nn import apply_lora, apply_qlora, save_adapter
+from harlora.train.capture import Capture, TrainingStep, captures
+from harlora.train.fit import Optimisation, Report, fit, make_optimizer, silent
+from harlora.train.memory import held_bytes, matrix_bytes, step_bytes
+from harlora.train.metrics import calibration, confusion, macro_f1, scores
 from harlora.train.pretrain import Pretrained, thinned
-from harlora.train.runs import open_run, provenance
+from harlora.train.runs import Run, identify, open_run, provenance
 
 CHECKPOINT = "classifier.safetensors"
-CLASSIFIER = "classifier checkpoint"  # what the file says of itself
 TARGET_MODULES = ("q", "k", "v", "o", "fc1", "fc2")
 
 
@@ -39,12 +38,12 @@ class Method:
     """What trains, and from what.
 
     learning_rate: that the method is used with unless another is given.
-    encoder_trains: with all its weights. adapter: "lora", "qlora" or None. pretrained: or else random weights.
+    encoder: which of its own weights train. adapter: "lora", "qlora" or None. pretrained: or else random weights.
     on_target: trained on labels of the target; or else on those of the sources.
     """
 
     learning_rate: float
-    encoder_trains: bool = False
+    encoder: Literal["none", "biases", "last blocks", "all"] = "none"
     adapter: str | None = None
     pretrained: bool = True
     on_target: bool = True
@@ -53,8 +52,10 @@ class Method:
 METHODS: Mapping[str, Method] = {
     "zero_shot": Method(2e-3, on_target=False),
     "linear_probe": Method(2e-3),
-    "scratch": Method(1e-3, encoder_trains=True, pretrained=False),
-    "full": Method(1e-3, encoder_trains=True),
+    "scratch": Method(1e-3, encoder="all", pretrained=False),
+    "bitfit": Method(2e-3, encoder="biases"),
+    "partial": Method(1e-3, encoder="last blocks"),
+    "full": Method(1e-3, encoder="all"),
     "lora": Method(2e-3, adapter="lora"),
     "qlora": Method(2e-3, adapter="qlora"),
 }
@@ -65,18 +66,24 @@ class FinetuneConfig:
     """How the encoder is adapted."""
 
     method: str = "qlora"
-    """zero_shot, linear_probe, scratch, full, lora or qlora. All have the same head; linear_probe and zero_shot train
-    nothing else."""
+    """zero_shot, linear_probe, scratch, bitfit, partial, full, lora or qlora. All have the same head; linear_probe and
+    zero_shot train nothing else, bitfit the encoder's biases, partial its last blocks."""
     protocol: str = "subject"
     """subject: nobody is on both sides of the split; paper: windows at random."""
     rank: int = 8
-    """Of LoRA and QLoRA, on q, k, v, o, fc1 and fc2 of every block."""
+    """Of LoRA and QLoRA."""
+    target_modules: tuple[str, ...] = TARGET_MODULES
+    """The layers of every block that LoRA and QLoRA adapt."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Other ranks for some layers, for example `fc1 16 blocks.5.attention.q 4`; alpha follows, the scaling stays."""
     alpha: float = 16.0
     """The low-rank branch is scaled by alpha / rank."""
     adapter_dropout: float = 0.0
     """On the input of the low-rank branch."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead."""
+    blocks: int = 2
+    """How many of the last blocks partial trains."""
     train_norms: bool = True
     """Let LayerNorms, biases and the patch embedding train beside the adapters."""
     quant_type: str = "nf4"
@@ -105,6 +112,10 @@ class FinetuneConfig:
     """A random part of each training window, at least this share of it, is stretched to the whole."""
     rescaled: float = 0.05
     """Standard deviation of a random factor on each sensor of a training window."""
+    dropped: float = 0.0
+    """Share of each training window's patches that is left out, drawn anew every time; all of them are scored."""
+    validated: bool = True
+    """Hold 12 % back and keep the epoch that is best on them; else they train too, and the last epoch is kept."""
     label_fraction: float = 1.0
     """Share of the training windows that is used."""
     windows_per_class: int = 0
@@ -114,6 +125,13 @@ class FinetuneConfig:
     seed: int = 0
     """Of the split and of everything random."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target_modules", tuple(self.target_modules))  # JSON and TOML have lists
+
+    def values(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return {**asdict(self), "target_modules": list(self.target_modules)}
+
     def check(self) -> None:
         """Raise InputError unless every setting has a possible value."""
         if self.method not in METHODS:
@@ -122,6 +140,19 @@ class FinetuneConfig:
             raise InputError(f"unknown protocol {self.protocol!r}; required one of {', '.join(PROTOCOLS)}")
         if self.rank < 1:
             raise InputError(f"rank must be at least 1, got {self.rank}")
+        for name, rank in self.rank_pattern.items():
+            if rank < 1:
+                raise InputError(f"rank_pattern: {name} must be at least 1, got {rank}")
+        unknown = sorted(set(self.target_modules) - set(TARGET_MODULES))
+        if unknown or not self.target_modules:
+            raise InputError(
+                f"target_modules must be some of {', '.join(TARGET_MODULES)}, got {', '.join(unknown) or 'none'}"
+            )
+        if self.blocks < 1:
+            raise InputError(f"blocks must be at least 1, got {self.blocks}")
+        if not 0 <= self.dropped < 1:
+            raise InputError(f"dropped must be at least 0 and below 1, got {self.dropped}")
+        self.optimisation()
         if self.quant_type not in QUANT_TYPES or self.blocksize not in BLOCKSIZES:
             raise InputError(
                 f"quant_type must be one of {QUANT_TYPES} and blocksize one of {BLOCKSIZES}, "
@@ -171,18 +202,29 @@ def build_classifier(config: FinetuneConfig, encoder: Encoder, classes: int) -> 
     torch.manual_seed(config.seed)
     encoder = copy.deepcopy(encoder) if method.pretrained else MAE(encoder.config).encoder
     model = Classifier(encoder, classes)
-    if method.encoder_trains:
+    if method.encoder == "all":
         return model
     model.encoder.requires_grad_(False)
+    if method.encoder == "biases":
+        for name, parameter in model.encoder.named_parameters():
+            parameter.requires_grad_(name.endswith("bias"))
+    elif method.encoder == "last blocks":
+        for module in (*model.encoder.blocks[-config.blocks :], model.encoder.norm):
+            module.requires_grad_(True)
     settings = {
-        "rank": config.rank, "alpha": config.alpha, "dropout": config.adapter_dropout, "rslora": config.rslora,
-    }  # fmt: skip
+        "rank": config.rank,
+        "alpha": config.alpha,
+        "dropout": config.adapter_dropout,
+        "rslora": config.rslora,
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": {key: config.alpha / config.rank * rank for key, rank in config.rank_pattern.items()},
+    }
     if method.adapter == "lora":
-        apply_lora(model.encoder, TARGET_MODULES, **settings)  # type: ignore[arg-type]
+        apply_lora(model.encoder, config.target_modules, **settings)  # type: ignore[arg-type]
     elif method.adapter == "qlora":
         apply_qlora(
             model.encoder,
-            TARGET_MODULES,
+            config.target_modules,
             **settings,  # type: ignore[arg-type]
             quant_type=config.quant_type,
             blocksize=config.blocksize,
@@ -279,21 +321,66 @@ def finetune(
     if config.method == "zero_shot" and not sources:
         raise InputError("zero_shot learns from labels of the source datasets; give at least one")
     target = thinned(target, config.max_windows, config.seed)
-    sources = [thinned(source, config.max_windows, config.seed) for source in sources]
-    used = sources if config.method == "zero_shot" else []
-    signature = {
+    used = [thinned(source, config.max_windows, config.seed) for source in _used(config, sources)]
+    signature = _signature(config, target, used, pretrained.identity, pretrained.encoder.config, device)
+    with open_run(out, f"{config.method}-{target.dataset}-{config.protocol}", signature) as run:
+        finished = run.metrics()
+        return finished or _finetune(config, target, used, pretrained, run, device, captured, report)
+
+
+def adaptation_identity(
+    config: FinetuneConfig,
+    target: Windows,
+    sources: Sequence[Windows],
+    pretraining: str,
+    model: MAEConfig,
+    device: torch.device,
+) -> str:
+    """The identity of the run that `finetune` makes or finds with these arguments.
+
+    pretraining: the identity of the encoder that it begins from, whose sizes are ``model``.
+    """
+    target = thinned(target, config.max_windows, config.seed)
+    used = [thinned(source, config.max_windows, config.seed) for source in _used(config, sources)]
+    return identify(_signature(config, target, used, pretraining, model, device))
+
+
+def _used(config: FinetuneConfig, sources: Sequence[Windows]) -> Sequence[Windows]:
+    return () if METHODS[config.method].on_target else sources
+
+
+def _signature(
+    config: FinetuneConfig,
+    target: Windows,
+    used: Sequence[Windows],
+    pretraining: str,
+    model: MAEConfig,
+    device: torch.device,
+) -> dict[str, Any]:
+    return {
         "kind": "finetune",
-        "config": asdict(config),
+        "config": config.values(),
         "target": {target.dataset: target.fingerprint()},
         "sources": {source.dataset: source.fingerprint() for source in used},
-        "pretrained": pretrained.identity if METHODS[config.method].pretrained else None,
-        "model": asdict(pretrained.encoder.config),
+        "pretrained": pretraining if METHODS[config.method].pretrained else None,
+        "model": asdict(model),
         "device": device.type,
     }
-    run = open_run(out, f"{config.method}-{target.dataset}-{config.protocol}", signature)
-    if (finished := run.metrics()) is not None:
-        return finished
+
+
+def _finetune(
+    config: FinetuneConfig,
+    target: Windows,
+    used: Sequence[Windows],
+    pretrained: Pretrained,
+    run: Run,
+    device: torch.device,
+    captured: bool,
+    report: Report,
+) -> dict[str, Any]:
     parts = split(target, config.protocol, config.seed)
+    if not config.validated:
+        parts = Split(np.sort(np.concatenate([parts.train, parts.validation])), parts.validation[:0], parts.test)
     labels = target.label_names()
     normalizer = Normalizer.fit(target.signals[parts.train])
     if config.method == "zero_shot":
@@ -305,13 +392,19 @@ def finetune(
 
     test = normalizer(target.signals[parts.test])
     truth = np.searchsorted([VOCABULARY.index(name) for name in labels], target.labels[parts.test])
-    predicted = _in_batches(model, torch.from_numpy(test), device).argmax(dim=1).numpy()
-    paths = [path for path, _ in adapted_layers(model)] or [
-        path for path, layer in model.named_modules() if path.rsplit(".", 1)[-1] in TARGET_MODULES
-    ]
+    logits = _in_batches(model, torch.from_numpy(test), device)
+    predicted = logits.argmax(dim=1).numpy()
+    people = target.subjects[parts.test]
+    paths = [path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] in TARGET_MODULES]
     held, dense = matrix_bytes(model, paths)
     metrics = {
         "scores": scores(truth, predicted, labels),
+        "calibration": calibration(logits.double().softmax(dim=1).numpy(), truth),
+        # Of each person alone, so that methods can be compared person by person.
+        "confusion_by_subject": {
+            target.subject_names[who]: confusion(truth[people == who], predicted[people == who], len(labels))
+            for who in np.unique(people)
+        },
         "parameters": {
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
             # Of the 4-bit weights every code counts, not every byte.
@@ -322,27 +415,32 @@ def finetune(
         "windows": {
             "train": len(samples.train), "validation": len(samples.validation), "test": len(parts.test),
         },
-        "test_subjects": [target.subject_names[i] for i in np.unique(target.subjects[parts.test])],
+        "test_subjects": [target.subject_names[i] for i in np.unique(people)],
         "best_epoch": trained.best_epoch,
         "history": trained.history,
-        "config": asdict(config),
+        "config": config.values(),
         "learning_rate": trained.learning_rate,
         "captured": captured,
         "target": target.dataset,
         "sources": list(pretrained.sources),
         "synthetic": target.dataset.startswith("synthetic"),
-        "pretrained": {"identity": pretrained.identity, "loss": pretrained.loss, "seconds": pretrained.seconds},
+        "pretrained": {
+            "identity": pretrained.identity,
+            "config": asdict(pretrained.config),
+            "loss": pretrained.loss,
+            "seconds": pretrained.seconds,
+        },
         "identity": run.identity,
         "provenance": provenance(device),
     }  # fmt: skip
     info = {
-        "config": asdict(config),
+        "config": config.values(),
         "model": asdict(pretrained.encoder.config),
         "normalizer": asdict(normalizer),
         "labels": list(labels),
         "target": target.dataset,
     }
-    save_tensors(run.folder / CHECKPOINT, model.state_dict(), kind=CLASSIFIER, info=info)
+    save_tensors(run.folder / CHECKPOINT, model.state_dict(), kind="classifier checkpoint", info=info)
     if METHODS[config.method].adapter:
         save_adapter(model, run.folder / "adapter")
     run.finish(metrics)
@@ -386,11 +484,13 @@ def _train(
         )
 
     encoding_s = time.perf_counter() - began
+    tokens = model.encoder.config.tokens
+    kept = max(1, round((1 - config.dropped) * tokens))
 
     def prepared(indices: Tensor) -> Tensor:
         return inputs[indices] if frozen else samples.normalised(inputs[indices], indices)
 
-    def batch(indices: Tensor) -> tuple[Tensor, Tensor]:
+    def batch(indices: Tensor) -> tuple[Tensor, ...]:
         x = inputs[indices]
         if not frozen:
             if config.turned_deg:
@@ -400,10 +500,12 @@ def _train(
             if config.rescaled:
                 x = rescale(x, config.rescaled)
             x = samples.normalised(x, indices)
+            if kept < tokens:
+                return x, classes[indices], torch.rand(len(x), tokens).argsort(dim=1)[:, :kept]
         return x, classes[indices]
 
-    def loss(x: Tensor, truth: Tensor) -> Tensor:
-        return F.cross_entropy(module(x), truth, label_smoothing=config.label_smoothing)
+    def loss(x: Tensor, truth: Tensor, *visible: Tensor) -> Tensor:
+        return F.cross_entropy(module(x, *visible), truth, label_smoothing=config.label_smoothing)
 
     def validate() -> float:
         part = samples.validation
@@ -424,21 +526,61 @@ def _train(
         validate=validate if len(samples.validation) else None,
         report=report,
     )
-    held = held_bytes(model, fitted.optimizer)
     state = {name: value.clone() for name, value in module.state_dict().items()}
     part = samples.train[: settings.batch_size]
-    module.train()
-    module.zero_grad(set_to_none=True)
-
-    def step() -> None:  # eager: a graph would hold as much for as long as it lives
-        loss(*(tensor.to(device) for tensor in batch(part))).backward()
-        fitted.optimizer.step()
-
-    held["step_peak"] = step_peak_bytes(step, device)
-    module.zero_grad(set_to_none=True)
+    # Eager: a graph would hold as much for as long as it lives.
+    size = _training_bytes(model, module, fitted.optimizer, loss, lambda: batch(part), settings)
     module.load_state_dict(state)  # the measured step is not part of the training
     module.eval()
-    return _Trained(held, encoding_s + fitted.seconds, fitted.best_epoch, fitted.history, settings.learning_rate)
+    return _Trained(size, encoding_s + fitted.seconds, fitted.best_epoch, fitted.history, settings.learning_rate)
+
+
+def _training_bytes(
+    model: nn.Module,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[..., Tensor],
+    batch: Callable[[], Sequence[Tensor]],
+    settings: Optimisation,
+) -> dict[str, int]:
+    """What ``model`` holds and one step of ``module``, the part of it that is trained, allocates."""
+    module.train()
+    optimizer.zero_grad()
+    step = step_bytes(module, optimizer, loss, batch, clip_norm=settings.clip_norm)
+    held = held_bytes(model, optimizer)  # with the gradients of that step
+    optimizer.zero_grad()
+    return held | step
+
+
+def method_bytes(
+    config: FinetuneConfig, device: torch.device, *, encoder: MAEConfig | None = None, classes: int = 6
+) -> dict[str, int]:
+    """What ``config.method`` holds in training, as `held_bytes` and `step_bytes` have it, on windows that are random.
+
+    encoder: sizes of the model. zero_shot and linear_probe train the head on what the encoder gave once.
+    Raises: InputError as `FinetuneConfig.check`, or if the batch has fewer than two windows.
+    """
+    config.check()
+    if config.batch_size < 2:
+        raise InputError(f"batch_size must be at least 2 (the head has a BatchNorm), got {config.batch_size}")
+    sizes = encoder or MAEConfig()
+    model = build_classifier(config, Encoder(sizes), classes).to(device)
+    frozen = not any(p.requires_grad for p in model.encoder.parameters())
+    module: nn.Module = model.head if frozen else model
+    shape = (sizes.width,) if frozen else (sizes.window, sizes.channels)
+
+    def batch() -> tuple[Tensor, Tensor]:
+        return torch.randn(config.batch_size, *shape), torch.randint(classes, (config.batch_size,))
+
+    def loss(x: Tensor, truth: Tensor) -> Tensor:
+        return F.cross_entropy(module(x), truth, label_smoothing=config.label_smoothing)
+
+    settings = config.optimisation()
+    optimizer = make_optimizer(module, settings)
+    module.train()
+    # The first step compiles kernels, compares them with the reference and makes the optimiser's state.
+    TrainingStep(module, loss, optimizer, clip_norm=settings.clip_norm)(*batch())
+    return _training_bytes(model, module, optimizer, loss, batch, settings)
 
 
 class _MeanToken(nn.Module):
@@ -451,18 +593,28 @@ class _MeanToken(nn.Module):
         return mean
 
 
-def load_classifier(file: Path) -> tuple[Classifier, Normalizer, tuple[str, ...]]:
-    """The classifier in a checkpoint that `finetune` wrote, its normaliser and its labels.
+def load_checkpoint(file: Path) -> tuple[Classifier, dict[str, Any]]:
+    """The classifier in a checkpoint that `finetune` wrote, in evaluation mode, and what the file says of it.
 
+    The latter has config, model, normalizer and target, and labels in the order of the logits.
     Raises: InputError if the file is missing, damaged or not such a checkpoint.
     """
     remedy = f"give the {CHECKPOINT} of a `harlora finetune` run"
-    tensors, info = load_tensors(file, kind=CLASSIFIER, remedy=remedy)
+    tensors, info = load_tensors(file, kind="classifier checkpoint", remedy=remedy)
     config = FinetuneConfig(**info["config"])
     model = build_classifier(config, Encoder(MAEConfig(**info["model"])), len(info["labels"]))
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise InputError(f"{file}: is a checkpoint of another model ({error}); {remedy}") from error
+    return model.eval(), info
+
+
+def load_classifier(file: Path) -> tuple[Classifier, Normalizer, tuple[str, ...]]:
+    """The classifier in a checkpoint that `finetune` wrote, its normaliser and its labels.
+
+    Raises: as `load_checkpoint`.
+    """
+    model, info = load_checkpoint(file)
     normalizer = Normalizer(tuple(info["normalizer"]["mean"]), tuple(info["normalizer"]["std"]))
-    return model.eval(), normalizer, tuple(info["labels"])
+    return model, normalizer, tuple(info["labels"])

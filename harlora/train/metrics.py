@@ -14,7 +14,7 @@ def scores(truth: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> d
     truth, predicted: ``(n,)``, indices into ``labels``. Every label counts, predicted or not; one that is never
     predicted has precision 0. Rows of the confusion matrix are true labels.
     """
-    from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
+    from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
     classes = np.arange(len(labels))
     precision, recall, f1, support = precision_recall_fscore_support(
@@ -28,7 +28,46 @@ def scores(truth: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> d
         "labels": list(labels),
         "f1": [float(value) for value in f1],
         "support": [int(value) for value in support],
-        "confusion": confusion_matrix(truth, predicted, labels=classes).tolist(),
+        "confusion": confusion(truth, predicted, len(labels)),
+    }
+
+
+def confusion(truth: np.ndarray, predicted: np.ndarray, labels: int) -> list[list[int]]:
+    """How often each true label (row) was taken for each label (column)."""
+    counts = np.bincount(truth * labels + predicted, minlength=labels * labels)
+    found: list[list[int]] = counts.reshape(labels, labels).tolist()
+    return found
+
+
+BINS = 15
+
+
+def calibration(probabilities: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
+    """How far confidence and accuracy lie apart: ECE, MCE, the Brier score, and the bins they come from.
+
+    Bins of equal width by the highest probability; ECE is the mean of |accuracy - confidence| over them, weighted by
+    windows, MCE its maximum (Guo et al. 2017, arXiv 1706.04599, equations 3 and 5). The Brier score is the mean over
+    windows of the squared distance from the true class's unit vector, between 0 and 2 (Brier 1950).
+
+    probabilities: ``(n, labels)``, rows sum to 1. truth: ``(n,)``, indices of labels.
+    bins: of each, how many windows, their mean confidence and their accuracy; empty bins are left out.
+    """
+    probabilities = probabilities.astype(np.float64)
+    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == truth
+    number = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    bins = [
+        (int(of.sum()), float(confidence[of].mean()), float(right[of].mean()))
+        for of in (number == n for n in range(BINS))
+        if of.any()
+    ]
+    gaps = [abs(accuracy - sure) for _, sure, accuracy in bins]
+    distance = probabilities.copy()
+    distance[np.arange(len(truth)), truth] -= 1
+    return {
+        "ece": sum(count * gap for (count, *_), gap in zip(bins, gaps, strict=True)) / len(truth),
+        "mce": max(gaps),
+        "brier": float(np.square(distance).sum(axis=1).mean()),
+        "bins": [list(entry) for entry in bins],
     }
 
 

@@ -13,10 +13,10 @@ import torch
 
 from harlora.data.labels import VOCABULARY
 from harlora.data.table import Stretch, Units, label_map, read_tables, stretches, table_files
-from harlora.data.windows import HOP, RATE_HZ, resample, sliding_windows
+from harlora.data.windows import HOP, RATE_HZ, Normalizer, resample, sliding_windows
 from harlora.errors import InputError
-from harlora.files import read_info, write_text
-from harlora.train.finetune import CLASSIFIER, load_classifier
+from harlora.files import write_text
+from harlora.train.finetune import load_checkpoint
 from harlora.train.fit import Report, silent
 from harlora.train.metrics import macro_f1, scores
 
@@ -110,8 +110,9 @@ def predict(
     """
     if hop < 1:
         raise InputError(f"--hop must be at least 1 sample, got {hop}")
-    model, normalizer, names = load_classifier(model_file)
-    target = read_info(model_file, kind=CLASSIFIER, remedy="")["target"]
+    model, info = load_checkpoint(model_file)
+    normalizer = Normalizer(tuple(info["normalizer"]["mean"]), tuple(info["normalizer"]["std"]))
+    names = tuple(info["labels"])
     files = table_files([recording])
     if len(files) != 1:
         raise InputError(f"{recording}: has {len(files)} tables; required one recording, name its file")
@@ -163,7 +164,7 @@ def predict(
     begin = np.concatenate(starts)
     return Prediction(
         labels=names,
-        target=target,
+        target=info["target"],
         origin_s=track.origin_s,
         starts_s=begin,
         ends_s=begin + window / RATE_HZ,

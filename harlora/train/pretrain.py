@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from harlora.files import load_tensors, save_tensors
 from harlora.models.mae import MAE, Encoder, MAEConfig
 from harlora.train.capture import Capture, captures
 from harlora.train.fit import Optimisation, Report, fit, silent
-from harlora.train.runs import open_run, provenance
+from harlora.train.runs import Run, identify, open_run, provenance
 
 CHECKPOINT = "encoder.safetensors"
 
@@ -42,6 +43,14 @@ class PretrainConfig:
     seed: int = 0
     """Of everything random."""
 
+    def check(self) -> None:
+        """Raise InputError unless every setting has a possible value."""
+        self.optimisation()
+        try:
+            self.model.check()
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
     def optimisation(self) -> Optimisation:
         """The training schedule.
 
@@ -54,12 +63,13 @@ class PretrainConfig:
 class Pretrained:
     """A pretrained encoder and what it was made from.
 
-    identity: a hash of its configuration and data. sources: the datasets it has seen.
+    identity: a hash of its configuration and data. config: how it was pretrained. sources: the datasets it has seen.
     domains: of each source, whose people they are; a source that is not named here is as the catalogue says.
     """
 
     encoder: Encoder
     identity: str
+    config: PretrainConfig
     sources: tuple[str, ...]
     loss: float
     seconds: float
@@ -100,26 +110,37 @@ def pretrain(
     captured = captures(capture, device)
     if not sources:
         raise InputError("pretraining requires at least one source dataset, got none")
-    domains = {windows.dataset: people(windows) for windows in sources}
-    require_apart(domains)
-    try:
-        config.model.check()
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    require_apart({windows.dataset: people(windows) for windows in sources})
+    config.check()
     parts = [thinned(windows, config.max_windows, config.seed) for windows in sources]
-    signature = {
+    with open_run(out, "pretrain", _signature(config, parts, device)) as run:
+        file = run.folder / CHECKPOINT
+        if run.metrics() is None or not file.exists():
+            _pretrain(config, parts, run, device, captured, report)
+    return file
+
+
+def pretraining_identity(config: PretrainConfig, sources: Sequence[Windows], device: torch.device) -> str:
+    """The identity of the run that `pretrain` makes or finds with these arguments."""
+    parts = [thinned(windows, config.max_windows, config.seed) for windows in sources]
+    return identify(_signature(config, parts, device))
+
+
+def _signature(config: PretrainConfig, parts: Sequence[Windows], device: torch.device) -> dict[str, Any]:
+    # What the catalogue does not know decides who may be a target later, so it is part of the run's identity.
+    own = {part.dataset: people(part) for part in parts if people(part) != domain(part.dataset)}
+    return {
         "kind": "pretrain",
         "config": asdict(config),
         "sources": {part.dataset: part.fingerprint() for part in parts},
         "device": device.type,
+        **({"domains": own} if own else {}),
     }
-    # What the catalogue does not know decides who may be a target later, so it is part of the run's identity.
-    if own := {name: whose for name, whose in domains.items() if whose != domain(name)}:
-        signature["domains"] = own
-    run = open_run(out, "pretrain", signature)
-    file = run.folder / CHECKPOINT
-    if run.metrics() is not None and file.exists():
-        return file
+
+
+def _pretrain(
+    config: PretrainConfig, parts: Sequence[Windows], run: Run, device: torch.device, captured: bool, report: Report
+) -> None:
     torch.manual_seed(config.seed)
     model = MAE(config.model).to(device)
     signals = torch.from_numpy(np.concatenate([part.signals for part in parts]))
@@ -156,14 +177,14 @@ def pretrain(
     info = {
         "identity": run.identity,
         "model": asdict(config.model),
+        "config": {key: value for key, value in asdict(config).items() if key != "model"},
         "sources": [part.dataset for part in parts],
-        "domains": domains,
+        "domains": {part.dataset: people(part) for part in parts},
         "loss": fitted.history[-1]["loss"],
         "seconds": fitted.seconds,
     }
-    save_tensors(file, model.encoder.state_dict(), kind="encoder checkpoint", info=info)
+    save_tensors(run.folder / CHECKPOINT, model.encoder.state_dict(), kind="encoder checkpoint", info=info)
     run.finish({**info, "history": fitted.history, "captured": captured, "provenance": provenance(device)})
-    return file
 
 
 def load_pretrained(file: Path) -> Pretrained:
@@ -181,6 +202,7 @@ def load_pretrained(file: Path) -> Pretrained:
     return Pretrained(
         encoder=encoder,
         identity=info["identity"],
+        config=PretrainConfig(model=encoder.config, **info["config"]),
         sources=tuple(info["sources"]),
         loss=info["loss"],
         seconds=info["seconds"],

@@ -1,10 +1,13 @@
 """Run directories: one folder a run, named by a hash of all that decides its result, finished or resumable."""
 
+import fcntl
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +18,7 @@ import torch
 from harlora.errors import InputError
 from harlora.files import content_hash, read_json, write_json
 
-CONFIG, METRICS, STATE = "config.json", "metrics.json", "state.safetensors"
+CONFIG, METRICS, STATE, LOCK = "config.json", "metrics.json", "state.safetensors", ".lock"
 _REMEDY = "delete the folder, the run begins anew"
 
 
@@ -45,16 +48,39 @@ class Run:
         self.state_file.unlink(missing_ok=True)
 
 
-def open_run(root: Path, name: str, config: dict[str, Any]) -> Run:
-    """The run with this configuration under ``root``, new or from before.
+def identify(config: dict[str, Any]) -> str:
+    """The identity of the run with this configuration.
 
     config: everything that decides the result, as JSON values, fingerprints of the data included. The version of
     harlora is added; whoever changes the code between versions deletes the runs that it touches.
+    """
+    return content_hash({**config, "harlora": _version("harlora")})
+
+
+@contextmanager
+def open_run(root: Path, name: str, config: dict[str, Any]) -> Iterator[Run]:
+    """The run with this configuration under ``root``, new or from before, for this process alone.
+
+    Another process that has it open is waited for; what that finished is then found. A process that ends in any way
+    gives it free.
+
+    config: as in `identify`.
     Raises: InputError if the folder is of another run or cannot be written.
     """
+    identity = identify(config)
     config = {**config, "harlora": _version("harlora")}
-    identity = content_hash(config)
     folder = root / f"{name}-{identity}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("w")
+    except OSError as error:
+        raise InputError(f"cannot write the run folder {folder} ({error}); choose another with --out") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield _checked(folder, config, identity)
+
+
+def _checked(folder: Path, config: dict[str, Any], identity: str) -> Run:
     if (folder / CONFIG).exists():
         if content_hash(read_json(folder / CONFIG, _REMEDY)) != identity:
             raise InputError(f"{folder / CONFIG}: was changed after the run began; {_REMEDY}")

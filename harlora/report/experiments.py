@@ -1,0 +1,193 @@
+"""The part of the report that answers the question of one experiment: tables, curves, differences, LaTeX."""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harlora.data.catalog import domain, title
+from harlora.data.splits import TEST_FRACTION
+from harlora.files import write_text
+from harlora.report import plots
+from harlora.report.compare import compare
+from harlora.report.paper import LABEL_SHARE_ACCURACY, RANK_MACRO_F1, SCORES
+from harlora.report.tables import (
+    PROTOCOL_TITLES,
+    TITLES,
+    Record,
+    groups,
+    heading,
+    held,
+    markdown,
+    megabytes,
+    method_title,
+    order,
+    pooled,
+    score_text,
+)
+from harlora.train.experiment import Experiment
+
+_NOT_COLUMNS = ("method", "protocol", "seed", "alpha")
+
+
+def section(experiment: Experiment, records: Sequence[Record], images: Path, out: Path) -> str:
+    """The section of one experiment in the page ``out``; empty if none of its runs is among ``records``.
+
+    Its tables are also written as LaTeX, to the folder ``tables`` beside the page.
+    """
+    chosen: list[Any] = experiment.select(records)
+    if not chosen:
+        return ""
+    lines = [f"## {experiment.title}", ""]
+    if experiment.about:
+        lines += [experiment.about, ""]
+    for members in groups(chosen):
+        first, shown = members[0], pooled(members)
+        name = f"{experiment.name}-{first['target']}-{first['config']['protocol']}"
+        header, rows = table(shown, experiment.show)
+        write_text(out.parent / "tables" / f"{name}.tex", latex(header, rows, heading(members)))
+        lines += [f"### {_title(members)}", "", markdown(header, rows)]
+        if experiment.x:
+            plots.curve(shown, experiment.x, images / f"{name}.png", reference=_reference(experiment.x, first))
+            lines += [f"![{heading(members)}]({(images / f'{name}.png').relative_to(out.parent).as_posix()})", ""]
+        differences = _differences(members)
+        if differences:
+            lines += [markdown(_DIFFERENCES, differences)]
+    return "\n".join(lines)
+
+
+def _title(members: Sequence[Record]) -> str:
+    first = members[0]
+    synthetic = "SYNTHETIC data: " if first["synthetic"] else ""
+    return f"{synthetic}{title(first['target'])}, {PROTOCOL_TITLES[first['config']['protocol']]}"
+
+
+def _varied(records: Sequence[Record]) -> list[str]:
+    """The settings in which the results differ, beside method, protocol and seed."""
+    keys = [key for key in records[0]["config"] if key not in _NOT_COLUMNS]
+    return [key for key in keys if len({str(record["config"].get(key)) for record in records}) > 1]
+
+
+_COLUMNS: Mapping[str, Mapping[str, Callable[[Record], str]]] = {
+    "scores": {
+        "accuracy": lambda record: score_text(record, "accuracy"),
+        "macro-F1": lambda record: score_text(record, "macro_f1"),
+        "the paper's": lambda record: paper(record),
+    },
+    "calibration": {
+        name: lambda record, key=key: f"{record['calibration'][key]:.3f}"  # type: ignore[misc]
+        for name, key in (("ECE", "ece"), ("MCE", "mce"), ("Brier", "brier"))
+    },
+    "cost": {
+        "trainable": lambda record: f"{record['parameters']['trainable']:,}",
+        "held, MB": lambda record: megabytes(held(record)),
+        "seconds": lambda record: f"{record['seconds']:.0f}",
+    },
+}
+
+
+def table(records: Sequence[Record], show: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of results that are pooled over their seeds; ``show`` as in `Experiment`."""
+    varied = [key for key in _varied(records) if key != "rank"]  # rank stands with the method
+    columns: dict[str, Callable[[Record], str]] = {"method": method_title}
+    columns |= {key: lambda record, key=key: _value(record["config"].get(key)) for key in varied}  # type: ignore[misc]
+    for part in show:
+        columns |= _COLUMNS[part]
+    columns["seeds"] = lambda record: str(len(record.get("seeds", (0,))))
+    rows = [[cell(record) for cell in columns.values()] for record in sorted(records, key=order)]
+    filled = [number for number in range(len(columns)) if any(row[number] for row in rows)]
+    header = list(columns)
+    return [header[number] for number in filled], [[row[number] for number in filled] for row in rows]
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key}={entry}" for key, entry in value.items()) or "–"
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    return str(value)
+
+
+def paper(record: Record) -> str:
+    """What the paper has for such a run: macro-F1, or accuracy where it has that alone; empty if it has none."""
+    config, whose = record["config"], domain(record["target"])
+    if config["protocol"] != "paper" or record["synthetic"] or config["windows_per_class"]:
+        return ""
+    method = config["method"]
+    share = record["windows"]["train"] / record["windows"]["test"] * TEST_FRACTION
+    if config["label_fraction"] < 1:
+        near = [
+            accuracy
+            for known, accuracy in LABEL_SHARE_ACCURACY.get(method, {}).items()
+            if whose == "uci" and abs(known - share) <= 0.03
+        ]
+        return f"accuracy {near[0]:.3f}" if near else ""
+    if method == "lora" and whose == "uci" and config["rank"] in RANK_MACRO_F1:
+        return f"{RANK_MACRO_F1[config['rank']]:.3f}"
+    theirs = SCORES.get(whose, {}).get(method)
+    return "" if theirs is None else f"{theirs.macro_f1:.3f}"
+
+
+def _reference(x: str, first: Record) -> dict[float, float]:
+    """The paper's curve by ``x``, if it has one for this target."""
+    ours = first["config"]["protocol"] == "paper" and domain(first["target"]) == "uci"
+    return (
+        {float(rank): score for rank, score in RANK_MACRO_F1.items()}
+        if ours and x == "rank" and not first["synthetic"]
+        else {}
+    )
+
+
+_DIFFERENCES = ("macro-F1, person by person", "people", "difference", "95 % interval", "p")
+
+
+def _differences(members: Sequence[Record]) -> list[list[str]]:
+    """Every method against every other where nothing but the method (and its own settings) differs."""
+    methods: dict[str, list[Record]] = {}
+    for record in members:
+        methods.setdefault(record["config"]["method"], []).append(record)
+    if any(len(pooled(same)) > 1 for same in methods.values()):
+        return []
+    rows = []
+    names = [name for name in TITLES if name in methods]
+    for one, other in itertools.combinations(reversed(names), 2):
+        found = compare(methods[one], methods[other])
+        if found is not None:
+            p = "too few people" if found.p is None else f"{found.p:.3f}" if found.p >= 0.001 else "< 0.001"
+            rows.append(
+                [
+                    f"{TITLES[one]} less {TITLES[other]}", str(found.people), f"{found.difference:+.4f}",
+                    f"{found.low:+.4f} to {found.high:+.4f}", p,
+                ]
+            )  # fmt: skip
+    return rows
+
+
+def latex(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> str:
+    """A table for LaTeX with the package booktabs; the first column is text, the others are numbers."""
+    lines = [
+        "% Written by harlora; needs \\usepackage{booktabs}.",
+        "\\begin{table}",
+        f"\\caption{{{tex(caption)}}}",
+        f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
+        "\\toprule",
+        " & ".join(map(tex, header)) + " \\\\",
+        "\\midrule",
+        *(" & ".join(map(tex, row)) + " \\\\" for row in rows),
+        "\\bottomrule",
+        "\\end{tabular}",
+        "\\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_TEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "±": r"$\pm$", "–": "--", "<": "$<$", ">": "$>$", "×": r"$\times$",
+}  # fmt: skip
+
+
+def tex(text: str) -> str:
+    """``text`` with every character that LaTeX would read otherwise written as it wants it."""
+    return "".join(_TEX.get(character, character) for character in text)

@@ -1,0 +1,223 @@
+"""The report's sections of experiments, from records made by hand."""
+
+import json
+import shutil
+import subprocess
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from harlora.report import plots
+from harlora.report.build import build_report
+from harlora.report.compare import by_person, compare, macro_f1_of_confusion
+from harlora.report.experiments import latex, paper, table
+from harlora.report.tables import pooled
+from harlora.train.experiment import PRESETS, Experiment
+from harlora.train.metrics import calibration, scores
+
+PRESET = PRESETS["standard"]
+
+
+def record(method="qlora", target="uci_hapt", seed=0, people=None, **changes):
+    config = replace(PRESET.finetune, method=method, seed=seed, **{"protocol": "subject", **changes})
+    people = people or {"1": [[8, 2], [1, 9]], "2": [[9, 1], [0, 10]]}
+    confusion = np.sum(list(people.values()), axis=0)
+    truth, predicted = (np.repeat(np.indices(confusion.shape)[axis].ravel(), confusion.ravel()) for axis in (0, 1))
+    certain = np.full((len(truth), 2), 0.2)
+    certain[np.arange(len(truth)), predicted] = 0.8
+    return {
+        "preset": "standard",
+        "scores": scores(truth, predicted, ["sit", "walk"]),
+        "calibration": calibration(certain, truth),
+        "confusion_by_subject": people,
+        "parameters": {"trainable": 1234, "total": 99999},
+        "bytes": {"frozen": 1_000_000, "trainable": 500_000, "gradients": 500_000, "optimizer": 1_000_000,
+                  "step_peak": 7_000_000, "matrices": 140, "matrices_float32": 1000},
+        "seconds": 12.6,
+        "best_epoch": 3,
+        "history": [{"loss": 0.5, "validation": 0.8}] * 5,
+        "windows": {"train": 60, "validation": 0, "test": 20},
+        "test_subjects": list(people),
+        "config": config.values(),
+        "learning_rate": 0.002,
+        "target": target,
+        "sources": ["motionsense", "dsa"],
+        "synthetic": target.startswith("synthetic"),
+        "pretrained": {
+            "identity": "x", "loss": 0.1, "seconds": 100.0,
+            "config": {**vars(PRESET.pretrain), "model": vars(PRESET.pretrain.model), "seed": seed},
+        },
+        "identity": "0123456789abcdef",
+        "provenance": {"command": "harlora run", "commit": "abc", "dirty": False, "device": "a CPU", "threads": 2,
+                       "versions": {"torch": "2.13.0"}},
+    }  # fmt: skip
+
+
+def people(right):
+    return {str(who): [[count, 10 - count], [10 - count, count]] for who, count in enumerate(right)}
+
+
+def page(tmp_path, records, *experiments):
+    folder = tmp_path / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, one in enumerate(records):
+        (folder / f"{number}.json").write_text(json.dumps(one))
+    return build_report(folder, tmp_path / "docs" / "page.md", experiments=experiments).read_text()
+
+
+# Person by person
+
+
+def test_macro_f1_of_one_person_by_hand():
+    # sit: precision 8/9, recall 8/10; walk: precision 9/11, recall 9/10; the third label never occurs.
+    f1 = (2 * 8 / 19 + 2 * 9 / 20) / 2
+    assert macro_f1_of_confusion([[8, 2, 0], [1, 9, 0], [0, 0, 0]]) == pytest.approx(2 * 8 / 19 / 2 + 2 * 9 / 21 / 2)
+    assert macro_f1_of_confusion([[8, 2, 0], [0, 9, 1], [0, 0, 0]]) != pytest.approx(f1)
+    assert macro_f1_of_confusion([[0, 0], [0, 5]]) == 1
+
+
+def test_a_person_tested_under_two_seeds_is_one_observation():
+    found = by_person([record(people=people([5, 10])), record(seed=1, people=people([9]))])
+    assert found == pytest.approx({"0": (0.5 + 0.9) / 2, "1": 1.0})
+
+
+def test_a_difference_is_paired_by_person_and_seed():
+    better, worse = [9, 8, 10, 7, 9, 10, 8], [8, 7, 9, 6, 8, 9, 7]
+    found = compare([record(people=people(better))], [record("lora", people=people(worse))])
+    assert found.people == 7
+    assert found.difference == pytest.approx(0.1)
+    assert (found.low, found.high) == pytest.approx((0.1, 0.1))
+    assert found.p == pytest.approx(2 / 2**7)  # all of seven differences have one sign
+    mixed = compare([record(people=people(better))], [record("lora", people=people(better[::-1]))])
+    assert mixed.low < 0 < mixed.high
+    assert mixed.p > 0.5
+    assert compare([record(people=people(better))], [record("lora", people=people(better))]).p == 1
+    assert compare([record(people=people([9] * 5))], [record("lora", people=people([8] * 5))]).p is None
+    assert compare([record(seed=0)], [record("lora", seed=1)]) is None
+    assert compare([record()], [{**record("lora"), "confusion_by_subject": {}}]) is None
+
+
+# Tables
+
+
+def test_a_table_has_a_column_for_what_varies():
+    made = [record(quant_type=kind, blocksize=size) for kind in ("nf4", "fp4") for size in (64, 256)]
+    header, rows = table(pooled(made), ("scores", "cost"))
+    assert header == ["method", "quant_type", "blocksize", "accuracy", "macro-F1", "trainable", "held, MB", "seconds",
+                      "seeds"]  # fmt: skip
+    assert sorted(row[1:3] for row in rows) == [["fp4", "256"], ["fp4", "64"], ["nf4", "256"], ["nf4", "64"]]
+    header, rows = table(pooled([record(seed=0), record(seed=1)]), ("calibration",))
+    assert header == ["method", "ECE", "MCE", "Brier", "seeds"]
+    assert rows[0][-1] == "2"
+
+
+def test_seeds_are_pooled_and_nothing_else_is():
+    made = [record(seed=seed, rank=rank, alpha=2.0 * rank) for seed in (0, 1, 2) for rank in (8, 16)]
+    made += [record(seed=0, rank_pattern={"fc1": 4})]
+    assert sorted(len(one.get("seeds", (0,))) for one in pooled(made)) == [1, 3, 3]
+
+
+def test_the_papers_figure_stands_beside_the_run_it_belongs_to():
+    common = {"protocol": "paper"}
+    assert paper(record("full", **common)) == "0.969"
+    assert paper(record("lora", rank=64, **common)) == "0.965"
+    assert paper(record("qlora", "motionsense", **common)) == "0.949"
+    few = {**record("lora", label_fraction=0.429, **common), "windows": {"train": 30, "validation": 0, "test": 30}}
+    assert paper(few) == "accuracy 0.926"
+    for other in (
+        record("full"),
+        record("scratch", **common),
+        record("full", "dsa", **common),
+        record("full", "synthetic_a", **common),
+        record("full", windows_per_class=5, **common),
+    ):
+        assert paper(other) == ""
+
+
+def test_latex_is_what_latex_reads(tmp_path):
+    text = latex(["method", "windows_per_class", "95 % interval"], [["a & b", "5", "0.9 ± 0.1"], ["~^\\", "<", "#1"]],
+                 "{50 %}")  # fmt: skip
+    assert r"windows\_per\_class" in text
+    assert r"a \& b & 5 & 0.9 $\pm$ 0.1 \\" in text
+    assert r"\textasciitilde{}\textasciicircum{}\textbackslash{} & $<$ & \#1 \\" in text
+    assert r"\caption{\{50 \%\}}" in text
+    compiler = shutil.which("pdflatex")
+    if compiler:
+        file = tmp_path / "table.tex"
+        file.write_text(f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}{text}\\end{{document}}")
+        subprocess.run([compiler, "-halt-on-error", file], cwd=tmp_path, check=True, capture_output=True)
+
+
+# The page
+
+SUBJECTS = Experiment(
+    name="subjects", title="New people", about="Nobody on both sides.", seeds=(0, 1),
+    runs=({"protocol": ("subject",), "method": ("linear_probe", "full", "lora", "qlora")},),
+)  # fmt: skip
+RANK = Experiment(
+    name="rank", title="Rank", x="rank", runs=({"protocol": ("paper",), "method": ("lora",), "rank": (8, 64)},)
+)
+
+
+def test_an_experiment_has_its_section(tmp_path):
+    made = [
+        record(method, seed=seed, people=people([10 - number] * 8))
+        for number, method in enumerate(("qlora", "lora", "full", "linear_probe"))
+        for seed in (0, 1)
+    ]
+    made += [record("lora", protocol="paper", rank=rank, alpha=2.0 * rank) for rank in (8, 64)]
+    text = page(tmp_path, made, SUBJECTS, RANK)
+    assert "## New people\n\nNobody on both sides.\n" in text
+    assert "### UCI HAR (raw signals, HAPT), new people (subject split)" in text
+    assert "| QLoRA less LoRA | 8 | +0.1000 | +0.1000 to +0.1000 | 0.008 |" in text
+    assert text.count(" less ") == 6
+    part = text.partition("## Rank\n")[2]
+    assert "| LoRA r=64 |" in part
+    assert "0.965" in part
+    assert (tmp_path / "docs" / "images" / "rank-uci_hapt-paper.png").read_bytes().startswith(b"\x89PNG")
+    tables = {file.name for file in (tmp_path / "docs" / "tables").iterdir()}
+    assert tables == {"subjects-uci_hapt-subject.tex", "rank-uci_hapt-paper.tex"}
+    nothing = Experiment(name="none", title="Not run", seeds=(7,))
+    assert "Not run" not in page(tmp_path, made, SUBJECTS, nothing)
+
+
+def test_synthetic_results_say_so_in_every_section(tmp_path):
+    made = [record(method, "synthetic_a", seed=0) for method in ("lora", "full")]
+    assert "### SYNTHETIC data: " in page(tmp_path, made, SUBJECTS)
+    assert "SYNTHETIC" in (tmp_path / "docs" / "tables" / "subjects-synthetic_a-subject.tex").read_text()
+
+
+def test_a_curve_shows_each_method_with_its_spread(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, file: drawn.append(figure.axes[0]))
+    made = [record("lora", seed=seed, rank=rank, alpha=2.0 * rank, people=people([rank // 8 + seed] * 3))
+            for seed in (0, 1) for rank in (8, 64)]  # fmt: skip
+    plots.curve(pooled([*made, record("full")]), "rank", tmp_path / "x.png", reference={8: 0.9, 64: 0.95})
+    axis = drawn[0]
+    labels = axis.get_legend_handles_labels()[1]
+    assert sorted(labels) == ["LoRA", "LoRA in the paper", "full"]
+    assert axis.get_xscale() == "log"
+    (bars,) = (c for c in axis.containers if c.get_label() == "LoRA")
+    assert list(bars.lines[0].get_xdata()) == [8, 64]
+    segments = bars.lines[2][0].get_segments()
+    assert all(abs(low[1] - high[1]) > 0.05 for low, high in segments)
+    plots.curve([record(quant_type="nf4"), record(quant_type="fp4")], "quant_type", tmp_path / "y.png", reference={})
+    assert [text.get_text() for text in drawn[1].get_xticklabels()] == ["fp4", "nf4"]
+    plots.plt.close("all")
+
+
+# Calibration
+
+
+def test_calibration_by_hand():
+    # Four windows: two at 0.8, both right; two at 0.6, one of them right.
+    probabilities = np.array([[0.8, 0.2], [0.2, 0.8], [0.6, 0.4], [0.6, 0.4]])
+    found = calibration(probabilities, np.array([0, 1, 0, 1]))
+    assert found["bins"] == [pytest.approx([2, 0.6, 0.5]), pytest.approx([2, 0.8, 1.0])]
+    assert found["ece"] == pytest.approx((2 * 0.1 + 2 * 0.2) / 4)
+    assert found["mce"] == pytest.approx(0.2)
+    assert found["brier"] == pytest.approx((2 * 2 * 0.04 + 2 * 0.16 + 2 * 0.36) / 4)
+    certain = calibration(np.eye(3), np.arange(3))
+    assert (certain["ece"], certain["mce"], certain["brier"]) == (0, 0, 0)
+    assert sum(count for count, *_ in certain["bins"]) == 3
