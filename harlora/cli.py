@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,6 +47,7 @@ from harlora.train.capture import Capture, captures
 from harlora.train.execute import Ledger, Workers, carry_out
 from harlora.train.experiment import PRESETS, Adaptation, load_experiment
 from harlora.train.finetune import CHECKPOINT, FinetuneConfig, finetune, method_bytes
+from harlora.train.fit import silent
 from harlora.train.lodo import Study
 from harlora.train.predict import predict
 from harlora.train.pretrain import PretrainConfig, load_pretrained, pretrain
@@ -303,7 +305,10 @@ class Data:
 
 @dataclass(frozen=True)
 class Pretrain:
-    """Pretrain an encoder on unlabelled windows and print where its checkpoint is."""
+    """Pretrain an encoder on unlabelled windows and print where its checkpoint is.
+
+    Over several processes: `torchrun --nproc-per-node 2 -m harlora pretrain ...`; same losses, each step shared out.
+    """
 
     sources: tuple[str, ...] = ()
     """Datasets to learn from; by default all that are found."""
@@ -316,11 +321,14 @@ class Pretrain:
         root, device = self.machine.ready()
         names = [dataset(name, root).name for name in self.sources] or [entry.name for entry in available(root)]
         windows = [load_windows(name, root) for name in names]
-        with Bars(console) as bars:
-            progress = bars.run(f"pretraining on {', '.join(names)}", 1, 1)
+        first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, one speaks
+        with Bars(console) if first else nullcontext() as bars:
+            progress = bars.run(f"pretraining on {', '.join(names)}", 1, 1) if bars else silent
             file = pretrain(
                 self.config, windows, self.out, device=device, capture=self.machine.capture, report=progress
             )
+        if not first:
+            return
         pretrained = load_pretrained(file)
         console.print(f"masked MSE {pretrained.loss:.4f} after {pretrained.seconds:.0f} s: {file}", highlight=False)
 

@@ -18,7 +18,7 @@ from harlora.models import MAE, Classifier, MAEConfig
 from harlora.nn import LoRALinear, adapted_layers, apply_lora
 from harlora.train import finetune as finetune_module
 from harlora.train.finetune import FinetuneConfig, finetune, load_classifier
-from harlora.train.pretrain import Pretrained
+from harlora.train.pretrain import PretrainConfig, Pretrained
 
 SMALL = MAEConfig(patch_size=16, width=24, depth=1, heads=2, ffn=48, decoder_width=16, decoder_heads=2, decoder_depth=1)
 
@@ -194,7 +194,9 @@ def test_acceleration_without_gravity_is_refused(tmp_path):
 def check_statistics_of_training_part(windows, folder):
     config = FinetuneConfig(method="linear_probe", epochs=1)
     encoder = MAE(SMALL).encoder
-    pretrained = Pretrained(encoder, identity="x", sources=("synthetic_b",), loss=1.0, seconds=1.0)
+    pretrained = Pretrained(
+        encoder, identity="x", config=PretrainConfig(model=SMALL), sources=("synthetic_b",), loss=1.0, seconds=1.0
+    )
     metrics = finetune(config, windows, pretrained, folder, device=torch.device("cpu"))
     (file,) = folder.glob(f"*{metrics['identity']}/classifier.safetensors")
     _, normalizer, _ = load_classifier(file)

@@ -213,16 +213,18 @@ class MAE(nn.Module):
         self.decoder = Decoder(self.config)
         self.apply(_initialise)
 
-    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, predicted patches and mask.
 
         loss = mean over removed patches of (predicted - patch)².
 
         x: ``(batch, window, channels)``, normalised.
-        generator: of the random choice of patches, on the device of ``x``.
+        order: ``(batch, tokens)``, int64, a permutation of the patches of each window, of which the first are visible;
+            drawn at random by default.
         loss: a scalar; predicted: ``(batch, tokens, patch_size · channels)``; mask: ``(batch, tokens)``, 1 = removed.
         """
-        order = torch.rand(len(x), self.config.tokens, generator=generator, device=x.device).argsort(dim=1)
+        if order is None:
+            order = torch.rand(len(x), self.config.tokens, device=x.device).argsort(dim=1)
         restore = order.argsort(dim=1)
         count = self.config.tokens - self.config.tokens_removed
         predicted = self.decoder(self.encoder(x, visible=order[:, :count]), restore)

@@ -27,6 +27,7 @@ from harlora.train.fit import Optimisation, Report, fit, make_optimizer, silent
 from harlora.train.memory import held_bytes, matrix_bytes, step_bytes
 from harlora.train.metrics import calibration, confusion, macro_f1, scores
 from harlora.train.pretrain import Pretrained, thinned
+from harlora.train.processes import Processes
 from harlora.train.runs import Run, identify, open_run, provenance
 
 CHECKPOINT = "classifier.safetensors"
@@ -312,6 +313,11 @@ def finetune(
     """
     config.check()
     captured = captures(capture, device)
+    if Processes(device).count > 1:
+        raise InputError(
+            "torchrun: one adaptation is of one process, since its head's BatchNorm must see the whole batch; "
+            "pretrain so, or carry out several adaptations at a time by `harlora run --on cores`"
+        )
     for source in pretrained.sources:
         if pretrained.domain(source) == people(target):
             raise InputError(

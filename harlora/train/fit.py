@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from harlora.errors import InputError
 from harlora.files import load_tensors, save_tensors
 from harlora.train.capture import TrainingStep
+from harlora.train.processes import Processes
 
 Report = Callable[[int, int, str], None]  # steps done, steps in all, what to show beside them
 
@@ -97,6 +98,7 @@ def fit(
     state_file: Path,
     capture: bool = False,
     validate: Callable[[], float] | None = None,
+    processes: Processes | None = None,
     report: Report = silent,
     save_every_s: float = _SAVE_EVERY_S,
 ) -> Fitted:
@@ -107,6 +109,7 @@ def fit(
     samples: ``(n,)``, int64.
     capture: the steps into a CUDA graph; what that asks of ``loss`` is said at `TrainingStep`.
     validate: a score to be maximised; called in evaluation mode after each epoch.
+    processes: that take each step together; then ``loss`` calls the model as `Processes.joined` gives it.
     identity: a hash of everything that decides the result; a state of another identity is refused.
     state_file: written every ``save_every_s`` seconds, at the end of an epoch; removed at the end.
     Raises: InputError if there are fewer than two samples, or ``state_file`` is damaged or of another run.
@@ -114,6 +117,8 @@ def fit(
     if len(samples) < 2:
         raise InputError(f"training requires 2 windows or more, got {len(samples)}; use more labels")
     size = min(settings.batch_size, len(samples))
+    if processes is not None:
+        processes.check(size)
     steps = max(len(samples) // size, _STEPS_AT_LEAST)
     total = steps * settings.epochs
     optimizer = make_optimizer(model, settings, capturable=capture)
@@ -149,7 +154,7 @@ def fit(
         for step in range(steps):
             value = take_step(*batch(samples[order[step * size : (step + 1) * size]]))
             schedule.step()
-            summed += value.item()
+            summed += (processes.mean(value) if processes else value).item()
             report(epoch * steps + step + 1, total, f"epoch {epoch + 1}, loss {summed / (step + 1):.3f}")
         entry = {"loss": summed / steps}
         if validate:
@@ -161,7 +166,7 @@ def fit(
         if judged and (not best or _mean_score(history, settings) > _mean_score(history[:best_epoch], settings)):
             best, best_epoch = {k: v.detach().clone() for k, v in model.state_dict().items()}, epoch + 1
         seconds += time.perf_counter() - started
-        if time.monotonic() - last_save >= save_every_s:
+        if time.monotonic() - last_save >= save_every_s and (processes is None or processes.is_first):
             tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
             tensors |= {f"best.{name}": value for name, value in best.items()}
             tensors |= _optimizer_tensors(optimizer)

@@ -16,7 +16,8 @@ from harlora.files import load_tensors, save_tensors
 from harlora.models.mae import MAE, Encoder, MAEConfig
 from harlora.train.capture import Capture, captures
 from harlora.train.fit import Optimisation, Report, fit, silent
-from harlora.train.runs import Run, identify, open_run, provenance
+from harlora.train.processes import Processes
+from harlora.train.runs import Run, identify, provenance
 
 CHECKPOINT = "encoder.safetensors"
 
@@ -102,21 +103,25 @@ def pretrain(
     The loss is that of `MAE`; its masked patches are drawn anew for every window and epoch. Each dataset is
     normalised with its own statistics.
 
-    capture: the steps into a CUDA graph, as `captures` says; no part of the run's identity, since it changes the result
-        by rounding alone.
-    Raises: InputError if there is no source, two are the same people, a file of the run is damaged, or ``capture`` is
-    not possible.
+    Where ``torchrun`` has started several processes, each calls this and takes its share of every batch.
+
+    capture: the steps into a CUDA graph, as `captures` says; like the number of processes no part of the run's
+        identity, since it changes the result by rounding alone.
+    Raises: InputError if there is no source, two are the same people, a file of the run is damaged, ``capture`` is not
+    possible, or the batch cannot be shared out evenly.
     """
     captured = captures(capture, device)
     if not sources:
         raise InputError("pretraining requires at least one source dataset, got none")
     require_apart({windows.dataset: people(windows) for windows in sources})
     config.check()
+    processes = Processes(device)
+    processes.check(config.batch_size)
     parts = [thinned(windows, config.max_windows, config.seed) for windows in sources]
-    with open_run(out, "pretrain", _signature(config, parts, device)) as run:
+    with processes.open_run(out, "pretrain", _signature(config, parts, device)) as run:
         file = run.folder / CHECKPOINT
         if run.metrics() is None or not file.exists():
-            _pretrain(config, parts, run, device, captured, report)
+            _pretrain(config, parts, run, device, captured, report, processes)
     return file
 
 
@@ -139,27 +144,35 @@ def _signature(config: PretrainConfig, parts: Sequence[Windows], device: torch.d
 
 
 def _pretrain(
-    config: PretrainConfig, parts: Sequence[Windows], run: Run, device: torch.device, captured: bool, report: Report
+    config: PretrainConfig,
+    parts: Sequence[Windows],
+    run: Run,
+    device: torch.device,
+    captured: bool,
+    report: Report,
+    processes: Processes,
 ) -> None:
     torch.manual_seed(config.seed)
     model = MAE(config.model).to(device)
+    joined = processes.joined(model)
     signals = torch.from_numpy(np.concatenate([part.signals for part in parts]))
     normalizers = [Normalizer.fit(part.signals) for part in parts]
     origin = torch.repeat_interleave(torch.tensor([len(part) for part in parts]))
     mean = torch.tensor([normalizer.mean for normalizer in normalizers])[:, None]  # (sources, 1, channels)
     std = torch.tensor([normalizer.std for normalizer in normalizers])[:, None]
 
-    def batch(indices: torch.Tensor) -> tuple[torch.Tensor]:
+    def batch(indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x = signals[indices]
         if config.rotated:
             turned = torch.rand(len(x)) < config.rotated
             x[turned] = rotate(x[turned], random_rotations(int(turned.sum())))
         if config.rescaled:
             x = rescale(x, config.rescaled)
-        return ((x - mean[origin[indices]]) / std[origin[indices]],)
+        order = torch.rand(len(x), config.model.tokens).argsort(dim=1)
+        return processes.share((x - mean[origin[indices]]) / std[origin[indices]], order)
 
-    def loss(x: torch.Tensor) -> torch.Tensor:
-        value: torch.Tensor = model(x)[0]
+    def loss(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        value: torch.Tensor = joined(x, order)[0]
         return value
 
     fitted = fit(
@@ -172,8 +185,11 @@ def _pretrain(
         identity=run.identity,
         state_file=run.state_file,
         capture=captured,
+        processes=processes,
         report=report,
     )
+    if not processes.is_first:
+        return
     info = {
         "identity": run.identity,
         "model": asdict(config.model),
@@ -184,7 +200,15 @@ def _pretrain(
         "seconds": fitted.seconds,
     }
     save_tensors(run.folder / CHECKPOINT, model.encoder.state_dict(), kind="encoder checkpoint", info=info)
-    run.finish({**info, "history": fitted.history, "captured": captured, "provenance": provenance(device)})
+    run.finish(
+        {
+            **info,
+            "history": fitted.history,
+            "captured": captured,
+            "processes": processes.count,
+            "provenance": provenance(device),
+        }
+    )
 
 
 def load_pretrained(file: Path) -> Pretrained:

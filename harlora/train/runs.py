@@ -29,6 +29,12 @@ class Run:
     folder: Path
     identity: str
 
+    @classmethod
+    def existing(cls, root: Path, name: str, config: dict[str, Any]) -> "Run":
+        """The run with this configuration that another process has opened."""
+        identity = identify(config)
+        return cls(root / f"{name}-{identity}", identity)
+
     @property
     def state_file(self) -> Path:
         """The training state of an unfinished run."""
