@@ -21,6 +21,7 @@ from rich.table import Table
 
 from harlora.bench import peers, report
 from harlora.bench.run import RESULT, Options, Preset, measure, where
+from harlora.data import imported
 from harlora.data.catalog import (
     DATASETS,
     ROOT_VARIABLE,
@@ -28,15 +29,18 @@ from harlora.data.catalog import (
     available,
     data_root,
     dataset,
+    known,
     load_windows,
     named_root,
 )
 from harlora.data.download import MIRROR_VARIABLE, download, present, size_text, source, wanted
 from harlora.data.inspect import draw, hours
 from harlora.data.labels import VOCABULARY
-from harlora.data.windows import RATE_HZ
+from harlora.data.table import AccelUnit, GyroUnit, SubjectFrom, TimeUnit, Units
+from harlora.data.windows import HOP, RATE_HZ
 from harlora.errors import InputError
 from harlora.progress import Bars, Transfer
+from harlora.report import timeline
 from harlora.report.build import build_report
 from harlora.report.tables import COLUMNS, LEGEND, MEMORY_LEGEND, groups, heading, memory, pooled, row, titled
 from harlora.train.capture import Capture, captures
@@ -45,6 +49,7 @@ from harlora.train.experiment import PRESETS, Adaptation, load_experiment
 from harlora.train.finetune import CHECKPOINT, FinetuneConfig, finetune, method_bytes
 from harlora.train.fit import silent
 from harlora.train.lodo import Study
+from harlora.train.predict import predict
 from harlora.train.pretrain import PretrainConfig, load_pretrained, pretrain
 
 RESULTS = Path("bench/results/lodo")
@@ -103,7 +108,7 @@ class DataList:
         table = Table(title=f"Datasets under {root}", title_justify="left", show_lines=True)
         for column in ("dataset", "found", "subjects", "hours", "windows", "of each class", "dropped", "licence"):
             table.add_column(column, overflow="fold")
-        for entry in DATASETS.values():
+        for entry in known(root).values():
             path = entry.find(root)
             if path is None and not entry.is_synthetic:
                 found = (
@@ -150,9 +155,12 @@ class DataInspect:
     """Folder with the datasets; by default $HARLORA_DATA, else ./data."""
 
     def run(self) -> None:
-        entry = dataset(self.name)
+        root = data_root(self.data)
+        entry = dataset(self.name, root)
         with console.status(f"reading {entry.title}"):
-            windows = load_windows(self.name, data_root(self.data))
+            windows = load_windows(self.name, root)
+        if entry.read is imported.read:
+            _print_facts(imported.facts(root / entry.folder))
         file = self.out or Path(f"{self.name}.png")
         title = f"{entry.title}, {entry.placement}: {len(windows)} windows of {len(windows.subject_names)} subjects"
         draw(windows, title, file)
@@ -222,13 +230,73 @@ class DataDownload:
 
 
 @dataclass(frozen=True)
+class UnitOptions:
+    """In which units the tables are; auto finds out, and says so if it cannot."""
+
+    time_unit: TimeUnit = "auto"
+    """Of a timestamp that is a number; a date as 2024-05-31T12:00:00.020 (ISO 8601) needs none."""
+    accel_unit: AccelUnit = "auto"
+    """Of ax, ay, az; told from gravity, which must be included."""
+    gyro_unit: GyroUnit = "auto"
+    """Of gx, gy, gz; told from how fast a body can turn."""
+
+    def units(self) -> Units:
+        """As the readers of tables take them."""
+        return Units(self.time_unit, self.accel_unit, self.gyro_unit)
+
+
+@dataclass(frozen=True)
+class DataImport:
+    """Make recordings of your own a dataset: check them, say what was found, and write them under the data root.
+
+    Tables, CSV or Parquet, with the columns timestamp, ax, ay, az, gx, gy, gz, label and subject; docs/data.md has an
+    example. Nothing is written if anything is wrong.
+    """
+
+    files: tyro.conf.Positional[tuple[Path, ...]]
+    """Tables, or folders with tables."""
+    name: str
+    """What the dataset is called from now on, and its folder under the data root."""
+    placement: str = "unknown"
+    """Where on the body the device was, for example waist."""
+    domain: str = ""
+    """A dataset's domain, if these are its people; they are then never trained on for it. By default nobody else's."""
+    labels: tuple[str, ...] = ()
+    """own=vocabulary, for each activity that the vocabulary calls otherwise: walking=walk."""
+    subject_from: SubjectFrom = "column"
+    """The column subject; or each file, or each folder, is another person."""
+    replace: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Overwrite a dataset of this name that was imported before."""
+    units: tyro.conf.OmitArgPrefixes[UnitOptions] = field(default_factory=UnitOptions)
+    data: Path | None = None
+    """Folder with the datasets; by default $HARLORA_DATA, else ./data."""
+
+    def run(self) -> None:
+        root = data_root(self.data)
+        taken = {entry.name: entry.domain for entry in known(root).values()}
+        with Bars(console) as bars:
+            facts = imported.import_tables(
+                self.files, self.name, root, domain=self.domain, placement=self.placement, units=self.units.units(),
+                labels=self.labels, subject_from=self.subject_from, replace=self.replace, taken=taken,
+                report=bars.run("reading", 1, 1),
+            )  # fmt: skip
+        _print_facts(facts)
+        console.print(
+            f"dataset {facts.name}: {root / facts.name / imported.FILE}\nnext: harlora data inspect {facts.name}, "
+            f"harlora lodo --targets {facts.name}",
+            highlight=False,
+        )
+
+
+@dataclass(frozen=True)
 class Data:
-    """Look at datasets, fetch them."""
+    """Look at datasets, fetch them, add your own."""
 
     command: tyro.conf.OmitSubcommandPrefixes[
         Annotated[DataList, tyro.conf.subcommand("list")]
         | Annotated[DataInspect, tyro.conf.subcommand("inspect")]
         | Annotated[DataDownload, tyro.conf.subcommand("download")]
+        | Annotated[DataImport, tyro.conf.subcommand("import")]
     ]
 
     def run(self) -> None:
@@ -251,7 +319,7 @@ class Pretrain:
 
     def run(self) -> None:
         root, device = self.machine.ready()
-        names = [dataset(name).name for name in self.sources] or [entry.name for entry in available(root)]
+        names = [dataset(name, root).name for name in self.sources] or [entry.name for entry in available(root)]
         windows = [load_windows(name, root) for name in names]
         first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, one speaks
         with Bars(console) if first else nullcontext() as bars:
@@ -281,7 +349,7 @@ class Finetune:
     def run(self) -> None:
         root, device = self.machine.ready()
         self.config.check()
-        dataset(self.target)
+        dataset(self.target, root)
         pretrained = load_pretrained(self.pretrained)
         needed = pretrained.sources if self.config.method == "zero_shot" else ()
         sources = [load_windows(name, root) for name in needed]
@@ -294,6 +362,67 @@ class Finetune:
         _print_tables([metrics])
         folder = self.out / f"{self.config.method}-{self.target}-{self.config.protocol}-{metrics['identity']}"
         console.print(f"classifier: {folder / CHECKPOINT}", highlight=False)
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Label a recording of your own: every window's activity as CSV, a picture over time, the time of each activity.
+
+    The recording is a table as `harlora data import` takes it, of one person; with the column label it is scored.
+    """
+
+    recording: tyro.conf.Positional[Path]
+    """CSV or Parquet with the columns timestamp, ax, ay, az, gx, gy, gz."""
+    model: Path
+    """classifier.safetensors of a `harlora finetune` or `harlora lodo` run."""
+    out: Path | None = None
+    """Folder for predictions.csv and timeline.png; by default runs/predict/NAME of the recording."""
+    hop: int = HOP
+    """Samples at 50 Hz from one window to the next; a window has 128."""
+    labels: tuple[str, ...] = ()
+    """own=vocabulary, for activities in the table that the vocabulary calls otherwise."""
+    units: tyro.conf.OmitArgPrefixes[UnitOptions] = field(default_factory=UnitOptions)
+    device: str = "cpu"
+    """cpu, cuda or cuda:0."""
+
+    def run(self) -> None:
+        device = _device(self.device, 0)
+        with Bars(console) as bars:
+            found = predict(
+                self.model, self.recording, units=self.units.units(), labels=self.labels, hop=self.hop, device=device,
+                report=bars.run(self.recording.name, 1, 1),
+            )  # fmt: skip
+        folder = self.out or Path("runs/predict") / self.recording.stem
+        try:
+            found.write_csv(folder / "predictions.csv")
+            timeline.draw(found, f"{self.recording.name}, by a classifier for {found.target}", folder / "timeline.png")
+        except OSError as error:
+            raise InputError(f"cannot write to {folder} ({error}); choose another folder with --out") from error
+        if found.synthetic:
+            console.print(
+                "SYNTHETIC data: the classifier learned from made-up recordings; what it says means nothing.",
+                style="bold red",
+                highlight=False,
+            )
+        shares = found.shares()
+        whole = sum(shares.values())
+        body = [(name, timeline.clock(seconds), f"{seconds / whole:.1%}") for name, seconds in shares.items()]
+        title = f"{self.recording.name}: {len(found.starts_s)} windows in {len(found.stretches)} stretches"
+        _print_table(title, ("activity", "time", "share"), [*body, ("all", timeline.clock(whole), "100.0%")])
+        if (score := found.scores()) is not None:
+            rows = [
+                (name, str(count), f"{f1:.3f}", *map(str, line))
+                for name, count, f1, line in zip(
+                    score["labels"], score["support"], score["f1"], score["confusion"], strict=True
+                )
+                if count
+            ]
+            title = f"Accuracy {score['accuracy']:.3f}, macro-F1 {score['macro_f1']:.3f} of the labels in the table"
+            _print_table(title, ("true", "windows", "F1", *(f"→ {name}" for name in score["labels"])), rows)
+        for why, count in found.unscored.items():
+            if count and found.given:
+                console.print(f"not scored: {count} windows {why}", highlight=False, markup=False)
+        console.print(f"windows: {folder / 'predictions.csv'}\npicture: {folder / 'timeline.png'}", highlight=False)
 
 
 @dataclass(frozen=True)
@@ -324,7 +453,8 @@ class Lodo:
 
 
 def _is_synthetic(tasks: Sequence[Adaptation]) -> bool:
-    return any(dataset(name).is_synthetic for task in tasks for name in (task.target, *task.sources))
+    names = {name for task in tasks for name in (task.target, *task.sources)}
+    return any(name in DATASETS and DATASETS[name].is_synthetic for name in names)
 
 
 def _results(tasks: Sequence[Adaptation], preset: str) -> Path:
@@ -648,6 +778,7 @@ Command = (
     Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
     | Annotated[Finetune, tyro.conf.subcommand("finetune")]
+    | Annotated[Predict, tyro.conf.subcommand("predict")]
     | Annotated[Lodo, tyro.conf.subcommand("lodo")]
     | Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Export, tyro.conf.subcommand("export")]
@@ -668,6 +799,17 @@ def _print_table(title: str, heads: Sequence[str], body: Sequence[Sequence[str]]
         table.add_row(*line)
     console.print(title, style="bold", highlight=False, markup=False)
     console.print(table if body else "  none\n")
+
+
+def _print_facts(facts: imported.Facts) -> None:
+    _print_table(f"{facts.name}: what was found", ("checked", "found", ""), facts.checks)
+    subjects = list(dict.fromkeys(subject for counts in facts.windows.values() for subject in counts))
+    heads = ("subject", *facts.windows, "all")
+    body = [(subject, *(str(counts[subject]) for counts in facts.windows.values()),
+             str(sum(counts[subject] for counts in facts.windows.values()))) for subject in subjects]  # fmt: skip
+    sums = [sum(counts.values()) for counts in facts.windows.values()]
+    body.append(("all", *map(str, sums), str(sum(sums))))
+    _print_table("Windows that come out, by subject and class", heads, body)
 
 
 def _print_tables(records: list[dict[str, object]]) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harlora import __version__
-from harlora.data.catalog import DATASETS, load_windows
+from harlora.data.catalog import known, load_windows
 from harlora.data.windows import CHANNELS, RATE_HZ, Normalizer
 from harlora.errors import InputError
 from harlora.files import read_json, replacing, write_json
@@ -278,7 +278,7 @@ def _metadata(file: Path, info: Mapping[str, Any], form: str, merge: bool) -> di
 def _windows(target: str, data: Path, window: int) -> tuple[np.ndarray, str]:
     """Raw windows to compare on, ``(n, window, 6)``, float32, and where they are from."""
     random = np.random.default_rng(0)
-    entry = DATASETS.get(target)
+    entry = known(data).get(target)
     if entry is not None and (entry.is_synthetic or entry.find(data) is not None):
         signals = load_windows(target, data, window=window).signals
         chosen = random.permutation(len(signals))[:_CHECKED]

@@ -88,22 +88,38 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], *, kind: str, 
         save_file(whole, temporary, metadata=metadata)
 
 
+@contextmanager
+def _opened(path: Path, kind: str, remedy: str) -> Iterator[tuple[Any, dict[str, str]]]:
+    """A safetensors file of ``kind`` and its metadata."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("harlora.kind") != kind:
+                found = metadata.get("harlora.kind", "a safetensors file of another program")
+                raise InputError(f"{path}: required a harlora {kind} file, found {found}; {remedy}")
+            yield file, metadata
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; {remedy}") from error
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a complete safetensors file ({error}); {remedy}") from error
+
+
+def read_info(path: Path, *, kind: str, remedy: str) -> Any:
+    """The info alone of a file that `save_tensors` wrote; its tensors are neither read nor compared with the checksum.
+
+    Raises: InputError that names the file and ends in ``remedy`` if it is missing, no such file, or of another kind.
+    """
+    with _opened(path, kind, remedy) as (_, metadata):
+        return json.loads(metadata["harlora.info"])
+
+
 def load_tensors(path: Path, *, kind: str, remedy: str) -> tuple[dict[str, torch.Tensor], Any]:
     """The tensors and the info of a file that `save_tensors` wrote.
 
     Raises: InputError that names the file and ends in ``remedy`` if it is missing, damaged, or of another kind.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; {remedy}") from error
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a complete safetensors file ({error}); {remedy}") from error
-    if metadata.get("harlora.kind") != kind:
-        found = metadata.get("harlora.kind", "a safetensors file of another program")
-        raise InputError(f"{path}: required a harlora {kind} file, found {found}; {remedy}")
+    with _opened(path, kind, remedy) as (file, metadata):
+        tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     if metadata.get("harlora.sha256") != _checksum(tensors):
         raise InputError(f"{path}: checksum does not match its contents, the file is damaged; {remedy}")
     return tensors, json.loads(metadata["harlora.info"])

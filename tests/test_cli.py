@@ -231,8 +231,9 @@ def test_interruption_says_that_it_goes_on(capsys, monkeypatch):
     assert "goes on from here" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [(), ("data",), ("data", "list"), ("data", "inspect"), ("pretrain",), ("finetune",),
-                                     ("lodo",), ("run",), ("report",)])  # fmt: skip
+@pytest.mark.parametrize("command", [(), ("data",), ("data", "list"), ("data", "inspect"), ("data", "import"),
+                                     ("pretrain",), ("finetune",), ("predict",), ("lodo",), ("run",),
+                                     ("report",)])  # fmt: skip
 def test_help_suffices(capsys, command):
     with pytest.raises(SystemExit) as stopped:
         run(*command, "--help")

@@ -3,8 +3,8 @@
 import difflib
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import torch
 
-from harlora.data import dsa, hhar, motionsense, pamap2, realworld, synthetic, uci_hapt, uci_har
+from harlora.data import dsa, hhar, imported, motionsense, pamap2, realworld, synthetic, uci_hapt, uci_har
 from harlora.data.archive import Archive
 from harlora.data.recording import LeftOut, Recording
 from harlora.data.windows import HOP, WINDOW, Windows, cut
@@ -218,16 +218,38 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "harlora"
 
 
-def dataset(name: str) -> Dataset:
-    """The dataset called ``name``.
+def known(root: Path | None) -> dict[str, Dataset]:
+    """Every dataset by name: those of the catalogue, and those that `harlora data import` wrote under ``root``."""
+    own = {
+        facts.name: Dataset(
+            name=facts.name,
+            title=f"{facts.name} (own recordings)",
+            domain=facts.domain,
+            placement=facts.placement,
+            folder=facts.name,
+            download="",
+            licence="your own",
+            read=imported.read,
+        )
+        for facts in imported.find(root)
+        if facts.name not in DATASETS
+    }
+    return {**DATASETS, **own}
+
+
+def dataset(name: str, root: Path | None = None) -> Dataset:
+    """The dataset called ``name``, of the catalogue or imported under ``root``.
 
     Raises: InputError that lists the names if there is none.
     """
-    if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=1)
+    if name in DATASETS:
+        return DATASETS[name]
+    names = known(root)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {near[0]}?" if near else ";"
-        raise InputError(f"unknown dataset {name!r}{hint} required one of {', '.join(DATASETS)}")
-    return DATASETS[name]
+        raise InputError(f"unknown dataset {name!r}{hint} required one of {', '.join(names)}")
+    return names[name]
 
 
 def domain(name: str) -> str:
@@ -235,11 +257,24 @@ def domain(name: str) -> str:
     return DATASETS[name].domain if name in DATASETS else name
 
 
-def require_apart(names: Iterable[str]) -> None:
-    """Raise InputError if two of the datasets are the same people."""
+def title(name: str) -> str:
+    """A dataset's title; a dataset that is not in the catalogue has none but its name."""
+    return DATASETS[name].title if name in DATASETS else name
+
+
+def people(windows: Windows) -> str:
+    """The domain that windows come from, also that of an imported dataset."""
+    return windows.domain or domain(windows.dataset)
+
+
+def require_apart(domains: Mapping[str, str]) -> None:
+    """Raise InputError if two of the datasets are the same people.
+
+    domains: of each dataset, by its name.
+    """
     seen: dict[str, str] = {}
-    for name in names:
-        other = seen.setdefault(domain(name), name)
+    for name, whose in domains.items():
+        other = seen.setdefault(whose, name)
         if other != name:
             raise InputError(f"{other} and {name} are the same recordings of the same people; use one of them")
 
@@ -247,7 +282,7 @@ def require_apart(names: Iterable[str]) -> None:
 def available(root: Path) -> list[Dataset]:
     """The real datasets under ``root``, one of each domain; the synthetic ones if there is none."""
     found: dict[str, Dataset] = {}
-    for entry in DATASETS.values():
+    for entry in known(root).values():
         if entry.find(root) is not None:
             found.setdefault(entry.domain, entry)
     return list(found.values()) or [entry for entry in DATASETS.values() if entry.is_synthetic]
@@ -270,7 +305,7 @@ def load_windows(name: str, root: Path, cache: Path | None = None, *, window: in
 
     Raises: InputError if the dataset is unknown, missing or damaged, or the cached file is.
     """
-    entry = dataset(name)
+    entry = dataset(name, root)
     path = entry.find(root)
     if path is None and not entry.is_synthetic:
         next(iter(entry.recordings(root)))  # raises with the remedy
@@ -281,6 +316,8 @@ def load_windows(name: str, root: Path, cache: Path | None = None, *, window: in
         fields: dict[str, Any] = {key: tensor.numpy() for key, tensor in tensors.items()}
         return Windows(**fields, **{**info, "subject_names": tuple(info["subject_names"])})
     windows = cut(entry.recordings(root), window=window, hop=hop)
+    if name not in DATASETS:
+        windows = replace(windows, domain=entry.domain)
     arrays = {key: value for key, value in vars(windows).items() if isinstance(value, np.ndarray)}
     info = {key: value for key, value in vars(windows).items() if key not in arrays}
     save_tensors(file, {key: torch.from_numpy(array) for key, array in arrays.items()}, kind="windows", info=info)

@@ -31,6 +31,7 @@ class Windows:
     dropped: windows left out, by the dataset's own activity name, because it has no label in the vocabulary.
     too_short: stretches of a labelled activity that are shorter than one window.
     left_out: what the reader found but could make no recording of, by reason.
+    domain: whose people they are, as `harlora.data.catalog.Dataset`; empty where that is for the catalogue to say.
     """
 
     dataset: str
@@ -43,6 +44,7 @@ class Windows:
     dropped: dict[str, int]
     too_short: int
     left_out: dict[str, int] = field(default_factory=dict)
+    domain: str = ""
 
     def __len__(self) -> int:
         return len(self.signals)

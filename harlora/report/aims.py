@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 
-from harlora.data.catalog import DATASETS
+from harlora.data.catalog import domain, title
 from harlora.report.tables import PROTOCOL_TITLES, TITLES, Record
 
 # Macro-F1 by domain, protocol and method.
@@ -24,8 +24,8 @@ def rows(members: Sequence[Record]) -> Iterator[list[str]]:
     first = members[0]
     if first["preset"] != "standard":
         return
-    entry, protocol = DATASETS[first["target"]], first["config"]["protocol"]
-    where = f"{entry.title}, {PROTOCOL_TITLES[protocol].partition(' (')[0]}"
+    target, protocol = first["target"], first["config"]["protocol"]
+    where = f"{title(target)}, {PROTOCOL_TITLES[protocol].partition(' (')[0]}"
     by_method = {record["config"]["method"]: record for record in members}
     f1 = {method: record["scores"]["macro_f1"] for method, record in by_method.items()}
 
@@ -33,7 +33,7 @@ def rows(members: Sequence[Record]) -> Iterator[list[str]]:
         missed = least - reached
         return [f"{where}: {what}", f"{reached:.5f}", "reached" if missed <= 0 else f"**missed by {missed:.5f}**"]
 
-    for method, least in MACRO_F1.get((entry.domain, protocol), {}).items():
+    for method, least in MACRO_F1.get((domain(target), protocol), {}).items():
         if method in f1:
             yield row(f"macro-F1 of {TITLES[method]} at least {least:.3f}", f1[method], least)
     if "lora" in f1 and "qlora" in f1:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harlora.data.catalog import DATASETS
+from harlora.data.catalog import domain, title
 from harlora.data.splits import TEST_FRACTION
 from harlora.errors import InputError
 from harlora.files import write_text
@@ -143,7 +143,7 @@ def _protocol(members: Sequence[Record]) -> str:
 
 
 def _title(members: Sequence[Record]) -> str:
-    return DATASETS[members[0]["target"]].title
+    return title(members[0]["target"])
 
 
 def _score(record: Record | None, key: str) -> str:
@@ -166,7 +166,7 @@ def _section(members: Sequence[Record], images: Path, out: Path) -> str:
         "",
         markdown(COLUMNS, [row(record) for record in members]),
     ]
-    paper = SCORES.get(DATASETS[target].domain, {})
+    paper = SCORES.get(domain(target), {})
     if protocol == "paper" and paper and not first["synthetic"]:
         rows = []
         for record in members:
@@ -259,7 +259,7 @@ def _sweeps(records: Sequence[Record], images: Path, out: Path) -> str:
             continue
         target, protocol = members[0]["target"], _protocol(members)
         name = f"rank-{target}-{protocol}.png"
-        with_paper = protocol == "paper" and DATASETS[target].domain == "uci"
+        with_paper = protocol == "paper" and domain(target) == "uci"
         plots.by_rank(members, images / name, with_paper=with_paper)
         lines += [f"## Rank: {_title(members)}, {PROTOCOL_TITLES[protocol]}", ""]
         swept = [r for r in members if r["config"]["method"] in ("lora", "qlora")]
@@ -289,7 +289,7 @@ def _paper_accuracy(record: Record) -> str:
     """The paper's accuracy at the nearest share of labels, where it has one within 3 %."""
     config = record["config"]
     theirs = LABEL_SHARE_ACCURACY.get(config["method"], {})
-    if config["windows_per_class"] or config["protocol"] != "paper" or DATASETS[record["target"]].domain != "uci":
+    if config["windows_per_class"] or config["protocol"] != "paper" or domain(record["target"]) != "uci":
         return ""
     near = [share for share in theirs if abs(share - _trained_share(record)) <= 0.03]
     return f"{theirs[near[0]]:.3f} at {near[0]:.0%}" if near else ""

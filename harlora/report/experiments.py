@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harlora.data.catalog import DATASETS
+from harlora.data.catalog import domain, title
 from harlora.data.splits import TEST_FRACTION
 from harlora.files import write_text
 from harlora.report import plots
@@ -59,7 +59,7 @@ def section(experiment: Experiment, records: Sequence[Record], images: Path, out
 def _title(members: Sequence[Record]) -> str:
     first = members[0]
     synthetic = "SYNTHETIC data: " if first["synthetic"] else ""
-    return f"{synthetic}{DATASETS[first['target']].title}, {PROTOCOL_TITLES[first['config']['protocol']]}"
+    return f"{synthetic}{title(first['target'])}, {PROTOCOL_TITLES[first['config']['protocol']]}"
 
 
 def _varied(records: Sequence[Record]) -> list[str]:
@@ -110,7 +110,7 @@ def _value(value: Any) -> str:
 
 def paper(record: Record) -> str:
     """What the paper has for such a run: macro-F1, or accuracy where it has that alone; empty if it has none."""
-    config, domain = record["config"], DATASETS[record["target"]].domain
+    config, whose = record["config"], domain(record["target"])
     if config["protocol"] != "paper" or record["synthetic"] or config["windows_per_class"]:
         return ""
     method = config["method"]
@@ -119,18 +119,18 @@ def paper(record: Record) -> str:
         near = [
             accuracy
             for known, accuracy in LABEL_SHARE_ACCURACY.get(method, {}).items()
-            if domain == "uci" and abs(known - share) <= 0.03
+            if whose == "uci" and abs(known - share) <= 0.03
         ]
         return f"accuracy {near[0]:.3f}" if near else ""
-    if method == "lora" and domain == "uci" and config["rank"] in RANK_MACRO_F1:
+    if method == "lora" and whose == "uci" and config["rank"] in RANK_MACRO_F1:
         return f"{RANK_MACRO_F1[config['rank']]:.3f}"
-    theirs = SCORES.get(domain, {}).get(method)
+    theirs = SCORES.get(whose, {}).get(method)
     return "" if theirs is None else f"{theirs.macro_f1:.3f}"
 
 
 def _reference(x: str, first: Record) -> dict[float, float]:
     """The paper's curve by ``x``, if it has one for this target."""
-    ours = first["config"]["protocol"] == "paper" and DATASETS[first["target"]].domain == "uci"
+    ours = first["config"]["protocol"] == "paper" and domain(first["target"]) == "uci"
     return (
         {float(rank): score for rank, score in RANK_MACRO_F1.items()}
         if ours and x == "rank" and not first["synthetic"]

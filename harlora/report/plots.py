@@ -38,7 +38,8 @@ def save(figure: Figure, file: Path) -> None:
     plt.close(figure)
 
 
-def _stamp(figure: Figure, records: Sequence[Record]) -> None:
+def stamp(figure: Figure, records: Sequence[Record]) -> None:
+    """Write SYNTHETIC DATA across a figure if any of its results is."""
     if any(record["synthetic"] for record in records):
         figure.text(0.5, 0.5, "SYNTHETIC DATA", fontsize=34, color="#d00000", alpha=0.18, rotation=20, ha="center")
 
@@ -67,7 +68,7 @@ def confusion(records: Sequence[Record], file: Path) -> None:
         axis.set_title(f"{method_title(record)}: macro-F1 {score['macro_f1']:.3f}", fontsize=9)
     figure.supxlabel("predicted", fontsize=8)
     figure.supylabel("true (rows sum to 100 %)", fontsize=8)
-    _stamp(figure, records)
+    stamp(figure, records)
     save(figure, file)
 
 
@@ -104,7 +105,7 @@ def by_rank(records: Sequence[Record], file: Path, *, with_paper: bool) -> None:
     axis.set_ylabel("macro-F1")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    _stamp(figure, records)
+    stamp(figure, records)
     save(figure, file)
 
 
@@ -143,7 +144,7 @@ def curve(records: Sequence[Record], x: str, file: Path, *, reference: Mapping[f
     axis.set_ylabel("macro-F1")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    _stamp(figure, records)
+    stamp(figure, records)
     save(figure, file)
 
 
@@ -185,5 +186,5 @@ def by_bytes(groups: Sequence[tuple[str, Sequence[Record]]], file: Path) -> None
         axis.set_ylabel("macro-F1")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3 * columns, fontsize=8, frameon=False)
-    _stamp(figure, [record for _, records in groups for record in records])
+    stamp(figure, [record for _, records in groups for record in records])
     save(figure, file)

@@ -129,11 +129,12 @@ class Experiment:
         """
         self.check()
         found = [entry.name for entry in available(root)]
-        sources = [dataset(name) for name in self.sources or found]
+        sources = [dataset(name, root) for name in self.sources or found]
         together: dict[tuple[str, PretrainConfig], list[Adaptation]] = {}
-        for target in [dataset(name) for name in self.targets or found]:
-            others = tuple(source.name for source in sources if source.domain != target.domain)
-            require_apart(others)
+        for target in [dataset(name, root) for name in self.targets or found]:
+            whose = {source.name: source.domain for source in sources if source.domain != target.domain}
+            require_apart(whose)
+            others = tuple(whose)
             if not others:
                 raise InputError(
                     f"leaving out {target.name} leaves no dataset to pretrain on; give at least two datasets of "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harlora.data.augment import rescale, rotate, small_rotations, warp_time
-from harlora.data.catalog import domain
+from harlora.data.catalog import people
 from harlora.data.labels import VOCABULARY
 from harlora.data.splits import PROTOCOLS, Split, fewer_labels, split
 from harlora.data.windows import Normalizer, Windows
@@ -319,7 +319,7 @@ def finetune(
             "pretrain so, or carry out several adaptations at a time by `harlora run --on cores`"
         )
     for source in pretrained.sources:
-        if domain(source) == domain(target.dataset):
+        if pretrained.domain(source) == people(target):
             raise InputError(
                 f"the encoder was pretrained on {source}, which has the people of {target.dataset}; required one "
                 "pretrained on the other datasets"

@@ -1,6 +1,6 @@
 """Self-supervised pretraining of the masked autoencoder on unlabelled windows of several datasets."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from harlora.data.augment import random_rotations, rescale, rotate
-from harlora.data.catalog import require_apart
+from harlora.data.catalog import domain, people, require_apart
 from harlora.data.windows import Normalizer, Windows
 from harlora.errors import InputError
 from harlora.files import load_tensors, save_tensors
@@ -65,6 +65,7 @@ class Pretrained:
     """A pretrained encoder and what it was made from.
 
     identity: a hash of its configuration and data. config: how it was pretrained. sources: the datasets it has seen.
+    domains: of each source, whose people they are; a source that is not named here is as the catalogue says.
     """
 
     encoder: Encoder
@@ -73,6 +74,11 @@ class Pretrained:
     sources: tuple[str, ...]
     loss: float
     seconds: float
+    domains: Mapping[str, str] = field(default_factory=dict)
+
+    def domain(self, source: str) -> str:
+        """Whose people a source is."""
+        return self.domains.get(source) or domain(source)
 
 
 def thinned(windows: Windows, most: int, seed: int) -> Windows:
@@ -107,7 +113,7 @@ def pretrain(
     captured = captures(capture, device)
     if not sources:
         raise InputError("pretraining requires at least one source dataset, got none")
-    require_apart(windows.dataset for windows in sources)
+    require_apart({windows.dataset: people(windows) for windows in sources})
     config.check()
     processes = Processes(device)
     processes.check(config.batch_size)
@@ -126,11 +132,14 @@ def pretraining_identity(config: PretrainConfig, sources: Sequence[Windows], dev
 
 
 def _signature(config: PretrainConfig, parts: Sequence[Windows], device: torch.device) -> dict[str, Any]:
+    # What the catalogue does not know decides who may be a target later, so it is part of the run's identity.
+    own = {part.dataset: people(part) for part in parts if people(part) != domain(part.dataset)}
     return {
         "kind": "pretrain",
         "config": asdict(config),
         "sources": {part.dataset: part.fingerprint() for part in parts},
         "device": device.type,
+        **({"domains": own} if own else {}),
     }
 
 
@@ -186,6 +195,7 @@ def _pretrain(
         "model": asdict(config.model),
         "config": {key: value for key, value in asdict(config).items() if key != "model"},
         "sources": [part.dataset for part in parts],
+        "domains": {part.dataset: people(part) for part in parts},
         "loss": fitted.history[-1]["loss"],
         "seconds": fitted.seconds,
     }
@@ -220,4 +230,5 @@ def load_pretrained(file: Path) -> Pretrained:
         sources=tuple(info["sources"]),
         loss=info["loss"],
         seconds=info["seconds"],
+        domains=info.get("domains", {}),
     )
