@@ -6,7 +6,8 @@ PEFT and others take part where they can be imported. Runs from the sources:
 
     python bench/gpu.py [--minutes 8] [--out FOLDER] [--quick]
 
-Leaves FOLDER/result.json with the outcome of the tests in it, and a page where matplotlib is there. The exit status is
+Leaves FOLDER/result.json with the outcome of the tests in it, failures.txt as they come, and a page where matplotlib is
+there. The exit status is
 that of the first part that failed; the bench runs all the same, since a machine with a GPU may be lent for minutes.
 """
 
@@ -23,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = ROOT / "build" / "gpu" / "lib"
-TESTS_S = 180
+TESTS_S = 240
 SANITIZER_S = 60  # for each tool
 WAYS_S = 120
 _SERVES = """
@@ -98,6 +99,10 @@ def main() -> int:
     many = ["-p", "xdist.plugin", "-n", str(workers)] if workers > 1 else []
     # Others' plugins have warnings of their own, which the tests' settings make errors.
     environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    failures = (options.out or ROOT / "build" / "gpu") / "failures.txt"
+    failures.parent.mkdir(parents=True, exist_ok=True)
+    failures.unlink(missing_ok=True)
+    environment["HARLORA_FAILURES"] = str(failures.resolve())
     tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *many]
     # Of CUDA C++ apart: what has not run on such a GPU may leave a process with none.
     of_cuda = [file for file in marked if Path(file).stem == "test_cuda"]

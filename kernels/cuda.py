@@ -367,7 +367,6 @@ WAYS: dict[str, dict[str, Callable[..., Any]]] = {
     "qlora_linear_backward": {"dx": qlora_backward},
     "encoder_blocks": {"encoder": encoder_blocks},
 }
-UNVERIFIED = ("qlora_linear_backward",)  # operators of which no way has run on a card
 _SERVES: dict[str, Callable[..., bool]] = {
     "gemv": _serves_gemv, "gemm": _serves_gemm, "mma": _serves_mma, "dx": _serves_dx,
 }  # fmt: skip

@@ -17,6 +17,14 @@ from harlora.kernels import cpp
 torch.set_num_threads(1)
 
 
+def pytest_runtest_logreport(report):
+    """What fails is in the file HARLORA_FAILURES at once: a machine with a GPU may be taken back before the end."""
+    file = os.environ.get("HARLORA_FAILURES")
+    if report.failed and file and "PYTEST_XDIST_WORKER" not in os.environ:
+        with Path(file).open("a", encoding="utf-8") as opened:
+            opened.write(f"{report.nodeid}\n{report.longreprtext}\n\n")
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)

@@ -85,18 +85,12 @@ def test_a_wrong_one_is_left_out_with_one_warning_that_names_it(card, monkeypatc
     assert not card
 
 
-def test_the_tables_of_the_repository_have_it_where_it_has_run_on_a_card():
-    for name, table in configurations.tables().items():
-        for title, rules in table.items():
-            known = {*configurations.WAYS, *(("gemv", "gemm") if (name, title) == ("sm_90", "qlora_linear 16") else ())}
-            assert all(rule.use.way in known for rule in rules)
-
-
-# Those of which bench/results/gpu/h200-gemm.json and h200-gemv.json have the times.
+# Those of which bench/results/gpu/h200-gemm.json, h200-gemv.json and h200-suite.json have the times.
 @pytest.mark.parametrize(
     ("rows", "shape", "way", "tile"),
     [
         (1, (4096, 4096), "gemv", 0), (8, (8192, 8192), "gemv", 0), (8, (768, 3072), "split", 16),
+        (8, (4096, 4096), "gemv", 0), (16, (4096, 4096), "mma", 16), (32, (4096, 4096), "mma", 32),
         (16, (8192, 8192), "split", 16), (64, (8192, 8192), "split", 64),
         (128, (4096, 4096), "split", 128), (128, (8192, 8192), "gemm", 128), (128, (4096, 14336), "gemm", 128),
         (128, (14336, 4096), "split", 128), (256, (4096, 4096), "gemm", 128), (256, (8192, 8192), "gemm", 256),
@@ -248,7 +242,36 @@ def test_an_encoder_is_one_launch_on_request_or_by_the_table(monkeypatch):
         dispatch.encoder_way.cache_clear()
         assert dispatch.encodes_at_once(device, *asked) == (expected == "encoder")
     dispatch.encoder_way.cache_clear()
-    assert all(f"encoder_blocks {bits}" not in table for table in configurations.tables().values() for bits in (16, 32))
+
+
+def test_the_repositorys_tables_name_cuda_for_the_card_it_has_run_on_alone():
+    found = {
+        (target, title, rule.use.way)
+        for target, table in configurations.tables().items()
+        for title, rules in table.items()
+        for rule in rules
+        if rule.use.way in configurations.CUDA_WAYS
+    }
+    assert found == {
+        *(("sm_90", "qlora_linear 16", way) for way in ("gemv", "gemm", "mma")),
+        ("sm_90", "qlora_linear_backward 16", "dx"),
+        ("sm_90", "encoder_blocks 16", "encoder"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "way", "tile"),
+    [(16, "encoder", 16), (128, "encoder", 16), (512, "encoder", 32), (1024, "launches", 0), (2048, "encoder", 16),
+     (4096, "encoder", 16), (8192, "launches", 0)],
+)  # fmt: skip
+def test_hoppers_table_has_the_fastest_way_of_an_encoder(rows, way, tile, monkeypatch):
+    """As bench/results/gpu/h200-suite.json has them."""
+    monkeypatch.delenv("HARLORA_BACKEND", raising=False)
+    monkeypatch.setattr(dispatch, "_table", lambda _: configurations.tables()["sm_90"])
+    dispatch.encoder_way.cache_clear()
+    chosen = dispatch.encoder_way(torch.device("cuda"), torch.bfloat16, rows)
+    dispatch.encoder_way.cache_clear()
+    assert (chosen.way, chosen.block_rows) == (way, tile)
 
 
 @needs_extension
@@ -264,12 +287,9 @@ def test_on_request_the_reference_serves_what_it_does_not(monkeypatch):
     ):
         assert torch.equal(found, right)
     if cpp.has_kernel("qlora_gemv", "cuda"):
-        (backend,) = [b for b in dispatch.backends("qlora_linear") if b.name == "cpp" and b.device_type == "cuda"]
-        assert backend.on_request == dispatch.IN_THE_TABLE
-        (backend,) = [
-            b for b in dispatch.backends("qlora_linear_backward") if b.name == "cpp" and b.device_type == "cuda"
-        ]
-        assert backend.on_request == dispatch.UNVERIFIED
+        for operator in ("qlora_linear", "qlora_linear_backward"):
+            (backend,) = [b for b in dispatch.backends(operator) if b.name == "cpp" and b.device_type == "cuda"]
+            assert backend.on_request == dispatch.IN_THE_TABLE
 
 
 # On a GPU ------------------------------------------------------------------------------------------------------------
