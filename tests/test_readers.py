@@ -65,6 +65,18 @@ def test_motionsense(tmp_path):
     assert len(windows) == 5 * 2
 
 
+def test_a_copy_of_another_trial_is_left_out_and_counted(tmp_path):
+    """As subject 1 sitting in the authors' archive: the same windows would stand on both sides of a random split."""
+    twice = text(motion_table(), ",", HEADER)
+    archive = motionsense_archive(
+        tmp_path / "a.zip",
+        **{"A_DeviceMotion_data/sit_5/sub_1.csv": twice, "A_DeviceMotion_data/sit_13/sub_1.csv": twice},
+    )
+    windows = cut(motionsense.read(archive))
+    assert windows.left_out == {"copies of another recording": 1}
+    assert len(windows) == 5 * 2
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
