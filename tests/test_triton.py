@@ -279,8 +279,10 @@ def test_regions_are_dequantised_bit_for_bit(shape, blocksize, rows, columns, dt
 def test_the_tables_are_complete():
     found = configurations.tables()
     assert set(found) == {"sm_80", "sm_90", "sm_100"}
-    for table in found.values():
-        assert set(table) == {f"{o} {bits}" for o in configurations.OPERATORS for bits in (16, 32)}
+    layers = {f"{operator} {bits}" for operator in configurations.OPERATORS for bits in (16, 32)}
+    for target, table in found.items():
+        # Of an encoder's blocks a table has rules where one launch has been faster somewhere.
+        assert set(table) == layers | ({"encoder_blocks 16"} if target == "sm_90" else set())
     assert [configurations.target(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0))] == [
         "sm_80", "sm_80", "sm_90", "sm_100", "sm_100", "sm_80",
     ]  # fmt: skip
