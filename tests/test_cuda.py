@@ -90,7 +90,7 @@ def test_a_wrong_one_is_left_out_with_one_warning_that_names_it(card, monkeypatc
     ("rows", "shape", "way", "tile"),
     [
         (1, (4096, 4096), "gemv", 0), (8, (8192, 8192), "gemv", 0), (8, (768, 3072), "split", 16),
-        (8, (4096, 4096), "gemv", 0), (16, (4096, 4096), "mma", 16), (32, (4096, 4096), "mma", 32),
+        (8, (4096, 4096), "gemv", 0), (16, (4096, 4096), "split", 16), (32, (4096, 4096), "mma", 32),
         (16, (8192, 8192), "split", 16), (64, (8192, 8192), "split", 64),
         (128, (4096, 4096), "split", 128), (128, (8192, 8192), "gemm", 128), (128, (4096, 14336), "gemm", 128),
         (128, (14336, 4096), "split", 128), (256, (4096, 4096), "gemm", 128), (256, (8192, 8192), "gemm", 256),
@@ -261,8 +261,8 @@ def test_the_repositorys_tables_name_cuda_for_the_card_it_has_run_on_alone():
 
 @pytest.mark.parametrize(
     ("rows", "way", "tile"),
-    [(16, "encoder", 16), (128, "encoder", 16), (512, "encoder", 32), (1024, "launches", 0), (2048, "encoder", 16),
-     (4096, "encoder", 16), (8192, "launches", 0)],
+    [(16, "encoder", 16), (128, "encoder", 16), (512, "encoder", 32), (1024, "launches", 0), (1056, "launches", 0),
+     (2048, "encoder", 16), (4096, "encoder", 16), (8192, "launches", 0)],
 )  # fmt: skip
 def test_hoppers_table_has_the_fastest_way_of_an_encoder(rows, way, tile, monkeypatch):
     """As bench/results/gpu/h200-suite.json has them."""
