@@ -3,7 +3,7 @@
 # make sanitize  the operators' tests on kernels built with AddressSanitizer and UBSan; needs GCC
 # make compile   GPU kernels for sm_80, sm_90 and sm_100, without a GPU; fails on spills and without tensor cores
 # make instructions  instruction counts of operator calls against the committed baseline; needs valgrind and a C compiler
-# make study   the committed results: three to four hours on two cores; goes on where it was stopped
+# make study   the committed results: hours on two cores; goes on where it was stopped
 # make report  docs/results.md from the committed results
 # make bench   this machine's CPU against bitsandbytes with PEFT and others, 16 minutes; harlora bench --help has more
 # make gpu     on a machine with an NVIDIA GPU, with $(PYTHON)'s own packages, no internet: build, GPU tests, GPU bench
@@ -56,13 +56,11 @@ instructions: $(VENV)/.dev
 	$(BIN)/python -m harlora.bench.instructions $(ARGS)
 
 study: $(VENV)/.har
-	$(BIN)/harlora lodo --preset standard --targets uci_hapt motionsense
-	$(BIN)/harlora lodo --preset standard --targets uci_hapt --methods lora qlora --ranks 2 32
-	$(BIN)/harlora lodo --preset standard --targets uci_hapt --protocols paper --methods full lora qlora --label-fractions 0.5
+	$(BIN)/harlora run experiments/*.toml $(ARGS)
 	$(MAKE) report
 
 report: $(VENV)/.har
-	$(BIN)/harlora report --readme README.md
+	$(BIN)/harlora report --readme README.md --experiments experiments/*.toml
 
 bench: $(VENV)/.dev
 	$(BIN)/harlora bench $(ARGS)

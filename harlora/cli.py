@@ -595,9 +595,12 @@ class Report:
     """The page; pictures go to the folder images beside it."""
     readme: Path | None = None
     """A file in which the lines between <!-- results --> and <!-- /results --> become the headline table."""
+    experiments: tuple[Path, ...] = ()
+    """TOML files, each of which gets a section of its own."""
 
     def run(self) -> None:
-        console.print(f"{build_report(self.results, self.out, self.readme)}", highlight=False)
+        experiments = [load_experiment(file) for file in self.experiments]
+        console.print(f"{build_report(self.results, self.out, self.readme, experiments)}", highlight=False)
 
 
 @dataclass(frozen=True)

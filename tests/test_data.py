@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
 from harlora.data import DATASETS, available, data_root, dataset, fewer_labels, load_windows, split, synthetic
 from harlora.data import catalog as catalog_module
+from harlora.data.augment import half_turns, rotate
 from harlora.data.inspect import draw, hours
 from harlora.data.windows import HOP, WINDOW
 from harlora.errors import InputError
@@ -172,6 +174,15 @@ def test_hours_count_overlap_once(windows):
     seconds = 45.0 * stretches
     assert 0.93 * seconds < hours(windows) * 3600 <= seconds
     assert len(windows) == stretches * (1 + (2250 - WINDOW) // HOP)
+
+
+def test_half_turns_are_rotations_about_the_axes():
+    turns = half_turns(200)
+    assert torch.equal(turns @ turns, torch.eye(3).expand(200, 3, 3))
+    assert torch.equal(torch.linalg.det(turns), torch.ones(200))
+    assert len({tuple(turn.diagonal().tolist()) for turn in turns}) == 3
+    about_z = torch.diag(torch.tensor([-1.0, -1.0, 1.0]))[None]
+    assert rotate(torch.tensor([[[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]]), about_z).tolist() == [[[-1, -2, 3, -4, -5, 6]]]
 
 
 def test_picture_of_windows(windows, tmp_path):

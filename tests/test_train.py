@@ -429,6 +429,18 @@ def trainable(config, classes=3):
     return model, {name for name, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize(
+    "changed", [{"turned_deg": 40.0}, {"flipped": 0.9}, {"warp": 0.5}, {"rescaled": 0.5}, {"dropped": 0.7}]
+)
+def test_training_windows_are_changed_as_the_settings_say(data, pretrained, tmp_path, changed):
+    still = {"turned_deg": 0.0, "flipped": 0.0, "warp": 1.0, "rescaled": 0.0, "dropped": 0.0}
+    losses = []
+    for settings in (still, {**still, **changed}):
+        config = replace(FINETUNE, method="full", epochs=1, **settings)
+        losses.append(finetune(config, data[0], pretrained, tmp_path, device=CPU)["history"][0]["loss"])
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
 def test_what_each_method_trains():
     head = {f"head.{i}.{part}" for i in (0, 1, 4) for part in ("weight", "bias")}
     for method in ("zero_shot", "linear_probe"):
@@ -485,6 +497,9 @@ def test_fewer_labels_train_on_fewer_windows(data, pretrained, tmp_path):
         ({"protocol": "random"}, "unknown protocol 'random'"),
         ({"rank": 0}, "rank must be at least 1"),
         ({"blocksize": 7}, "blocksize one of"),
+        ({"flipped": 1.5}, "flipped must be from 0 to 1, got 1.5"),
+        ({"warp": 0.0}, "warp must be above 0 and at most 1, got 0.0"),
+        ({"turned_deg": -1.0}, "turned_deg must be at least 0, got -1.0"),
     ],
 )
 def test_wrong_configurations_are_refused(changes, message):

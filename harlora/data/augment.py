@@ -25,12 +25,17 @@ def small_rotations(count: int, degrees: float) -> Tensor:
     return torch.matrix_exp(generator)
 
 
+def half_turns(count: int) -> Tensor:
+    """Half a turn about one of the device's axes, each equally often, ``(count, 3, 3)``."""
+    return torch.eye(3)[torch.randint(3, (count,))].mul(2).sub(1).diag_embed()
+
+
 def rotate(signals: Tensor, rotations: Tensor) -> Tensor:
     """Windows as a device turned by ``rotations`` would have measured them; both sensors turn together.
 
     signals: ``(batch, window, 6)``, acceleration then angular velocity; rotations: ``(batch, 3, 3)``.
     """
-    return (signals.unflatten(2, (2, 3)) @ rotations.transpose(1, 2)[:, None]).flatten(2)
+    return torch.bmm(signals.reshape(len(signals), -1, 3), rotations.transpose(1, 2)).view_as(signals)
 
 
 def warp_time(signals: Tensor, slowest: float) -> Tensor:

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from harlora.data.catalog import domain, title
-from harlora.data.splits import TEST_FRACTION
 from harlora.errors import InputError
 from harlora.files import write_text
 from harlora.report import aims, plots
-from harlora.report.experiments import section
-from harlora.report.paper import LABEL_SHARE_ACCURACY, MEMORY_MB, PARAMETERS, SCORES
+from harlora.report.experiments import by_setting, section
+from harlora.report.paper import MEMORY_MB, PARAMETERS, SCORES
 from harlora.report.tables import (
     COLUMNS,
     LEGEND,
@@ -19,6 +18,7 @@ from harlora.report.tables import (
     PROTOCOL_TITLES,
     TITLES,
     Record,
+    as_preset,
     groups,
     has_memory,
     heading,
@@ -34,6 +34,7 @@ from harlora.report.tables import (
     total,
 )  # fmt: skip
 from harlora.train.experiment import Experiment
+from harlora.train.finetune import METHODS
 
 
 def read_results(folder: Path) -> list[Record]:
@@ -74,7 +75,7 @@ def build_report(results: Path, out: Path, readme: Path | None = None, experimen
     else:
         parts += [_section(members, images, out) for members in groups(main)]
     parts.append(_bytes_section(main, images, out))
-    parts.append(_aims(main))
+    parts.append(_aims(shown))
     if not experiments:
         parts.append(_sweeps(shown, images, out))
     parts.append(_how(records))
@@ -237,62 +238,30 @@ def _categories(members: Sequence[Record]) -> list[str]:
 
 
 def _aims(records: Sequence[Record]) -> str:
-    rows = [row for members in groups(records) for row in aims.rows(members)]
+    rows = list(aims.rows(records))
     if not rows:
         return ""
     missed = sum(row[-1] != "reached" for row in rows)
     said = "All were reached." if not missed else f"Missed: {missed} of {len(rows)}."
-    table = markdown(["aim", "reached", ""], rows)
     fewest = min(record["windows"]["test"] for record in records)
     return (
         f"## Aims\n\nSet before the study was run. {said} One window of the smallest test part ({fewest:,} windows) is "
-        f"worth {1 / fewest:.5f} of accuracy.\n\n{table}"
+        f"worth {1 / fewest:.5f} of accuracy.\n\n{markdown(['aim', 'reached', ''], rows)}"
     )
 
 
+_SWEPT = {"rank": "Rank", "label_fraction": "Fewer labels", "windows_per_class": "A few windows of each class"}
+
+
 def _sweeps(records: Sequence[Record], images: Path, out: Path) -> str:
-    lines: list[str] = []
-    full = [r for r in records if r["config"]["label_fraction"] == 1 and not r["config"]["windows_per_class"]]
-    for members in groups(full):
-        ranks = {r["config"]["rank"] for r in members if r["config"]["method"] in ("lora", "qlora")}
-        if len(ranks) < 2:
-            continue
-        target, protocol = members[0]["target"], _protocol(members)
-        name = f"rank-{target}-{protocol}.png"
-        with_paper = protocol == "paper" and domain(target) == "uci"
-        plots.by_rank(members, images / name, with_paper=with_paper)
-        lines += [f"## Rank: {_title(members)}, {PROTOCOL_TITLES[protocol]}", ""]
-        swept = [r for r in members if r["config"]["method"] in ("lora", "qlora")]
-        lines += [markdown(COLUMNS, [row(record) for record in swept])]
-        lines += [_link(f"Macro-F1 by rank, {heading(members)}", images / name, out)]
-    few = [r for r in records if r not in full]
-    for members in groups(few):
-        title = f"## Fewer labels: {_title(members)}, {PROTOCOL_TITLES[_protocol(members)]}"
-        rows = [[_labels(record), *row(record), _paper_accuracy(record)] for record in members]
-        header = ["trained on", *COLUMNS, "accuracy in the paper"]
-        lines += [title, "", markdown(header, rows)]
-    return "\n".join(lines)
-
-
-def _trained_share(record: Record) -> float:
-    """The share of all windows that is trained on; the test part is a fixed share of them."""
-    share: float = record["windows"]["train"] / record["windows"]["test"] * TEST_FRACTION
-    return share
-
-
-def _labels(record: Record) -> str:
-    count = record["config"]["windows_per_class"]
-    return f"{count} windows a class" if count else f"{_trained_share(record):.0%} of all windows"
-
-
-def _paper_accuracy(record: Record) -> str:
-    """The paper's accuracy at the nearest share of labels, where it has one within 3 %."""
-    config = record["config"]
-    theirs = LABEL_SHARE_ACCURACY.get(config["method"], {})
-    if config["windows_per_class"] or config["protocol"] != "paper" or domain(record["target"]) != "uci":
-        return ""
-    near = [share for share in theirs if abs(share - _trained_share(record)) <= 0.03]
-    return f"{theirs[near[0]]:.3f} at {near[0]:.0%}" if near else ""
+    """Scores by rank and by the number of labels, where these were varied."""
+    parts: list[str] = []
+    for x, what in _SWEPT.items():
+        for members in groups(r for r in records if as_preset(r, x) and (x != "windows_per_class" or r["config"][x])):
+            values = {r["config"][x] for r in members if METHODS[r["config"]["method"]].adapter or x != "rank"}
+            if len(values) > (x != "windows_per_class"):  # which the main tables have none of
+                parts += [f"## {what}", "", by_setting(f"by-{x}", members, x, images, out)]
+    return "\n".join(parts)
 
 
 def _how(records: Sequence[Record]) -> str:
@@ -317,8 +286,12 @@ def _how(records: Sequence[Record]) -> str:
         ),
         f"- Fine-tuning: {every([c['epochs'] for c in configs])} epochs, "
         f"batch {every([c['batch_size'] for c in configs])}, "
-        f"learning rates {_rates(records)}; the epoch that is kept is chosen on a validation part that is neither "
-        "trained on nor tested on.",
+        f"learning rates {_rates(records)}; "
+        + (
+            "the epoch that is kept is chosen on a validation part that is neither trained on nor tested on."
+            if all(c["validated"] for c in configs)
+            else "all but the test part is trained on, and the last epoch is kept."
+        ),
         f"- Pretraining: {every([round(r['pretrained']['seconds']) for r in records])} s an encoder, once for each "
         "target, shared by its runs and not part of the seconds above.",
         "- LoRA and QLoRA train the adapters, the head, LayerNorms, biases and the patch embedding."

@@ -42,17 +42,25 @@ def section(experiment: Experiment, records: Sequence[Record], images: Path, out
     if experiment.about:
         lines += [experiment.about, ""]
     for members in groups(chosen):
-        first, shown = members[0], pooled(members)
-        name = f"{experiment.name}-{first['target']}-{first['config']['protocol']}"
-        header, rows = table(shown, experiment.show)
-        write_text(out.parent / "tables" / f"{name}.tex", latex(header, rows, heading(members)))
-        lines += [f"### {_title(members)}", "", markdown(header, rows)]
-        if experiment.x:
-            plots.curve(shown, experiment.x, images / f"{name}.png", reference=_reference(experiment.x, first))
-            lines += [f"![{heading(members)}]({(images / f'{name}.png').relative_to(out.parent).as_posix()})", ""]
+        lines += [by_setting(experiment.name, members, experiment.x, images, out, experiment.show)]
         differences = _differences(members)
         if differences:
             lines += [markdown(_DIFFERENCES, differences)]
+    return "\n".join(lines)
+
+
+def by_setting(
+    name: str, members: Sequence[Record], x: str | None, images: Path, out: Path, show: Sequence[str] = ("scores",)
+) -> str:
+    """Table of the results of one target and protocol, pooled over seeds, also as LaTeX; and their curve by ``x``."""
+    first, shown = members[0], pooled(members)
+    name = f"{name}-{first['target']}-{first['config']['protocol']}"
+    header, rows = table(shown, show)
+    write_text(out.parent / "tables" / f"{name}.tex", latex(header, rows, heading(members)))
+    lines = [f"### {_title(members)}", "", markdown(header, rows)]
+    if x:
+        plots.curve(shown, x, images / f"{name}.png", reference=_reference(x, first))
+        lines += [f"![{heading(members)}]({(images / f'{name}.png').relative_to(out.parent).as_posix()})", ""]
     return "\n".join(lines)
 
 

@@ -7,8 +7,7 @@ import matplotlib
 import numpy as np
 
 from harlora.files import replacing
-from harlora.report.paper import RANK_MACRO_F1
-from harlora.report.tables import TITLES, Record, epochs, held, method_title
+from harlora.report.tables import TITLES, Record, held, method_title
 from harlora.train.finetune import METHODS
 
 matplotlib.use("Agg")
@@ -68,43 +67,6 @@ def confusion(records: Sequence[Record], file: Path) -> None:
         axis.set_title(f"{method_title(record)}: macro-F1 {score['macro_f1']:.3f}", fontsize=9)
     figure.supxlabel("predicted", fontsize=8)
     figure.supylabel("true (rows sum to 100 %)", fontsize=8)
-    stamp(figure, records)
-    save(figure, file)
-
-
-def by_rank(records: Sequence[Record], file: Path, *, with_paper: bool) -> None:
-    """Macro-F1 by rank of LoRA and QLoRA, with full fine-tuning and the probe as lines.
-
-    A run that its validation part stopped before the end of its schedule says so, since rank is not all it differs in.
-    """
-    figure, axis = plt.subplots(figsize=(6.0, 3.6), layout="constrained")
-    for method in ("lora", "qlora"):
-        same = sorted((r for r in records if r["config"]["method"] == method), key=lambda r: r["config"]["rank"])
-        points = [(record["config"]["rank"], record["scores"]["macro_f1"]) for record in same]
-        for record, point in zip(same, points, strict=True):
-            trained = epochs(record)[1]
-            if trained < record["config"]["epochs"]:
-                axis.annotate(f"stopped after {trained:.0f} of {record['config']['epochs']} epochs ", point, fontsize=7,
-                              color=COLOURS[method], ha="right", va="center", xytext=(-5, 0),
-                              textcoords="offset points",
-                              bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
-        if points:
-            axis.plot(*zip(*points, strict=True), marker=_MARKERS[method], color=COLOURS[method],
-                      label=f"{method_title({'config': {'method': method, 'rank': 0}}).split(' r=')[0]}")  # fmt: skip
-    for method, style in (("full", "-"), ("linear_probe", "--")):
-        for record in records:
-            if record["config"]["method"] == method:
-                axis.axhline(record["scores"]["macro_f1"], color=COLOURS[method], linestyle=style, linewidth=1,
-                             label=method_title(record))  # fmt: skip
-    if with_paper:
-        axis.plot(*zip(*RANK_MACRO_F1.items(), strict=True), color="#777777", marker=".", linestyle=":",
-                  label="LoRA in the paper")  # fmt: skip
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_xlabel("rank")
-    axis.set_ylabel("macro-F1")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     stamp(figure, records)
     save(figure, file)
 

@@ -5,7 +5,9 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from harlora.data.splits import TEST_FRACTION
 from harlora.report.paper import MEMORY_MB
+from harlora.train.experiment import PRESETS
 from harlora.train.finetune import METHODS
 
 Record = dict[str, Any]
@@ -166,11 +168,17 @@ def epochs(record: Record) -> tuple[float, float]:
     return found
 
 
+def as_preset(record: Record, *free: str) -> bool:
+    """Whether fine-tuning was as the record's preset has it, whatever its method, protocol, rank, seed and ``free``."""
+    config, preset = record["config"], PRESETS[record["preset"]].finetune.values()
+    any_value = {"method", "protocol", "rank", "alpha", "seed", *free}
+    return all(config[name] == value for name, value in preset.items() if name in config and name not in any_value)
+
+
 def plain(records: Iterable[Record]) -> list[Record]:
-    """Results with all labels and, of several ranks, rank 8 or else the lowest: those of the main tables."""
-    whole = [r for r in records if r["config"]["label_fraction"] == 1 and not r["config"]["windows_per_class"]]
+    """Results with the preset's settings and, of several ranks, rank 8 or else the lowest: those of the main tables."""
     chosen = []
-    for members in groups(whole):
+    for members in groups(record for record in records if as_preset(record)):
         for method in METHODS:
             same = [record for record in members if record["config"]["method"] == method]
             ranks = {record["config"]["rank"] for record in same}
@@ -198,6 +206,13 @@ def row(record: Record) -> list[str]:
         "{:.0f} of {:.0f}".format(*epochs(record)),
         f"{record['seconds']:.0f}",
     ]
+
+
+def trained_on(record: Record) -> str:
+    """How many of the labels a result is trained on; the test part is a fixed share of all windows."""
+    count = record["config"]["windows_per_class"]
+    share = record["windows"]["train"] / record["windows"]["test"] * TEST_FRACTION
+    return f"{count} windows a class" if count else f"{share:.0%} of all windows"
 
 
 def order(record: Record) -> tuple[Any, ...]:

@@ -1,7 +1,6 @@
 """Adapting a pretrained encoder to one dataset, by one of several methods, and scoring it on what it has not seen."""
 
 import copy
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harlora.data.augment import rescale, rotate, small_rotations, warp_time
+from harlora.data.augment import half_turns, rescale, rotate, small_rotations, warp_time
 from harlora.data.catalog import people
 from harlora.data.labels import VOCABULARY
 from harlora.data.splits import PROTOCOLS, Split, fewer_labels, split
@@ -93,29 +92,31 @@ class FinetuneConfig:
     """Weights that share a scale in QLoRA: 32, 64, 128, ... 4096."""
     double_quant: bool = True
     """Store QLoRA's scales in 8 bits."""
-    epochs: int = 30
+    epochs: int = 12
     """Passes over the training windows."""
-    batch_size: int = 64
+    batch_size: int = 128
     """Windows a step."""
     learning_rate: float = 0.0
     """The highest of the one-cycle schedule; 0 takes the method's own."""
     weight_decay: float = 0.01
     """Of matrices; biases and norms have none."""
     averaged: int = 5
-    """An epoch is judged, once there are so many, by the mean macro-F1 on the validation part in so many up to it."""
+    """With ``validated``, an epoch is judged, once there are so many, by the mean macro-F1 of so many up to it."""
     patience: int = 10
-    """Stop after so many epochs without a better mean."""
+    """With ``validated``, stop after so many epochs without a better mean."""
     label_smoothing: float = 0.1
     """Of the cross-entropy."""
-    turned_deg: float = 5.0
+    turned_deg: float = 15.0
     """Training windows are turned about a random axis by about so many degrees."""
+    flipped: float = 0.3
+    """Share of training windows turned half about one of the device's axes, as a phone put in upside down."""
     warp: float = 0.85
     """A random part of each training window, at least this share of it, is stretched to the whole."""
     rescaled: float = 0.05
     """Standard deviation of a random factor on each sensor of a training window."""
-    dropped: float = 0.0
+    dropped: float = 0.5
     """Share of each training window's patches that is left out, drawn anew every time; all of them are scored."""
-    validated: bool = True
+    validated: bool = False
     """Hold 12 % back and keep the epoch that is best on them; else they train too, and the last epoch is kept."""
     label_fraction: float = 1.0
     """Share of the training windows that is used."""
@@ -153,6 +154,13 @@ class FinetuneConfig:
             raise InputError(f"blocks must be at least 1, got {self.blocks}")
         if not 0 <= self.dropped < 1:
             raise InputError(f"dropped must be at least 0 and below 1, got {self.dropped}")
+        if not 0 <= self.flipped <= 1:
+            raise InputError(f"flipped must be from 0 to 1, got {self.flipped}")
+        if not 0 < self.warp <= 1:
+            raise InputError(f"warp must be above 0 and at most 1, got {self.warp}")
+        for name in ("turned_deg", "rescaled"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
         self.optimisation()
         if self.quant_type not in QUANT_TYPES or self.blocksize not in BLOCKSIZES:
             raise InputError(
@@ -473,54 +481,37 @@ def _train(
     report: Report,
 ) -> _Trained:
     classes = samples.classes
-    frozen = not any(p.requires_grad for p in model.encoder.parameters())
-    began = time.perf_counter()
-    module: nn.Module = model
     inputs = samples.signals
-    if frozen:
-        # The encoder never changes, so each window passes it once, without augmentation.
-        module = model.head
-        model.eval()
-        everything = torch.arange(len(inputs))
-        inputs = torch.cat(
-            [
-                _in_batches(_MeanToken(model.encoder), samples.normalised(inputs[part], part), device)
-                for part in everything.split(4096)
-            ]
-        )
-
-    encoding_s = time.perf_counter() - began
     tokens = model.encoder.config.tokens
     kept = max(1, round((1 - config.dropped) * tokens))
 
-    def prepared(indices: Tensor) -> Tensor:
-        return inputs[indices] if frozen else samples.normalised(inputs[indices], indices)
-
     def batch(indices: Tensor) -> tuple[Tensor, ...]:
         x = inputs[indices]
-        if not frozen:
-            if config.turned_deg:
-                x = rotate(x, small_rotations(len(x), config.turned_deg))
-            if config.warp < 1:
-                x = warp_time(x, config.warp)
-            if config.rescaled:
-                x = rescale(x, config.rescaled)
-            x = samples.normalised(x, indices)
-            if kept < tokens:
-                return x, classes[indices], torch.rand(len(x), tokens).argsort(dim=1)[:, :kept]
+        if config.turned_deg:
+            x = rotate(x, small_rotations(len(x), config.turned_deg))
+        if config.flipped:
+            chosen = torch.rand(len(x)) < config.flipped
+            x[chosen] = rotate(x[chosen], half_turns(int(chosen.sum())))
+        if config.warp < 1:
+            x = warp_time(x, config.warp)
+        if config.rescaled:
+            x = rescale(x, config.rescaled)
+        x = samples.normalised(x, indices)
+        if kept < tokens:
+            return x, classes[indices], torch.rand(len(x), tokens).argsort(dim=1)[:, :kept]
         return x, classes[indices]
 
     def loss(x: Tensor, truth: Tensor, *visible: Tensor) -> Tensor:
-        return F.cross_entropy(module(x, *visible), truth, label_smoothing=config.label_smoothing)
+        return F.cross_entropy(model(x, *visible), truth, label_smoothing=config.label_smoothing)
 
     def validate() -> float:
         part = samples.validation
-        predicted = _in_batches(module, prepared(part), device).argmax(dim=1)
+        predicted = _in_batches(model, samples.normalised(inputs[part], part), device).argmax(dim=1)
         return macro_f1(classes[part].numpy(), predicted.numpy())
 
     settings = config.optimisation()
     fitted = fit(
-        module,
+        model,
         batch,
         loss,
         samples.train,
@@ -532,27 +523,26 @@ def _train(
         validate=validate if len(samples.validation) else None,
         report=report,
     )
-    state = {name: value.clone() for name, value in module.state_dict().items()}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
     part = samples.train[: settings.batch_size]
     # Eager: a graph would hold as much for as long as it lives.
-    size = _training_bytes(model, module, fitted.optimizer, loss, lambda: batch(part), settings)
-    module.load_state_dict(state)  # the measured step is not part of the training
-    module.eval()
-    return _Trained(size, encoding_s + fitted.seconds, fitted.best_epoch, fitted.history, settings.learning_rate)
+    size = _training_bytes(model, fitted.optimizer, loss, lambda: batch(part), settings)
+    model.load_state_dict(state)  # the measured step is not part of the training
+    model.eval()
+    return _Trained(size, fitted.seconds, fitted.best_epoch, fitted.history, settings.learning_rate)
 
 
 def _training_bytes(
     model: nn.Module,
-    module: nn.Module,
     optimizer: torch.optim.Optimizer,
     loss: Callable[..., Tensor],
     batch: Callable[[], Sequence[Tensor]],
     settings: Optimisation,
 ) -> dict[str, int]:
-    """What ``model`` holds and one step of ``module``, the part of it that is trained, allocates."""
-    module.train()
+    """What ``model`` holds and one step of its training allocates."""
+    model.train()
     optimizer.zero_grad()
-    step = step_bytes(module, optimizer, loss, batch, clip_norm=settings.clip_norm)
+    step = step_bytes(model, optimizer, loss, batch, clip_norm=settings.clip_norm)
     held = held_bytes(model, optimizer)  # with the gradients of that step
     optimizer.zero_grad()
     return held | step
@@ -563,7 +553,7 @@ def method_bytes(
 ) -> dict[str, int]:
     """What ``config.method`` holds in training, as `held_bytes` and `step_bytes` have it, on windows that are random.
 
-    encoder: sizes of the model. zero_shot and linear_probe train the head on what the encoder gave once.
+    encoder: sizes of the model.
     Raises: InputError as `FinetuneConfig.check`, or if the batch has fewer than two windows.
     """
     config.check()
@@ -571,32 +561,20 @@ def method_bytes(
         raise InputError(f"batch_size must be at least 2 (the head has a BatchNorm), got {config.batch_size}")
     sizes = encoder or MAEConfig()
     model = build_classifier(config, Encoder(sizes), classes).to(device)
-    frozen = not any(p.requires_grad for p in model.encoder.parameters())
-    module: nn.Module = model.head if frozen else model
-    shape = (sizes.width,) if frozen else (sizes.window, sizes.channels)
+    shape = (sizes.window, sizes.channels)
 
     def batch() -> tuple[Tensor, Tensor]:
         return torch.randn(config.batch_size, *shape), torch.randint(classes, (config.batch_size,))
 
     def loss(x: Tensor, truth: Tensor) -> Tensor:
-        return F.cross_entropy(module(x), truth, label_smoothing=config.label_smoothing)
+        return F.cross_entropy(model(x), truth, label_smoothing=config.label_smoothing)
 
     settings = config.optimisation()
-    optimizer = make_optimizer(module, settings)
-    module.train()
+    optimizer = make_optimizer(model, settings)
+    model.train()
     # The first step compiles kernels, compares them with the reference and makes the optimiser's state.
-    TrainingStep(module, loss, optimizer, clip_norm=settings.clip_norm)(*batch())
-    return _training_bytes(model, module, optimizer, loss, batch, settings)
-
-
-class _MeanToken(nn.Module):
-    def __init__(self, encoder: Encoder) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean: Tensor = self.encoder(x).mean(dim=1)
-        return mean
+    TrainingStep(model, loss, optimizer, clip_norm=settings.clip_norm)(*batch())
+    return _training_bytes(model, optimizer, loss, batch, settings)
 
 
 def load_checkpoint(file: Path) -> tuple[Classifier, dict[str, Any]]:

@@ -26,10 +26,10 @@ CHECKPOINT = "encoder.safetensors"
 class PretrainConfig:
     """How the encoder is pretrained."""
 
-    model: MAEConfig = field(default_factory=MAEConfig)
-    epochs: int = 50
+    model: MAEConfig = field(default_factory=lambda: MAEConfig(heads=3, ffn=384))
+    epochs: int = 20
     """Passes over all windows of all sources."""
-    batch_size: int = 256
+    batch_size: int = 128
     """Windows a step."""
     learning_rate: float = 1e-3
     """The highest of the one-cycle schedule."""
