@@ -485,6 +485,10 @@ class Run:
     """TOML files; docs/experiments.md says what they may contain."""
     plan: tyro.conf.FlagCreatePairsOff[bool] = False
     """Only list the runs, and which of them have results."""
+    targets: tuple[str, ...] = ()
+    """Of the runs, only those on these datasets; by default all."""
+    seeds: tuple[int, ...] = ()
+    """Of the runs, only those with these seeds; by default all."""
     out: Path = Path("runs")
     """Folder for run directories."""
     results: Path | None = None
@@ -503,7 +507,9 @@ class Run:
         experiments = [load_experiment(file) for file in self.files]
         tasks: list[Adaptation] = []
         for experiment in experiments:
-            tasks += [task for task in experiment.plan(root) if task not in tasks]
+            tasks += [task for task in experiment.plan(root) if task not in tasks and self._wanted(task)]
+        if not tasks:
+            raise InputError("run: no experiment has runs on these targets with these seeds; see --plan without them")
         presets = {experiment.preset for experiment in experiments}
         if len(presets) > 1:
             raise InputError(f"run takes experiments of one preset at a time, got {', '.join(sorted(presets))}")
@@ -519,6 +525,11 @@ class Run:
         page = self.report or (Path("docs/results.md") if committed else results / "report" / "results.md")
         build_report(results, page, experiments=experiments)
         console.print(f"one JSON a run: {results}\ntables and pictures: {page}", highlight=False)
+
+    def _wanted(self, task: Adaptation) -> bool:
+        return (not self.targets or task.target in self.targets) and (
+            not self.seeds or task.finetune.seed in self.seeds
+        )
 
 
 def _print_plan(tasks: Sequence[Adaptation], ledger: Ledger) -> None:

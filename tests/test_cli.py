@@ -231,6 +231,23 @@ def test_interruption_says_that_it_goes_on(capsys, monkeypatch):
     assert "goes on from here" in capsys.readouterr().err
 
 
+EXPERIMENT = """
+title = "A question"
+preset = "quick"
+targets = ["synthetic_a", "synthetic_b"]
+sources = ["synthetic_c"]
+seeds = [0, 1]
+"""
+
+
+def test_a_part_of_an_experiment(capsys, tmp_path):
+    (tmp_path / "x.toml").write_text(EXPERIMENT)
+    for chosen, count in (((), 4), (("--seeds", "1"), 2), (("--targets", "synthetic_b", "--seeds", "1"), 1)):
+        run("run", "x.toml", "--plan", *chosen)
+        assert f"{count} runs, {count} to do" in capsys.readouterr().out
+    assert "no experiment has runs on these targets with these seeds" in fails(capsys, "run", "x.toml", "--seeds", "7")
+
+
 @pytest.mark.parametrize("command", [(), ("data",), ("data", "list"), ("data", "inspect"), ("data", "import"),
                                      ("pretrain",), ("finetune",), ("predict",), ("lodo",), ("run",),
                                      ("report",)])  # fmt: skip
