@@ -92,7 +92,7 @@ class FinetuneConfig:
     """Weights that share a scale in QLoRA: 32, 64, 128, ... 4096."""
     double_quant: bool = True
     """Store QLoRA's scales in 8 bits."""
-    epochs: int = 12
+    epochs: int = 20
     """Passes over the training windows."""
     batch_size: int = 128
     """Windows a step."""
@@ -114,7 +114,7 @@ class FinetuneConfig:
     """A random part of each training window, at least this share of it, is stretched to the whole."""
     rescaled: float = 0.05
     """Standard deviation of a random factor on each sensor of a training window."""
-    dropped: float = 0.5
+    dropped: float = 0.75
     """Share of each training window's patches that is left out, drawn anew every time; all of them are scored."""
     validated: bool = False
     """Hold 12 % back and keep the epoch that is best on them; else they train too, and the last epoch is kept."""
