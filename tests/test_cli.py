@@ -130,7 +130,7 @@ def test_memory_without_any_dataset(capsys):
     assert "saved activations" in said
     run("memory", "--methods", "linear_probe", "linear_probe", "--batch-size", "8", "--json")
     (size,) = json.loads(capsys.readouterr().out).values()
-    assert size["batch"] == 8 * (4 * 192 + 8)
+    assert size["batch"] == 8 * (4 * 128 * 6 + 8)
     assert "unknown method 'qlra'; required one of zero_shot" in fails(capsys, "memory", "--methods", "full", "qlra")
     assert "--classes must be at least 1" in fails(capsys, "memory", "--classes", "0")
     assert "batch_size must be at least 2" in fails(capsys, "memory", "--methods", "linear_probe", "--batch-size", "1")

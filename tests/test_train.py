@@ -441,6 +441,14 @@ def test_training_windows_are_changed_as_the_settings_say(data, pretrained, tmp_
     assert abs(losses[0] - losses[1]) > 1e-3
 
 
+def test_how_far_windows_are_turned_goes_by_where_the_device_was():
+    for name, turned, flipped in (("motionsense", 15.0, 0.3), ("uci_hapt", 5.0, 0.0), ("my_own", 5.0, 0.0)):
+        config = FinetuneConfig().for_dataset(name)
+        assert (config.turned_deg, config.flipped) == (turned, flipped)
+    given = replace(FinetuneConfig(), turned_deg=0.0).for_dataset("motionsense")
+    assert (given.turned_deg, given.flipped) == (0.0, 0.3)
+
+
 def test_what_each_method_trains():
     head = {f"head.{i}.{part}" for i in (0, 1, 4) for part in ("weight", "bias")}
     for method in ("zero_shot", "linear_probe"):

@@ -262,6 +262,11 @@ def title(name: str) -> str:
     return DATASETS[name].title if name in DATASETS else name
 
 
+def in_a_pocket(name: str) -> bool:
+    """Whether the people of a dataset carried the device in a pocket, where it sits as it may."""
+    return name in DATASETS and "pocket" in DATASETS[name].placement
+
+
 def people(windows: Windows) -> str:
     """The domain that windows come from, also that of an imported dataset."""
     return windows.domain or domain(windows.dataset)

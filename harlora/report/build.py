@@ -243,6 +243,7 @@ def _aims(records: Sequence[Record]) -> str:
         return ""
     missed = sum(row[-1] != "reached" for row in rows)
     said = "All were reached." if not missed else f"Missed: {missed} of {len(rows)}."
+    said += " How the recipe was found, and on which splits, is in [architecture](architecture.md#training)."
     fewest = min(record["windows"]["test"] for record in records)
     return (
         f"## Aims\n\nSet before the study was run. {said} One window of the smallest test part ({fewest:,} windows) is "

@@ -170,7 +170,8 @@ def epochs(record: Record) -> tuple[float, float]:
 
 def as_preset(record: Record, *free: str) -> bool:
     """Whether fine-tuning was as the record's preset has it, whatever its method, protocol, rank, seed and ``free``."""
-    config, preset = record["config"], PRESETS[record["preset"]].finetune.values()
+    config = record["config"]
+    preset = PRESETS[record["preset"]].finetune.for_dataset(record["target"]).values()
     any_value = {"method", "protocol", "rank", "alpha", "seed", *free}
     return all(config[name] == value for name, value in preset.items() if name in config and name not in any_value)
 

@@ -155,7 +155,7 @@ class Experiment:
         def key(before: PretrainConfig, config: FinetuneConfig) -> tuple[PretrainConfig | MAEConfig, FinetuneConfig]:
             return before if METHODS[config.method].pretrained else before.model, config
 
-        wanted = {seed: [key(*pair) for pair in self.configurations(seed)] for seed in self.seeds}
+        planned = {seed: list(self.configurations(seed)) for seed in self.seeds}
         chosen = []
         for record in records:
             try:
@@ -164,11 +164,11 @@ class Experiment:
                 pair = key(PretrainConfig(**{**settings, "model": MAEConfig(**settings["model"])}), config)
             except (KeyError, TypeError):  # of another version, with other settings
                 continue
-            if (
-                record["preset"] == self.preset
-                and (not self.targets or record["target"] in self.targets)
-                and pair in wanted.get(config.seed, [])
-            ):
+            target = record["target"]
+            if record["preset"] != self.preset or (self.targets and target not in self.targets):
+                continue
+            wanted = [key(before, tuning.for_dataset(target)) for before, tuning in planned.get(config.seed, [])]
+            if pair in wanted:
                 chosen.append(record)
         return chosen
 
@@ -187,7 +187,10 @@ def _changed(config: Any, settings: Mapping[str, Any]) -> Any:
             hint = f"did you mean {near[0]}?" if near else f"required one of {', '.join(kinds)}"
             raise InputError(f"{key!r} is no setting of {kind}; {hint}")
         expected = kinds[key]
-        checked[key] = float(value) if expected is float and type(value) is int else value
+        optional = expected == float | None
+        checked[key] = float(value) if (expected is float or optional) and type(value) is int else value
+        if optional and type(checked[key]) is not float:
+            raise InputError(f"{key} must be of type float, got {value!r}")
         if expected in (int, float, bool, str) and type(checked[key]) is not expected:
             raise InputError(f"{key} must be of type {expected.__name__}, got {value!r}")
     return replace(config, **checked)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harlora.data.augment import half_turns, rescale, rotate, small_rotations, warp_time
-from harlora.data.catalog import people
+from harlora.data.catalog import in_a_pocket, people
 from harlora.data.labels import VOCABULARY
 from harlora.data.splits import PROTOCOLS, Split, fewer_labels, split
 from harlora.data.windows import Normalizer, Windows
@@ -30,6 +30,10 @@ from harlora.train.processes import Processes
 from harlora.train.runs import Run, identify, open_run, provenance
 
 CHECKPOINT = "classifier.safetensors"
+# In a pocket a phone tilts and may be upside down; on a belt it hardly moves, and sitting is told from standing by its
+# tilt.
+_IN_A_POCKET: Mapping[str, float] = {"turned_deg": 15.0, "flipped": 0.3}
+_WORN_FIRMLY: Mapping[str, float] = {"turned_deg": 5.0, "flipped": 0.0}
 TARGET_MODULES = ("q", "k", "v", "o", "fc1", "fc2")
 
 
@@ -106,16 +110,19 @@ class FinetuneConfig:
     """With ``validated``, stop after so many epochs without a better mean."""
     label_smoothing: float = 0.1
     """Of the cross-entropy."""
-    turned_deg: float = 15.0
-    """Training windows are turned about a random axis by about so many degrees."""
-    flipped: float = 0.3
-    """Share of training windows turned half about one of the device's axes, as a phone put in upside down."""
+    turned_deg: float | None = None
+    """Training windows are turned about a random axis by about so many degrees; by default 15 for a dataset whose
+    people carried the device in a pocket, otherwise 5."""
+    flipped: float | None = None
+    """Share of training windows turned half about one of the device's axes, as a phone put in upside down; by default
+    0.3 for a dataset whose people carried the device in a pocket, otherwise 0."""
     warp: float = 0.85
     """A random part of each training window, at least this share of it, is stretched to the whole."""
     rescaled: float = 0.05
     """Standard deviation of a random factor on each sensor of a training window."""
-    dropped: float = 0.75
-    """Share of each training window's patches that is left out, drawn anew every time; all of them are scored."""
+    dropped: float = 0.5
+    """Share of each training window's patches that is left out, drawn anew every time; all of them are scored. A
+    frozen encoder, which could not learn to do with fewer, always gets all."""
     validated: bool = False
     """Hold 12 % back and keep the epoch that is best on them; else they train too, and the last epoch is kept."""
     label_fraction: float = 1.0
@@ -133,6 +140,11 @@ class FinetuneConfig:
     def values(self) -> dict[str, Any]:
         """The settings as JSON values."""
         return {**asdict(self), "target_modules": list(self.target_modules)}
+
+    def for_dataset(self, name: str) -> "FinetuneConfig":
+        """The settings with those filled in whose default depends on the dataset."""
+        given = {key: value for key, value in vars(self).items() if key in _IN_A_POCKET and value is not None}
+        return replace(self, **{**(_IN_A_POCKET if in_a_pocket(name) else _WORN_FIRMLY), **given})
 
     def check(self) -> None:
         """Raise InputError unless every setting has a possible value."""
@@ -154,12 +166,12 @@ class FinetuneConfig:
             raise InputError(f"blocks must be at least 1, got {self.blocks}")
         if not 0 <= self.dropped < 1:
             raise InputError(f"dropped must be at least 0 and below 1, got {self.dropped}")
-        if not 0 <= self.flipped <= 1:
+        if not 0 <= (self.flipped or 0) <= 1:
             raise InputError(f"flipped must be from 0 to 1, got {self.flipped}")
         if not 0 < self.warp <= 1:
             raise InputError(f"warp must be above 0 and at most 1, got {self.warp}")
         for name in ("turned_deg", "rescaled"):
-            if not getattr(self, name) >= 0:
+            if not (getattr(self, name) or 0) >= 0:
                 raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
         self.optimisation()
         if self.quant_type not in QUANT_TYPES or self.blocksize not in BLOCKSIZES:
@@ -320,6 +332,7 @@ def finetune(
     possible.
     """
     config.check()
+    config = config.for_dataset(target.dataset)
     captured = captures(capture, device)
     if Processes(device).count > 1:
         raise InputError(
@@ -354,6 +367,7 @@ def adaptation_identity(
 
     pretraining: the identity of the encoder that it begins from, whose sizes are ``model``.
     """
+    config = config.for_dataset(target.dataset)
     target = thinned(target, config.max_windows, config.seed)
     used = [thinned(source, config.max_windows, config.seed) for source in _used(config, sources)]
     return identify(_signature(config, target, used, pretraining, model, device))
@@ -483,7 +497,8 @@ def _train(
     classes = samples.classes
     inputs = samples.signals
     tokens = model.encoder.config.tokens
-    kept = max(1, round((1 - config.dropped) * tokens))
+    learns = any(p.requires_grad for p in model.encoder.parameters())
+    kept = max(1, round((1 - config.dropped) * tokens)) if learns else tokens
 
     def batch(indices: Tensor) -> tuple[Tensor, ...]:
         x = inputs[indices]

@@ -27,7 +27,7 @@ class PretrainConfig:
     """How the encoder is pretrained."""
 
     model: MAEConfig = field(default_factory=lambda: MAEConfig(heads=3, ffn=384))
-    epochs: int = 20
+    epochs: int = 40
     """Passes over all windows of all sources."""
     batch_size: int = 128
     """Windows a step."""
