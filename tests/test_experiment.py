@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from harlora.errors import InputError
 from harlora.train import execute
 from harlora.train.execute import Ledger, Workers, carry_out
-from harlora.train.experiment import PRESETS, Preset, load_experiment
+from harlora.train.experiment import PRESETS, Experiment, Preset, load_experiment
 from harlora.train.lodo import Study
 from small import FINETUNE, PRETRAIN
 
@@ -208,6 +208,14 @@ def test_a_wrong_file_is_named_with_what_is_wrong(tmp_path, old, new, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"none\.toml: no such file"):
         load_experiment(tmp_path / "none.toml")
+
+
+def test_one_encoder_may_serve_all_seeds():
+    shared = Experiment(name="x", title="x", seeds=(0, 1), runs=({"pretrain.seed": (5,)},))
+    ((before, config),) = shared.configurations(1)
+    assert (before.seed, config.seed) == (5, 1)
+    ((before, config),) = Experiment(name="x", title="x", seeds=(0, 1)).configurations(1)
+    assert (before.seed, config.seed) == (1, 1)
 
 
 def test_the_studys_own_experiments_can_be_planned(tmp_path):

@@ -113,7 +113,7 @@ class Experiment:
                     settings["alpha"] = base.finetune.alpha / base.finetune.rank * settings["rank"]
                 pair = (
                     replace(
-                        _changed(base.pretrain, {**before, "seed": seed}), model=_changed(base.pretrain.model, model)
+                        _changed(base.pretrain, {"seed": seed, **before}), model=_changed(base.pretrain.model, model)
                     ),
                     _plain(_changed(base.finetune, {**settings, "seed": seed}), base.finetune),
                 )
