@@ -3,7 +3,7 @@
 # make sanitize  the operators' tests on kernels built with AddressSanitizer and UBSan; needs GCC
 # make compile   GPU kernels for sm_80, sm_90 and sm_100, without a GPU; fails on spills and without tensor cores
 # make instructions  instruction counts of operator calls against the committed baseline; needs valgrind and a C compiler
-# make study   the committed results: hours on two cores; goes on where it was stopped
+# make study   all of experiments/: many hours on two cores; goes on where it was stopped
 # make report  docs/results.md from the committed results
 # make bench   this machine's CPU against bitsandbytes with PEFT and others, 16 minutes; harlora bench --help has more
 # make gpu     on a machine with an NVIDIA GPU, with $(PYTHON)'s own packages, no internet: build, GPU tests, GPU bench
