@@ -83,7 +83,7 @@ def test_several_seeds_become_one_row_with_their_spread(tmp_path):
     assert row(lora)[-2] == "4 of 5"
     page = build_report(written(tmp_path, made), tmp_path / "page.md").read_text()
     assert "0.850 ± 0.071" in page
-    assert "means ± standard deviations over the seeds" in page
+    assert "means and standard deviations over seeds" in page
     assert "from the 3 JSON files" in page
 
 

@@ -223,3 +223,21 @@ def test_calibration_by_hand():
     certain = calibration(np.eye(3), np.arange(3))
     assert (certain["ece"], certain["mce"], certain["brier"]) == (0, 0, 0)
     assert sum(count for count, *_ in certain["bins"]) == 3
+
+
+def test_settings_that_are_not_the_presets_stand_with_their_experiment(tmp_path):
+    usual = Experiment("usual", "Usual", runs=({"method": ("lora", "qlora")},))
+    long = Experiment("long", "Long", runs=({"method": ("lora", "qlora"), "epochs": (50,), "dropped": (0.75,)},))
+    made = [
+        record(method, **changes) for method in ("lora", "qlora") for changes in ({}, {"epochs": 50, "dropped": 0.75})
+    ]
+    made += [record("qlora", "motionsense")]
+    text = page(tmp_path, made, usual, long)
+    assert text.count("Settings of all runs") == 1
+    assert text.index("## Long") < text.index("Settings of all runs: epochs 50, dropped 0.75.")
+    how = text[text.index("## How these were made") :]
+    assert "20 epochs, batch 128" in how
+    assert "50" not in how.partition("Fine-tuning")[2].partition("epochs")[0]
+    assert "turned by about 15°, and 30% of them half about an axis of the device;" in how
+    assert "turned by about 5°;" in how
+    assert "50% of their patches are left out" in how

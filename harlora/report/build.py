@@ -270,7 +270,8 @@ def _how(records: Sequence[Record]) -> str:
         return ", ".join(sorted({str(value) for value in values}))
 
     origin = [record["provenance"] for record in records]
-    configs = [record["config"] for record in records]
+    usual = [record for record in records if as_preset(record)] or records
+    configs = [record["config"] for record in usual]
     lines = [
         "## How these were made",
         "",
@@ -279,20 +280,21 @@ def _how(records: Sequence[Record]) -> str:
         + (" (with uncommitted changes)" if any(o["dirty"] for o in origin) else ""),
         f"- Machine: {every([o['device'] for o in origin])}, {every([o['threads'] for o in origin])} threads; "
         f"torch {every([o['versions']['torch'] for o in origin])}",
-        f"- Seeds: {every([c['seed'] for c in configs])}."
+        f"- Seeds: {every([r['config']['seed'] for r in records])}."
         + (
             " One seed gives no spread; small differences between methods can be chance."
-            if len({c["seed"] for c in configs}) == 1
-            else " Scores are means ± standard deviations over the seeds."
+            if len({r["config"]["seed"] for r in records}) == 1
+            else " Scores with ± are means and standard deviations over seeds; the others are of one seed."
         ),
-        f"- Fine-tuning: {every([c['epochs'] for c in configs])} epochs, "
+        f"- Fine-tuning, where nothing else is said: {every([c['epochs'] for c in configs])} epochs, "
         f"batch {every([c['batch_size'] for c in configs])}, "
-        f"learning rates {_rates(records)}; "
+        f"learning rates {_rates(usual)}; "
         + (
             "the epoch that is kept is chosen on a validation part that is neither trained on nor tested on."
             if all(c["validated"] for c in configs)
             else "all but the test part is trained on, and the last epoch is kept."
         ),
+        *_augmentation(usual),
         f"- Pretraining: {every([round(r['pretrained']['seconds']) for r in records])} s an encoder, once for each "
         "target, shared by its runs and not part of the seconds above.",
         "- LoRA and QLoRA train the adapters, the head, LayerNorms, biases and the patch embedding."
@@ -303,6 +305,20 @@ def _how(records: Sequence[Record]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _augmentation(records: Sequence[Record]) -> list[str]:
+    """How training windows were changed, dataset by dataset; nothing of older records that do not say so."""
+    found = {r["target"]: r["config"] for r in records if "flipped" in r["config"]}
+    if not found:
+        return []
+    turned = "; ".join(
+        f"{title(target)}, turned by about {config['turned_deg']:g}°"
+        + (f", and {config['flipped']:.0%} of them half about an axis of the device" if config["flipped"] else "")
+        for target, config in sorted(found.items())
+    )
+    shares = ", ".join(sorted({f"{config['dropped']:.0%}" for config in found.values()}))
+    return [f"- Training windows: {turned}; {shares} of their patches are left out, but for a frozen encoder."]
 
 
 def _rates(records: Sequence[Record]) -> str:

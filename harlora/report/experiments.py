@@ -25,7 +25,7 @@ from harlora.report.tables import (
     pooled,
     score_text,
 )
-from harlora.train.experiment import Experiment
+from harlora.train.experiment import PRESETS, Experiment
 
 _NOT_COLUMNS = ("method", "protocol", "seed", "alpha")
 
@@ -41,12 +41,25 @@ def section(experiment: Experiment, records: Sequence[Record], images: Path, out
     lines = [f"## {experiment.title}", ""]
     if experiment.about:
         lines += [experiment.about, ""]
+    lines += _settings(chosen)
     for members in groups(chosen):
         lines += [by_setting(experiment.name, members, experiment.x, images, out, experiment.show)]
         differences = _differences(members)
         if differences:
             lines += [markdown(_DIFFERENCES, differences)]
     return "\n".join(lines)
+
+
+def _settings(records: Sequence[Record]) -> list[str]:
+    """What all runs have in common and the preset has not; what varies is in the tables."""
+    found = []
+    for key in records[0]["config"]:
+        values = [record["config"].get(key) for record in records]
+        if key not in _NOT_COLUMNS and all(value == values[0] for value in values):
+            usual = [PRESETS[r["preset"]].finetune.for_dataset(r["target"]).values().get(key) for r in records]
+            if all(value != values[0] for value in usual):
+                found.append(f"{key} {_value(values[0])}")
+    return [f"Settings of all runs: {', '.join(found)}.", ""] if found else []
 
 
 def by_setting(
