@@ -20,9 +20,8 @@ PRESET = PRESETS["standard"]
 
 
 def record(method="qlora", target="uci_hapt", seed=0, people=None, **changes):
-    config = replace(
-        PRESET.finetune.for_dataset(target), method=method, seed=seed, **{"protocol": "subject", **changes}
-    )
+    changes = {"protocol": "subject", **changes}
+    config = replace(PRESET.finetune, method=method, seed=seed, **changes).for_dataset(target)
     people = people or {"1": [[8, 2], [1, 9]], "2": [[9, 1], [0, 10]]}
     confusion = np.sum(list(people.values()), axis=0)
     truth, predicted = (np.repeat(np.indices(confusion.shape)[axis].ravel(), confusion.ravel()) for axis in (0, 1))

@@ -449,6 +449,19 @@ def test_how_far_windows_are_turned_goes_by_where_the_device_was():
     assert (given.turned_deg, given.flipped) == (0.0, 0.3)
 
 
+def test_the_papers_protocol_has_the_papers_epochs():
+    def schedule(**settings):
+        config = FinetuneConfig(**settings).for_dataset("uci_hapt")
+        assert config.for_dataset("uci_hapt") == config
+        return config.epochs, config.dropped
+
+    assert schedule() == schedule(method="full") == (20, 0.5)
+    assert schedule(protocol="paper") == schedule(protocol="paper", method="bitfit") == (50, 0.75)
+    assert schedule(protocol="paper", method="linear_probe") == (20, 0.5)
+    assert schedule(protocol="paper", epochs=3) == (3, 0.75)
+    assert schedule(dropped=0.0) == (20, 0.0)
+
+
 def test_what_each_method_trains():
     head = {f"head.{i}.{part}" for i in (0, 1, 4) for part in ("weight", "bias")}
     for method in ("zero_shot", "linear_probe"):

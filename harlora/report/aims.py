@@ -85,7 +85,7 @@ def _times(members: Sequence[Record]) -> Iterator[tuple[str, float, float]]:
     theirs = SCORES.get(domain(members[0]["target"]), {}).get("qlora")
     for record in members:
         config = record["config"]
-        whole = as_preset(record, "epochs", "dropped") and config["epochs"] == EPOCHS and config["rank"] == _RANK
+        whole = as_preset(record) and config["epochs"] == EPOCHS and config["rank"] == _RANK
         on_cpu = record["provenance"].get("device_type") == "cpu"
         if theirs and whole and on_cpu and (config["method"], config["protocol"]) == ("qlora", "paper"):
             what = f"QLoRA on a CPU, {EPOCHS} epochs, in a {TIMES_FASTER}th of the paper's {theirs.seconds} s"

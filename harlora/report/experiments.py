@@ -23,9 +23,10 @@ from harlora.report.tables import (
     method_title,
     order,
     pooled,
+    preset_of,
     score_text,
 )
-from harlora.train.experiment import PRESETS, Experiment
+from harlora.train.experiment import Experiment
 
 _NOT_COLUMNS = ("method", "protocol", "seed", "alpha")
 
@@ -56,7 +57,7 @@ def _settings(records: Sequence[Record]) -> list[str]:
     for key in records[0]["config"]:
         values = [record["config"].get(key) for record in records]
         if key not in _NOT_COLUMNS and all(value == values[0] for value in values):
-            usual = [PRESETS[r["preset"]].finetune.for_dataset(r["target"]).values().get(key) for r in records]
+            usual = [preset_of(record).values().get(key) for record in records]
             if all(value != values[0] for value in usual):
                 found.append(f"{key} {_value(values[0])}")
     return [f"Settings of all runs: {', '.join(found)}.", ""] if found else []
@@ -84,9 +85,15 @@ def _title(members: Sequence[Record]) -> str:
 
 
 def _varied(records: Sequence[Record]) -> list[str]:
-    """The settings in which the results differ, beside method, protocol and seed."""
+    """The settings in which the results differ, beside method, protocol and seed, and what methods do by default."""
     keys = [key for key in records[0]["config"] if key not in _NOT_COLUMNS]
-    return [key for key in keys if len({str(record["config"].get(key)) for record in records}) > 1]
+    usual = [preset_of(record).values() for record in records]
+    return [
+        key
+        for key in keys
+        if len({str(record["config"].get(key)) for record in records}) > 1
+        and any(record["config"].get(key) != preset.get(key) for record, preset in zip(records, usual, strict=True))
+    ]
 
 
 _COLUMNS: Mapping[str, Mapping[str, Callable[[Record], str]]] = {

@@ -3,12 +3,13 @@
 import json
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from harlora.data.splits import TEST_FRACTION
 from harlora.report.paper import MEMORY_MB
 from harlora.train.experiment import PRESETS
-from harlora.train.finetune import METHODS
+from harlora.train.finetune import METHODS, FinetuneConfig
 
 Record = dict[str, Any]
 
@@ -134,7 +135,10 @@ _SCORES = ("accuracy", "macro_f1", "precision", "recall")
 
 
 def pooled(records: Iterable[Record]) -> list[Record]:
-    """Results that differ in the seed alone as one: means, ``spread`` (standard deviations), confusion summed."""
+    """Results that differ in the seed alone as one: means, ``spread`` (standard deviations), confusion summed.
+
+    Seconds are the mean of those with the most threads.
+    """
     found: dict[str, list[Record]] = {}
     for record in sorted(records, key=order):
         before = record["pretrained"].get("config", {})
@@ -157,9 +161,15 @@ def _pool(members: Sequence[Record]) -> Record:
         "seeds": tuple(member["config"]["seed"] for member in members),
         "scores": {**first["scores"], **means, "confusion": confusion},
         "spread": {key: statistics.stdev(several) for key, several in values.items()},
-        "seconds": statistics.fmean(member["seconds"] for member in members),
+        "seconds": statistics.fmean(_seconds(members)),
         "epochs": tuple(statistics.fmean(counts) for counts in zip(*map(epochs, members), strict=True)),
     }
+
+
+def _seconds(members: Sequence[Record]) -> list[float]:
+    """Of those results that had the most threads: the others ran beside each other."""
+    most = max(member["provenance"]["threads"] for member in members)
+    return [member["seconds"] for member in members if member["provenance"]["threads"] == most]
 
 
 def epochs(record: Record) -> tuple[float, float]:
@@ -168,10 +178,17 @@ def epochs(record: Record) -> tuple[float, float]:
     return found
 
 
+def preset_of(record: Record) -> FinetuneConfig:
+    """The settings that the record's preset has for its method, protocol and dataset."""
+    config = record["config"]
+    usual = replace(PRESETS[record["preset"]].finetune, method=config["method"], protocol=config["protocol"])
+    return usual.for_dataset(record["target"])
+
+
 def as_preset(record: Record, *free: str) -> bool:
     """Whether fine-tuning was as the record's preset has it, whatever its method, protocol, rank, seed and ``free``."""
     config = record["config"]
-    preset = PRESETS[record["preset"]].finetune.for_dataset(record["target"]).values()
+    preset = preset_of(record).values()
     any_value = {"method", "protocol", "rank", "alpha", "seed", *free}
     return all(config[name] == value for name, value in preset.items() if name in config and name not in any_value)
 

@@ -187,10 +187,9 @@ def _changed(config: Any, settings: Mapping[str, Any]) -> Any:
             hint = f"did you mean {near[0]}?" if near else f"required one of {', '.join(kinds)}"
             raise InputError(f"{key!r} is no setting of {kind}; {hint}")
         expected = kinds[key]
-        optional = expected == float | None
-        checked[key] = float(value) if (expected is float or optional) and type(value) is int else value
-        if optional and type(checked[key]) is not float:
-            raise InputError(f"{key} must be of type float, got {value!r}")
+        for number in (float, int):
+            expected = number if expected == number | None else expected
+        checked[key] = float(value) if expected is float and type(value) is int else value
         if expected in (int, float, bool, str) and type(checked[key]) is not expected:
             raise InputError(f"{key} must be of type {expected.__name__}, got {value!r}")
     return replace(config, **checked)
