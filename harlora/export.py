@@ -34,6 +34,7 @@ from harlora.files import read_json, replacing, write_json
 from harlora.kernels.reference import scales
 from harlora.models.mae import Classifier
 from harlora.nn import QLoRALinear, apply_qlora, merge_adapters
+from harlora.nn.adapters import Gain, LowRank
 from harlora.train.finetune import TARGET_MODULES, load_checkpoint
 from harlora.train.fit import Report, silent
 from harlora.train.runs import provenance
@@ -85,7 +86,8 @@ class Deployed(nn.Module):
 
 
 class _Bnb4Linear(nn.Module):
-    """A `QLoRALinear` as the ONNX exporter is to see it: MatMulBnb4, the adapter as two products beside it, the bias.
+    """A `QLoRALinear` as the ONNX exporter is to see it: MatMulBnb4, the adapter as two products beside it and factors
+    before and behind, the bias.
 
     MatMulBnb4 multiplies by the transpose of a weight (N, K) that is packed as in this format. It has no 8-bit scales,
     so these are decoded, and no blocks beyond 256, so larger ones become several with the same scale.
@@ -95,6 +97,11 @@ class _Bnb4Linear(nn.Module):
 
     packed: Tensor
     absmax: Tensor
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    inputs: Tensor | None
+    outputs: Tensor | None
+    bias: Tensor | None
 
     def __init__(self, layer: QLoRALinear) -> None:
         super().__init__()
@@ -111,12 +118,23 @@ class _Bnb4Linear(nn.Module):
             "block_size": blocksize,
             "quant_type": _BNB4_QUANT_TYPES[layer.quant_type],
         }
-        self.bias = layer.bias
-        self.lora_A, self.lora_B = layer.lora_A, layer.lora_B
-        if layer.lora_B is not None:
-            self.lora_B = nn.Parameter(layer.lora_B.detach() * layer.scaling, requires_grad=False)
+        delta, gain = _change(layer)
+        bias: Tensor | None = layer.bias
+        if bias is not None and gain.of_bias and gain.outputs is not None:
+            bias = bias * gain.outputs
+        parts = {
+            "lora_A": None if delta is None else delta.A,
+            "lora_B": None if delta is None else delta.B * delta.scale,
+            "inputs": gain.inputs,
+            "outputs": gain.outputs,
+            "bias": bias,
+        }
+        for name, part in parts.items():
+            self.register_buffer(name, None if part is None else part.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.inputs is not None:
+            x = x * self.inputs
         y = torch.onnx.ops.symbolic(
             "com.microsoft::MatMulBnb4",
             (x, self.packed, self.absmax),
@@ -128,7 +146,19 @@ class _Bnb4Linear(nn.Module):
         assert isinstance(y, Tensor)
         if self.lora_A is not None and self.lora_B is not None:
             y = y + F.linear(F.linear(x, self.lora_A), self.lora_B)
+        if self.outputs is not None:
+            y = y * self.outputs
         return y if self.bias is None else y + self.bias
+
+
+@torch.no_grad()
+def _change(layer: QLoRALinear) -> tuple[LowRank | None, Gain]:
+    """What the layer's adapter makes of its weight."""
+    if layer.adapter is None:
+        adapted = layer.lora_A is not None and layer.lora_B is not None
+        return (LowRank(layer.lora_A, layer.lora_B, layer.scaling) if adapted else None), Gain()  # type: ignore[arg-type]
+    delta = layer.adapter.delta(layer)
+    return delta, layer.adapter.gain(layer, delta) or Gain()
 
 
 def export(

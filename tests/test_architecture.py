@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,12 @@ def test_versions_agree():
     assert f'version = "{harlora.__version__}"' in text
     assert f"version: {harlora.__version__}" in (ROOT / "CITATION.cff").read_text()
     assert f"## {harlora.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_package_is_installed():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {module for module, path in MODULES.items() if path.name == "__init__.py"}
+    assert found == set(listed)
 
 
 def test_documents_name_no_machine():

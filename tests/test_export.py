@@ -43,7 +43,7 @@ def checkpoint(folder, config, *, target="elsewhere", spoil=None, model=MODEL):
     classifier = build_classifier(config, encoder, len(LABELS)).eval()
     with torch.no_grad():
         for name, parameter in classifier.named_parameters():
-            if parameter.ndim == 1 or name.endswith("lora_B"):
+            if parameter.ndim == 1 or name.endswith("lora_B") or (".adapter." in name and parameter.requires_grad):
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
         norm = classifier.head[1]
         norm.running_mean.normal_()
@@ -93,6 +93,10 @@ CASES = {
     "some layers": ("onnx-4bit", replace(QLORA, target_modules=("q", "fc2"), rank_pattern={"fc2": 3})),
     "torch lora": ("torch", replace(FINETUNE, method="lora", train_norms=False)),
     "torch qlora": ("torch", replace(QLORA, quant_type="fp4", blocksize=4096)),
+    "dora": ("onnx-4bit", replace(QLORA, method="qdora")),
+    "ia3": ("onnx-4bit", replace(QLORA, method="qia3")),
+    "merged hydra": ("onnx", replace(FINETUNE, method="hydra")),
+    "torch adalora": ("torch-4bit", replace(QLORA, method="qadalora")),
     "torch 4-bit": ("torch-4bit", replace(QLORA, blocksize=32, rslora=True)),
 }
 
@@ -129,7 +133,7 @@ def test_each_format_gives_the_outputs_of_pytorch(exported, case):
     assert report["check"]["max_logit_error"] < 1e-4
     assert report["check"]["equal_labels"] == 1.0
     assert report["changed_by_merge"] is None
-    in_4bit = {"some layers": 4, "nf4": 12, "fp4": 12, "torch 4-bit": 12}
+    in_4bit = {"some layers": 4} | dict.fromkeys(("nf4", "fp4", "torch 4-bit", "dora", "ia3", "torch adalora"), 12)
     assert report["layers"]["4bit"] == in_4bit.get(case, 0)
     assert sum(report["layers"].values()) == 15
     assert report == json.loads((path.parent / "export.json").read_text())

@@ -78,6 +78,7 @@ class _Plan:
         if type(layer) not in (nn.Linear, LoRALinear, QLoRALinear) or "bias" not in layer._parameters:
             self.usable = False
             return
+        self.usable &= not layer._modules  # factors of other adapters are not held, but computed
         nested = False
         if isinstance(layer, QLoRALinear):
             self.usable &= self._slot(layer._buffers, "weight") and self._slot(layer._buffers, "absmax")
@@ -227,7 +228,7 @@ def _layers(*modules: Any) -> list[eager.Layer] | None:
             type(module) is not QLoRALinear
             or "forward" in attributes
             or any(attributes[hooks] for hooks in _HOOKS)
-            or (module.rank and module.dropout and module.training)
+            or (module.dropout and module.training and (module.rank or module._modules))
         ):
             return None
         try:

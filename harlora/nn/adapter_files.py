@@ -1,4 +1,7 @@
-"""Adapters on disk, in PEFT's file format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+"""Adapters on disk, in PEFT's file format: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+LoRA is written as PEFT reads it. Adapters of other methods have their own ``peft_type``, by which PEFT refuses them.
+"""
 
 import json
 import math
@@ -13,13 +16,15 @@ from torch import Tensor, nn
 
 from harlora.errors import InputError
 from harlora.files import read_json, replacing, write_text
-from harlora.nn.apply import _swap, adapted_layers, matched
-from harlora.nn.linear import AdaptedLinear, LoRALinear
+from harlora.nn.adapters import ADAPTERS, Adapter, LowRank, Site
+from harlora.nn.apply import _swap, adapted_layers, adapter_over, matched
+from harlora.nn.linear import AdaptedLinear, LoRALinear, QLoRALinear
 
 Model = TypeVar("Model", bound=nn.Module)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+OWN_TYPE = "HARLORA"
 _PREFIX = "base_model.model."
 # Settings of PEFT's LoraConfig that change what the stored numbers mean, with the only values understood here.
 _MUST_BE: dict[str, tuple[Any, ...]] = {
@@ -37,68 +42,111 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
 }
 
 
-def save_adapter(model: nn.Module, path: Path | str) -> None:
-    """Write everything trained in ``model`` to the folder ``path``, so that PEFT and `load_adapter` can read it.
+def save_adapter(model: nn.Module, path: Path | str, *, as_lora: bool = False) -> None:
+    """Write everything trained in ``model`` to the folder ``path``.
 
-    That is lora_A and lora_B of every adapted layer, the biases of those layers if one of them trains, and, as PEFT's
-    ``modules_to_save``, every other module that holds a trainable parameter.
+    That is what the adapters train, the biases of their layers if one of them trains, and, as PEFT's
+    ``modules_to_save``, every other module that holds a trainable parameter. PEFT and `load_adapter` read LoRA; an
+    adapter of another method is written as it is, which `load_adapter` reads.
 
-    Raises: ValueError if no layer carries an adapter.
+    as_lora: write the change that such an adapter makes as the factors of a LoRA, for PEFT.
+    Raises: ValueError if no layer carries an adapter, some are LoRA and some are not, or with ``as_lora`` one changes
+    its weight in more than by a low-rank matrix, or is over another weight than the model's own.
     """
     layers = dict(adapted_layers(model))
     if not layers:
         raise ValueError("save_adapter: no layer of the model carries an adapter; apply_qlora or apply_lora first")
+    others = [name for name, layer in layers.items() if layer.adapter is not None]
+    if others and len({getattr(layer.adapter, "name", None) for layer in layers.values()}) > 1:
+        raise ValueError(f"save_adapter: the layers must have one method, got several, one of them at {others[0]}")
     tensors: dict[str, Tensor] = {}
     with_bias = any(layer.bias is not None and layer.bias.requires_grad for layer in layers.values())
+    lora: dict[str, LowRank] = {}
     for name, layer in layers.items():
-        assert layer.lora_A is not None
-        assert layer.lora_B is not None
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B
+        if layer.adapter is not None and not as_lora:
+            tensors |= {f"{_PREFIX}{name}.adapter.{key}": value for key, value in layer.adapter.file_state().items()}
+        else:
+            lora[name] = lora_change(name, layer)
+            tensors[f"{_PREFIX}{name}.lora_A.weight"] = lora[name].A
+            tensors[f"{_PREFIX}{name}.lora_B.weight"] = lora[name].B
         if with_bias and layer.bias is not None:
             tensors[f"{_PREFIX}{name}.base_layer.bias"] = layer.bias
     whole = [
         name
         for name, module in model.named_modules()
-        if not isinstance(module, AdaptedLinear) and any(p.requires_grad for p in module.parameters(recurse=False))
+        if not isinstance(module, (AdaptedLinear, Adapter))
+        and any(p.requires_grad for p in module.parameters(recurse=False))
     ]
     for name in whole:
         for key, value in model.get_submodule(name).state_dict().items():
             tensors[f"{_PREFIX}{name}.{key}"] = value
-    ranks = {name: layer.rank for name, layer in layers.items()}
-    alphas = {name: layer.alpha for name, layer in layers.items()}
     first = next(iter(layers.values()))
-    if len({layer.rslora for layer in layers.values()}) > 1:
-        raise ValueError("save_adapter: PEFT's format has one use_rslora for all layers, the model has both")
-    config = {
-        "peft_type": "LORA",
+    config: dict[str, Any] = {
         "base_model_name_or_path": None,
         "task_type": None,
         "inference_mode": True,
-        "r": first.rank,
-        "lora_alpha": first.alpha,
         "lora_dropout": first.dropout,
-        "use_rslora": first.rslora,
-        "use_dora": False,
-        "fan_in_fan_out": False,
         "bias": "lora_only" if with_bias else "none",
         # A list would match any path that ends in one of them, for example the decoder's blocks.
         "target_modules": "|".join(re.escape(name) for name in layers),
         "modules_to_save": whole or None,
-        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != first.rank},
-        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != first.alpha},
     }
+    if lora:
+        if len({layer.rslora for layer in layers.values()}) > 1:
+            raise ValueError("save_adapter: PEFT's format has one use_rslora for all layers, the model has both")
+        ranks = {name: len(factors.A) for name, factors in lora.items()}
+        alphas = {
+            name: layer.alpha if layer.adapter is None else lora[name].scale * ranks[name]
+            for name, layer in layers.items()
+        }
+        rank, alpha = (next(iter(values.values())) for values in (ranks, alphas))
+        config |= {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": alpha,
+            "use_rslora": first.rslora and first.adapter is None,
+            "use_dora": False,
+            "fan_in_fan_out": False,
+            "rank_pattern": {name: own for name, own in ranks.items() if own != rank},
+            "alpha_pattern": {name: own for name, own in alphas.items() if own != alpha},
+        }
+    else:
+        made = {name: layer.adapter for name, layer in layers.items() if layer.adapter is not None}
+        config |= {
+            "peft_type": OWN_TYPE,
+            "method": next(iter(made.values())).name,
+            "options": {name: adapter.options for name, adapter in made.items()},
+        }
     folder = Path(path)
     with replacing(folder / WEIGHTS_FILE) as temporary:
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary)
     write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
 
+def lora_change(name: str, layer: AdaptedLinear) -> LowRank:
+    """The change of a layer's own weight, at the path ``name``, as LoRA's factors.
+
+    Raises: ValueError if it is more than that.
+    """
+    if layer.adapter is None:
+        assert layer.lora_A is not None
+        assert layer.lora_B is not None
+        return LowRank(layer.lora_A, layer.lora_B, layer.scaling)
+    changed = layer.adapter.change(layer)
+    if changed is None:
+        raise ValueError(
+            f"{layer.adapter.name} at {name} is not a low-rank change of the weight that the model had; save_adapter "
+            "without as_lora, or merge_adapters(model)"
+        )
+    return changed
+
+
 def load_adapter(model: Model, path: Path | str) -> Model:
     """``model`` itself with the adapter in the folder ``path``, as `save_adapter` or PEFT wrote it.
 
-    A layer that carries an adapter already takes the stored one, whatever its base; a plain ``nn.Linear`` becomes a
-    `LoRALinear`. Biases and whole modules in the file replace those of the model.
+    A layer that carries an adapter of the method already takes the stored one, whatever its base; a plain ``nn.Linear``
+    becomes a `LoRALinear`, a `QLoRALinear` of rank 0 one with the adapter. Biases and whole modules in the file replace
+    those of the model.
 
     Raises: InputError, with the model unchanged, if a file is missing or damaged, a stored layer is not in the model
     or has another shape, or the adapter is of a kind that is not understood.
@@ -106,12 +154,20 @@ def load_adapter(model: Model, path: Path | str) -> Model:
     folder = Path(path)
     remedy = "give the folder that save_adapter or PEFT's save_pretrained wrote"
     config = read_json(folder / CONFIG_FILE, remedy)
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config, dict) or not isinstance(config.get(key), (int, float)):
-            raise InputError(f"{folder / CONFIG_FILE}: has no {key}; {remedy}")
-    for key, values in _MUST_BE.items():
-        if config.get(key, values[0]) not in values:
-            raise InputError(f"{folder / CONFIG_FILE}: {key} must be {values[0]!r}, got {config[key]!r}")
+    own = isinstance(config, dict) and config.get("peft_type") == OWN_TYPE
+    if own:
+        if config.get("method") not in ADAPTERS or not isinstance(config.get("options"), dict):
+            raise InputError(
+                f"{folder / CONFIG_FILE}: method must be one of {', '.join(ADAPTERS)} and options say with what, got "
+                f"{config.get('method')!r}; {remedy}"
+            )
+    else:
+        for key in ("r", "lora_alpha"):
+            if not isinstance(config, dict) or not isinstance(config.get(key), (int, float)):
+                raise InputError(f"{folder / CONFIG_FILE}: has no {key}; {remedy}")
+        for key, values in _MUST_BE.items():
+            if config.get(key, values[0]) not in values:
+                raise InputError(f"{folder / CONFIG_FILE}: {key} must be {values[0]!r}, got {config[key]!r}")
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
     except FileNotFoundError as error:
@@ -119,7 +175,7 @@ def load_adapter(model: Model, path: Path | str) -> Model:
     except (SafetensorError, OSError) as error:
         raise InputError(f"{folder / WEIGHTS_FILE}: not a complete safetensors file ({error}); {remedy}") from error
 
-    new_layers, copies = _plan(model, folder / WEIGHTS_FILE, config, tensors)
+    new_layers, copies = (_plan_own if own else _plan)(model, folder / WEIGHTS_FILE, config, tensors)
     _swap(model, new_layers)
     with torch.no_grad():
         for target, value in copies:
@@ -144,7 +200,9 @@ def _plan(
         alpha = matched(config.get("alpha_pattern"), name, config["lora_alpha"])
         rslora = bool(config.get("use_rslora"))
         dropout = float(config.get("lora_dropout", 0.0))
-        if isinstance(old, AdaptedLinear):
+        if isinstance(old, QLoRALinear) and not old.rank and old.adapter is None:
+            layers[name] = new_layers[id(old)] = old.over_same(rank=rank, alpha=alpha, dropout=dropout, rslora=rslora)
+        elif isinstance(old, AdaptedLinear):
             if old.rank != rank or not math.isclose(old.scaling, alpha / (math.sqrt(rank) if rslora else rank)):
                 raise InputError(
                     f"{file}: {name} has rank {rank}, alpha {alpha:g} and use_rslora {rslora}, the model has rank "
@@ -165,19 +223,95 @@ def _plan(
             layer_name, _, attribute = name.rpartition(".")
             target = getattr(layers[layer_name], attribute)
         else:
-            owner = name.removesuffix(".base_layer")
-            module = layers.get(owner, modules.get(owner))
-            target = getattr(module, attribute, None)
-        if not isinstance(target, Tensor):
-            raise InputError(f"{file}: {key} has no counterpart in the model; the adapter belongs to another model")
-        if target.shape != value.shape:
-            raise InputError(
-                f"{file}: {key} must have shape {tuple(target.shape)}, got {tuple(value.shape)}; "
-                "the adapter belongs to another model"
-            )
-        copies.append((target, value))
+            target = _beside(modules, layers, name, attribute)
+        copies.append((_fitting(file, key, target, value), value))
     for name in sorted(adapted):
         for part in ("lora_A", "lora_B"):
             if f"{_PREFIX}{name}.{part}.weight" not in tensors:
                 raise InputError(f"{file}: {name} has no {part}; the file is incomplete")
+    return new_layers, copies
+
+
+def _beside(modules: dict[str, nn.Module], layers: dict[str, AdaptedLinear], name: str, attribute: str) -> Any:
+    """A bias of an adapted layer, or a tensor of a module that was saved whole."""
+    owner = name.removesuffix(".base_layer")
+    return getattr(layers.get(owner, modules.get(owner)), attribute, None)
+
+
+def _fitting(file: Path, key: str, target: Any, value: Tensor) -> Tensor:
+    if not isinstance(target, Tensor):
+        raise InputError(f"{file}: {key} has no counterpart in the model; the adapter belongs to another model")
+    if target.shape != value.shape:
+        raise InputError(
+            f"{file}: {key} must have shape {tuple(target.shape)}, got {tuple(value.shape)}; "
+            "the adapter belongs to another model"
+        )
+    return target
+
+
+def _plan_own(
+    model: nn.Module, file: Path, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[int, AdaptedLinear], list[tuple[Tensor, Tensor]]]:
+    """As `_plan`, of adapters of another method."""
+    modules = dict(model.named_modules())
+    kind = ADAPTERS[config["method"]]
+    layers: dict[str, AdaptedLinear] = {}
+    new_layers: dict[int, AdaptedLinear] = {}
+    copies: list[tuple[Tensor, Tensor]] = []
+    seen: set[str] = set()
+    sites: list[Site] = []
+    for index, name in enumerate(config["options"]):
+        old = modules.get(name)
+        if not isinstance(old, AdaptedLinear) and type(old) is not nn.Linear:
+            raise InputError(
+                f"{file}: {name} must be a linear layer of the model, found "
+                f"{'no such module' if old is None else type(old)}; the adapter belongs to another model"
+            )
+        assert isinstance(old, (AdaptedLinear, nn.Linear))
+        sites.append(Site(name, index, len(config["options"]), old.in_features, old.out_features))
+    bank = kind.bank(sites, **next(iter(config["options"].values()), {}))
+    shared = () if bank is None else (bank,)
+    for site, (name, options) in zip(sites, config["options"].items(), strict=True):
+        old = modules.get(name)
+        start = f"{_PREFIX}{name}.adapter."
+        stored = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+        seen |= {start + key for key in stored}
+        assert isinstance(old, (AdaptedLinear, nn.Linear))
+        try:
+            adapter = kind(site, *shared, **options)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{file}: {name} has options that {kind.name} does not take ({error})") from error
+        for key, value in adapter.file_state().items():
+            if key not in stored:
+                raise InputError(f"{file}: {start}{key} is missing; the file is incomplete")
+            if type(adapter).file_state is Adapter.file_state:
+                _fitting(file, start + key, value, stored[key])
+        try:
+            adapter.load_file_state(stored)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise InputError(f"{file}: {name} is no {kind.name} adapter of this model ({error})") from error
+        if isinstance(old, QLoRALinear) and not old.rank and old.adapter is None:
+            if kind.base is not Adapter.base:
+                raise InputError(
+                    f"{file}: {kind.name} at {name} is over another weight than the 4-bit one of the model; load into "
+                    "a model with dense weights"
+                )
+            adapter.options = dict(options)
+            new = old.over_same(rank=0, dropout=config["lora_dropout"])
+            layers[name] = new_layers[id(old)] = new.attach(adapter.to(old.weight.device))
+        elif isinstance(old, AdaptedLinear):
+            if type(old.adapter) is not kind or not old.adapter.same_base(adapter):
+                raise InputError(
+                    f"{file}: {name} of the model has {'another base' if type(old.adapter) is kind else 'no'} "
+                    f"{kind.name} adapter; load into the model that it was saved from, or into one without adapters"
+                )
+            layers[name] = old
+            read = adapter.state_dict()
+            copies += [(target, read[key]) for key, target in old.adapter.state_dict().items()]
+        else:
+            layers[name] = new_layers[id(old)] = adapter_over(old, adapter, options, dropout=config["lora_dropout"])
+    for key, value in tensors.items():
+        if key not in seen:
+            name, _, attribute = key.removeprefix(_PREFIX).rpartition(".")
+            copies.append((_fitting(file, key, _beside(modules, layers, name, attribute), value), value))
     return new_layers, copies

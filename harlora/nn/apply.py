@@ -3,10 +3,13 @@
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from inspect import signature
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from harlora.nn.adapters import ADAPTERS, Adapter, Schedule, Site, Statistics
 from harlora.nn.linear import AdaptedLinear, LoRALinear, QLoRALinear, _is_quantized
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -17,7 +20,7 @@ ALL_LINEAR = "all-linear"
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
     """Every layer of ``model`` that carries an adapter, with its path."""
     for path, module in model.named_modules():
-        if isinstance(module, AdaptedLinear) and module.rank:
+        if isinstance(module, AdaptedLinear) and (module.rank or module.adapter is not None):
             yield path, module
 
 
@@ -90,8 +93,178 @@ def apply_qlora(
     return _replace("apply_qlora", model, target_modules, adapt)
 
 
+def apply_adapter(
+    model: Model,
+    method: str,
+    target_modules: Sequence[str] | str,
+    *,
+    quantize: bool = False,
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+    double_quant: bool = False,
+    dropout: float = 0.0,
+    rank_pattern: Mapping[str, int] | None = None,
+    statistics: Mapping[str, Statistics] | None = None,
+    start: bool = True,
+    **options: Any,
+) -> Model:
+    """``model`` itself, its target layers with adapters of ``method``, all other parameters frozen.
+
+    method: a name in `harlora.nn.adapters.ADAPTERS`. quantize: over weights in 4 bits (quant_type, blocksize,
+    double_quant), or else over the dense ones. dropout: on the input of the low-rank branch. statistics: of each target
+    layer as `gather_statistics` has them, for the methods that start from data. start: without, new adapters wait for
+    a state to be loaded. options: of the method, as `adapter_options` has them.
+    target_modules, rank_pattern, Raises: as in `apply_qlora`; also if the method has no such option or wants
+    statistics.
+    """
+    if method not in ADAPTERS:
+        raise ValueError(f"apply_adapter: unknown method {method!r}; required one of {', '.join(ADAPTERS)}")
+    kind = ADAPTERS[method]
+    options = read_options(method, options)
+    if rank_pattern:
+        read_options(method, {"rank": 1})
+    targets = _targets("apply_adapter", model, target_modules)
+    replacements: dict[int, AdaptedLinear] = {}
+    sites = [
+        Site(path, index, len(targets), linear.in_features, linear.out_features)
+        for index, (path, linear) in enumerate(targets)
+    ]
+    bank = kind.bank(sites, **options)
+    shared = () if bank is None else (bank.to(targets[0][1].weight.device),)
+    for site, (path, linear) in zip(sites, targets, strict=True):
+        if _is_quantized(linear):
+            raise ValueError(f"apply_adapter: {path} is in 4 bits already; {method} starts from the dense weight")
+        chosen = {**options, **({"rank": matched(rank_pattern, path, options.get("rank", 8))} if rank_pattern else {})}
+        adapter = kind(site, *shared, **chosen).to(linear.weight.device)
+        found = (statistics or {}).get(path)
+        if start:
+            if kind.needs_statistics(**chosen) and found is None:
+                raise ValueError(f"apply_adapter: {method} starts from statistics; {path} has none (gather_statistics)")
+            adapter.start(linear.weight.detach().float(), found)
+        four_bits = {"quant_type": quant_type, "blocksize": blocksize, "double_quant": double_quant}
+        replacements[id(linear)] = adapter_over(
+            linear, adapter, chosen, dropout=dropout, four_bits=four_bits if quantize else None
+        )
+    model.requires_grad_(False)
+    _swap(model, replacements)
+    return model
+
+
+def adapter_options(method: str) -> dict[str, Any]:
+    """The options of a method in `harlora.nn.adapters.ADAPTERS`, with their defaults."""
+    parameters = signature(ADAPTERS[method]).parameters.values()
+    return {entry.name: entry.default for entry in parameters if entry.kind is entry.KEYWORD_ONLY}
+
+
+def read_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` of a method, some perhaps as text, such as ``"0.5"``, ``"true"`` or ``"1,2,4"``, as it takes them.
+
+    Raises: ValueError if the method has no such option, or a value is not of its type.
+    """
+    known = adapter_options(method)
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise ValueError(f"{method} has no option {', '.join(unknown)}; required some of {', '.join(known) or 'none'}")
+    read: dict[str, Any] = {}
+    for name, value in options.items():
+        kind: type = type(known[name])
+        try:
+            if kind is tuple:
+                parts = value.split(",") if isinstance(value, str) else value
+                read[name] = tuple(int(part) if str(part).isdigit() else part for part in parts)
+            elif kind is bool:
+                read[name] = {"true": True, "false": False}[str(value).lower()]
+            elif kind is str or isinstance(value, str) or (kind is float and isinstance(value, (int, float))):
+                read[name] = kind(value)
+            elif type(value) is kind:
+                read[name] = value
+            else:
+                raise ValueError
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{method}: {name} must be of type {kind.__name__}, got {value!r}") from error
+    return read
+
+
+def gather_statistics(
+    model: nn.Module, target_modules: Sequence[str] | str, losses: Iterable[Tensor]
+) -> dict[str, Statistics]:
+    """What the gradients of ``losses`` in the weights of the target layers are, by path.
+
+    losses: a scalar a batch, each computed by ``model`` as it is asked for, so a generator.
+    target_modules, Raises: as in `apply_qlora`; also if there is no loss. The model is unchanged.
+    """
+    targets = _targets("gather_statistics", model, target_modules)
+    weights = [linear.weight for _, linear in targets]
+    trained = [weight.requires_grad for weight in weights]
+    summed = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+    squared = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+    sensitivity = [0.0] * len(weights)
+    count = 0
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        for loss in losses:
+            count += 1
+            for index, gradient in enumerate(torch.autograd.grad(loss, weights)):
+                summed[index] += gradient
+                squared[index] += gradient.float().square()
+                sensitivity[index] += float((gradient * weights[index].detach()).abs().mean())
+    finally:
+        for weight, before in zip(weights, trained, strict=True):
+            weight.requires_grad_(before)
+    if not count:
+        raise ValueError("gather_statistics: losses has none; give one loss or more")
+    return {
+        path: Statistics(total / count, squares, product / count)
+        for (path, _), total, squares, product in zip(targets, summed, squared, sensitivity, strict=True)
+    }
+
+
+def penalty(model: nn.Module) -> Callable[[], Tensor] | None:
+    """What the loss of ``model`` is to be raised by in each step, or None where its adapters want nothing."""
+    adapters = [layer.adapter for _, layer in adapted_layers(model) if layer.adapter is not None]
+    wanting = [adapter for adapter in adapters if type(adapter).penalty is not Adapter.penalty]
+    return (lambda: torch.stack([adapter.penalty() for adapter in wanting]).sum()) if wanting else None
+
+
+def schedule(model: nn.Module) -> Schedule | None:
+    """What the adapters of ``model`` want done after each step of training, or None."""
+    layers = [layer for _, layer in adapted_layers(model) if layer.adapter is not None]
+    return type(layers[0].adapter).schedule(layers) if layers else None  # type: ignore[union-attr]
+
+
+def adapter_over(
+    linear: nn.Linear,
+    adapter: Adapter,
+    options: Mapping[str, Any],
+    *,
+    dropout: float,
+    four_bits: Mapping[str, Any] | None = None,
+) -> AdaptedLinear:
+    """A layer with ``adapter``, which was made with ``options``, over the weight of ``linear``.
+
+    four_bits: the format to quantise the weight to, as `quantize_4bit` takes it, or None.
+    """
+    adapter.options = dict(options)
+    weight = linear.weight.detach().float()
+    base = adapter.base(weight)
+    changed = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    changed.weight = linear.weight if base is weight else nn.Parameter(base.to(linear.weight.dtype))
+    changed.bias = linear.bias
+    layer: AdaptedLinear
+    if four_bits is None:
+        layer = LoRALinear.from_linear(changed, rank=0, dropout=dropout)
+    else:
+        layer = QLoRALinear.from_linear(changed, rank=0, dropout=dropout, **four_bits)
+    return layer.attach(adapter).train(linear.training)
+
+
 def merge_adapters(model: Model) -> Model:
     """``model`` itself, every adapted layer replaced by the ``nn.Linear`` it merges to, in place."""
+    if any(getattr(module, "input_dependent", False) for module in model.modules()):
+        raise ValueError(
+            "merge_adapters: which adapter a pool uses depends on its input; merge a model with one adapter"
+        )
     merged = {id(layer): layer.merge() for layer in model.modules() if isinstance(layer, AdaptedLinear)}
     if id(model) in merged:
         raise ValueError("merge_adapters: model is itself an adapted layer; call its merge()")

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from harlora.kernels import QuantizedWeight, dequantize_4bit, eager, gpu, qlora_linear, quantize_4bit
 from harlora.kernels.dropout import draw_seed
 from harlora.kernels.format import check_format
+from harlora.nn.adapters.adapter import Adapter, LowRank
 
 
 class AdaptedLinear(nn.Module):
@@ -24,13 +25,18 @@ class AdaptedLinear(nn.Module):
 
     lora_A: ``(rank, in_features)``; lora_B: ``(out_features, rank)``; float32 over a half-precision weight, as in
     PEFT, otherwise of the dtype of the weight.
+    adapter: one of another method in place of lora_A and lora_B, set by `attach`, or None.
     """
 
+    in_features: int
+    out_features: int
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
     bias: nn.Parameter | None
 
-    def __init__(self, linear: nn.Linear, *, rank: int, alpha: float, dropout: float, rslora: bool) -> None:
+    def __init__(
+        self, linear: "nn.Linear | QLoRALinear", *, rank: int, alpha: float, dropout: float, rslora: bool
+    ) -> None:
         super().__init__()
         if not isinstance(rank, int) or rank < 0:
             raise ValueError(f"{type(self).__name__}: rank must be an integer of at least 0, got {rank!r}")
@@ -63,6 +69,18 @@ class AdaptedLinear(nn.Module):
             nn.init.zeros_(self.lora_B)
 
     @property
+    def adapter(self) -> Adapter | None:
+        """The adapter that is no plain LoRA, or None."""
+        return self._modules.get("adapter")  # type: ignore[return-value]
+
+    def attach(self, adapter: Adapter) -> Self:
+        """Give this layer, which must have rank 0, ``adapter``, and return it."""
+        if self.rank or self._modules:
+            raise ValueError(f"{type(self).__name__}: carries an adapter already; make the layer with rank=0")
+        self._modules["adapter"] = adapter.train(self.training)  # add_module would mind the property
+        return self
+
+    @property
     def scaling(self) -> float:
         """The factor of the low-rank branch."""
         if not self.rank:
@@ -73,19 +91,26 @@ class AdaptedLinear(nn.Module):
         """The weight without the adapter, ``(out_features, in_features)``, dense."""
         raise NotImplementedError
 
+    def product(self, x: Tensor, bias: Tensor | None, delta: LowRank | None) -> Tensor:
+        """x·Wᵀ + bias + scale·(dropout(x)·Aᵀ)·Bᵀ, ``(..., out_features)``, with A, B and scale of ``delta``."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def merge(self) -> nn.Linear:
         """A plain layer with the weight W + scaling·lora_B·lora_A, computed in float32; this layer is unchanged."""
         weight = self.base_weight()
+        bias: Tensor | None = self.bias
         dtype = weight.dtype
-        if self.lora_A is not None and self.lora_B is not None:
+        if self.adapter is not None:
+            weight, bias = self.adapter.merged(self)
+        elif self.lora_A is not None and self.lora_B is not None:
             wide = torch.promote_types(dtype, torch.float32)
             delta = self.lora_B.to(wide) @ self.lora_A.to(wide)
             weight = weight.to(wide).add(delta, alpha=self.scaling)
         merged = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         merged.weight = nn.Parameter(weight.to(dtype).clone())
-        if self.bias is not None:
-            merged.bias = nn.Parameter(self.bias.detach().clone())
+        if bias is not None:
+            merged.bias = nn.Parameter(bias.detach().clone())
         return merged.train(self.training)
 
     def extra_repr(self) -> str:
@@ -122,12 +147,19 @@ class LoRALinear(AdaptedLinear):
 
         x: ``(..., in_features)``.
         """
-        y = F.linear(x, self.weight, self.bias)
-        if self.lora_A is None or self.lora_B is None:
+        if self.adapter is not None:
+            return self.adapter(self, x)
+        adapted = self.lora_A is not None and self.lora_B is not None
+        return self.product(x, self.bias, LowRank(self.lora_A, self.lora_B, self.scaling) if adapted else None)  # type: ignore[arg-type]
+
+    def product(self, x: Tensor, bias: Tensor | None, delta: LowRank | None) -> Tensor:
+        """As in `AdaptedLinear`."""
+        y = F.linear(x, self.weight, bias)
+        if delta is None:
             return y
         dtype = x.dtype  # autocast, when it is on, decides inside F.linear
-        t = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(dtype))
-        return y + self.scaling * F.linear(t, self.lora_B.to(dtype))
+        t = F.linear(F.dropout(x, self.dropout, self.training), delta.A.to(dtype))
+        return y + delta.scale * F.linear(t, delta.B.to(dtype))
 
 
 class QLoRALinear(AdaptedLinear):
@@ -194,6 +226,13 @@ class QLoRALinear(AdaptedLinear):
         layer._hold(quantized)
         return layer.train(linear.training)
 
+    def over_same(self, *, rank: int, alpha: float = 16, dropout: float = 0.0, rslora: bool = False) -> Self:
+        """A layer with a new adapter over the weight and bias of this one, which it shares."""
+        layer = type(self).__new__(type(self))
+        AdaptedLinear.__init__(layer, self, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora)
+        layer._hold(self.quantized_weight())
+        return layer.train(self.training)
+
     def _hold(self, quantized: QuantizedWeight) -> None:
         # None of the buffers is persistent: _save_to_state_dict writes them under bitsandbytes' keys.
         self.register_buffer("weight", quantized.packed, persistent=False)
@@ -222,14 +261,20 @@ class QLoRALinear(AdaptedLinear):
         return dequantize_4bit(self.quantized_weight())
 
     def operands(self) -> eager.Layer:
-        """What the operator qlora_linear takes after x. Raises: KeyError if the layer is parametrised."""
+        """What the operator qlora_linear takes after x. Raises: KeyError if the layer is parametrised, or its adapter
+        does more than a low-rank branch.
+        """
         # nn.Module's attribute lookup takes half a microsecond a tensor; a whole call at HAR size takes six.
         tensors: dict[str, Any] = self._buffers
         parameters = self._parameters
+        if self._modules:
+            delta = self.adapter.low_rank(self)  # type: ignore[union-attr]
+            factors = (delta.A, delta.B, delta.scale)
+        else:
+            factors = (parameters["lora_A"], parameters["lora_B"], self.scaling)
         return (
             tensors["weight"], tensors["absmax"], tensors["nested_absmax"], tensors["nested_offset"], self.quant_type,
-            self.blocksize, self.out_features, parameters["bias"], parameters["lora_A"], parameters["lora_B"],
-            self.scaling,
+            self.blocksize, self.out_features, parameters["bias"], *factors,
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
@@ -237,6 +282,8 @@ class QLoRALinear(AdaptedLinear):
 
         x: ``(..., in_features)``, float32, bfloat16, float16 or float64.
         """
+        if self._modules:
+            return self.adapter(self, x)  # type: ignore[misc]
         dropout: Any = (self.dropout, draw_seed(x.device)) if self.training and self.dropout and self.rank else ()
         try:
             direct = (eager if x.is_cpu else gpu).qlora_linear(x, *self.operands(), *dropout)
@@ -245,6 +292,13 @@ class QLoRALinear(AdaptedLinear):
         if direct is not None:
             return direct
         return qlora_linear(x, self.quantized_weight(), self.bias, self.lora_A, self.lora_B, self.scaling, *dropout)
+
+    def product(self, x: Tensor, bias: Tensor | None, delta: LowRank | None) -> Tensor:
+        """As in `AdaptedLinear`, in one operator."""
+        if delta is None:
+            return qlora_linear(x, self.quantized_weight(), bias)
+        dropout: Any = (self.dropout, draw_seed(x.device)) if self.training and self.dropout else ()
+        return qlora_linear(x, self.quantized_weight(), bias, delta.A, delta.B, delta.scale, *dropout)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Casting a model to half precision must not touch the scales: they are float32 by the format's definition.

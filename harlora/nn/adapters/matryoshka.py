@@ -1,0 +1,83 @@
+"""MatryoshkaLoRA and DyLoRA: one adapter that can be cut to lower ranks after training."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from harlora.nn.adapters.adapter import Layer, LowRank, Site
+from harlora.nn.adapters.lora import LoRA
+
+
+class Nested(LoRA):
+    """A LoRA whose first q rows and columns, times its own factor for rank q, are an adapter of rank q.
+
+    ranks: those it is trained for, the highest being ``rank``; by default the powers of 2 up to it.
+    served: the rank that is used outside of training, ``rank`` at first.
+    """
+
+    factors: Tensor
+
+    def __init__(
+        self, site: Site, *, rank: int = 8, alpha: float = 16.0, rslora: bool = False, ranks: Sequence[int] = ()
+    ) -> None:
+        super().__init__(site, rank=rank, alpha=alpha, rslora=rslora)
+        self.ranks = tuple(ranks) or (*(2**k for k in range(rank.bit_length()) if 2**k < rank), rank)
+        if sorted(set(self.ranks)) != list(self.ranks) or self.ranks[0] < 1 or self.ranks[-1] != rank:
+            raise ValueError(f"{type(self).__name__}: ranks must rise from 1 or more to rank={rank}, got {self.ranks}")
+        self.alpha, self.rslora = alpha, rslora
+        self.served = rank
+        factors = [[self.factor(q) * (row < q) for row in range(rank)] for q in self.ranks]
+        self.register_buffer("factors", torch.tensor(factors), persistent=False)  # of each row, by trained rank
+
+    def factor(self, rank: int) -> float:
+        """The scaling at ``rank``."""
+        return self.alpha / (rank**0.5 if self.rslora else rank)
+
+    def cut(self, rank: int) -> LowRank:
+        """The adapter of ``rank``."""
+        return LowRank(self.A[:rank], self.B[:, :rank], self.factor(rank))
+
+    def delta(self, layer: Layer) -> LowRank:
+        """In training that of `trained`, otherwise that of ``served``."""
+        return self.trained() if self.training else self.cut(self.served)
+
+    def trained(self) -> LowRank:
+        """The change in a training step."""
+        raise NotImplementedError
+
+
+class MatryoshkaLoRA(Nested):
+    """ΔW = B·diag(P)·A in training, P_i the sum of the factors of all ranks that have row i: every rank learns in every
+    step (IST-DASLab/MatryoshkaLoRA, algorithm 1).
+
+    ranks: those that can be served, the highest being ``rank``; by default the powers of 2 up to it.
+    """
+
+    name = "matryoshka"
+    title = "MatryoshkaLoRA"
+
+    def trained(self) -> LowRank:
+        """All ranks at once."""
+        return LowRank(self.factors.sum(dim=0)[:, None] * self.A, self.B)
+
+
+class DyLoRA(Nested):
+    """In each training step one of the ranks, drawn at random (Valipour et al. 2023, arXiv 2210.07558).
+
+    ranks: those that can be served, the highest being ``rank``; by default the powers of 2 up to it.
+    """
+
+    name = "dylora"
+    title = "DyLoRA"
+
+    def trained(self) -> LowRank:
+        """One rank, drawn from torch's random numbers; its other rows times zero, so that shapes never change."""
+        drawn = torch.randint(len(self.ranks), (1,), device=self.A.device)
+        return LowRank(self.factors[drawn].view(-1, 1) * self.A, self.B)
+
+
+def aurac(scores: Sequence[float], ranks: Sequence[int]) -> float:
+    """Area under the scores by rank, over the range of ranks (trapezoids); the mean where there is one rank."""
+    x, y = (torch.tensor(list(values), dtype=torch.float64) for values in (ranks, scores))
+    return float(torch.trapezoid(y, x) / (x[-1] - x[0])) if len(x) > 1 else float(y.mean())

@@ -1,0 +1,113 @@
+"""Many adapters over one model, against the same adapters loaded one by one."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from harlora.errors import InputError
+from harlora.models import MAEConfig
+from harlora.models.mae import Classifier, Encoder
+from harlora.nn import (
+    AdapterPool,
+    QLoRALinear,
+    Router,
+    apply_adapter,
+    apply_qlora,
+    load_adapter,
+    merge_adapters,
+    save_adapter,
+)
+
+CONFIG = MAEConfig(patch_size=16, width=64, depth=2, heads=2, ffn=96)
+TARGETS = ["q", "k", "v", "o", "fc1", "fc2"]
+X = torch.randn(9, CONFIG.window, CONFIG.channels, generator=torch.Generator().manual_seed(8))
+INDEX = torch.tensor([0, 2, 1, -1, 2, 0, 0, 1, -1])
+
+
+def base(quantize):
+    torch.manual_seed(3)
+    model = Classifier(Encoder(CONFIG), 4)
+    return (apply_qlora(model, TARGETS, rank=0) if quantize else model).eval()
+
+
+def trained(model, seed):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Of ranks 2 and 4 and of another method; the last trains norms, biases and the head too."""
+    folder = tmp_path_factory.mktemp("adapters")
+    made = {}
+    for name, rank in (("hip", 2), ("wrist", 4)):
+        made[name] = apply_qlora(base(False), TARGETS, rank=rank)
+    made["ankle"] = apply_adapter(base(False), "adalora", TARGETS, rank=3, quantize=True)
+    for name, parameter in made["ankle"].named_parameters():
+        if name.endswith("bias") or "norm" in name or name.startswith("head"):
+            parameter.requires_grad_(True)
+    for seed, (name, model) in enumerate(made.items()):
+        save_adapter(trained(model, seed), folder / name)
+    return {name: folder / name for name in made}
+
+
+@pytest.mark.parametrize("quantize", [False, True], ids=["dense", "nf4"])
+def test_each_row_is_what_its_own_adapter_gives(folders, quantize):
+    pool = AdapterPool(base(quantize), folders)
+    assert pool.names == ("hip", "wrist", "ankle")
+    plain = base(quantize)
+    alone = [load_adapter(copy.deepcopy(plain), folder).eval() for folder in folders.values()]
+    with torch.no_grad():
+        expected = torch.stack(
+            [(alone[i] if i >= 0 else plain)(row[None])[0] for row, i in zip(X, INDEX.tolist(), strict=True)]
+        )
+    torch.testing.assert_close(pool(X, INDEX), expected, atol=2e-5, rtol=2e-5)
+    assert torch.equal(INDEX, pool.index(["hip", "ankle", "wrist", None, "ankle", "hip", "hip", "wrist", None]))
+    only = pool(X[:2], torch.tensor([1, 1]))
+    torch.testing.assert_close(only, alone[1](X[:2]).detach(), atol=2e-5, rtol=2e-5)
+    assert pool(X[:0], INDEX[:0]).shape == (0, 4)
+
+
+def test_one_copy_of_the_weights_serves_all(folders):
+    model = base(True)
+    packed = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith(".weight")}
+    pool = AdapterPool(model, folders)
+    layers = [module for module in pool.modules() if isinstance(module, QLoRALinear)]
+    assert len(layers) == 12
+    for layer, before in zip(layers, packed.values(), strict=True):
+        assert torch.equal(layer.weight, before)
+
+
+def test_what_cannot_be_pooled_is_refused(folders, tmp_path):
+    with pytest.raises(ValueError, match="got none"):
+        AdapterPool(base(False), {})
+    pool = AdapterPool(base(True), folders)
+    with pytest.raises(ValueError, match="index must be int64 of shape"):
+        pool(X, INDEX[:3])
+    with pytest.raises(ValueError, match="index must be from -1 to 2"):
+        pool(X, INDEX + 1)
+    with pytest.raises(ValueError, match="depends on its input"):
+        merge_adapters(pool)
+    for method, message in (("dora", "not a low-rank change"), ("pissa", "over another weight than the 4-bit one")):
+        save_adapter(apply_adapter(base(False), method, TARGETS, rank=2), tmp_path / method)
+        with pytest.raises((ValueError, InputError), match=message):
+            AdapterPool(base(True), {"one": tmp_path / method})
+
+
+def test_a_router_learns_which_adapter_a_sample_needs():
+    torch.manual_seed(0)
+    centres = 3 * torch.randn(3, 8)
+    index = torch.randint(3, (300,))
+    features = centres[index] + torch.randn(300, 8) + 100
+    router = Router(features[:200], index[:200])
+    assert (router(features[200:]) == index[200:]).float().mean() > 0.95
+    shuffled = Router(features[:200], index[:200][torch.randperm(200)])
+    assert (shuffled(features[200:]) == index[200:]).float().mean() < 0.7
+    assert isinstance(router, nn.Module)
+    assert not list(router.parameters())
