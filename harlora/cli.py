@@ -46,7 +46,7 @@ from harlora.report.tables import COLUMNS, LEGEND, MEMORY_LEGEND, groups, headin
 from harlora.train.capture import Capture, captures
 from harlora.train.execute import Ledger, Workers, carry_out
 from harlora.train.experiment import PRESETS, Adaptation, load_experiment
-from harlora.train.finetune import CHECKPOINT, FinetuneConfig, finetune, method_bytes
+from harlora.train.finetune import CHECKPOINT, METHODS, FinetuneConfig, finetune, method_bytes
 from harlora.train.fit import silent
 from harlora.train.lodo import Study
 from harlora.train.predict import predict
@@ -364,6 +364,22 @@ class Finetune:
         console.print(f"classifier: {folder / CHECKPOINT}", highlight=False)
 
 
+def _methods() -> str:
+    """What each method of adapters does, and its options."""
+    lines = []
+    for name, method in METHODS.items():
+        if method.adapter and not method.four_bits:
+            listed = ", ".join(f"{option} {default!r}" for option, default in method.options.items())
+            lines.append(f"{name}, q{name}: {method.about}" + (f" Options: {listed}." if listed else ""))
+    return "\n\n".join(lines)
+
+
+Finetune.__doc__ = (
+    f"{Finetune.__doc__}\n\nMethods with adapters, over dense weights and, with a q before the name, over weights in 4 "
+    f"bits:\n\n{_methods()}"
+)
+
+
 @dataclass(frozen=True)
 class Predict:
     """Label a recording of your own: every window's activity as CSV, a picture over time, the time of each activity.
@@ -541,7 +557,7 @@ def _print_plan(tasks: Sequence[Adaptation], ledger: Ledger) -> None:
         changed = {
             name: value
             for name, value in config.values().items()
-            if value != preset[name] and name not in ("method", "protocol", "seed")
+            if value != preset.get(name) and name not in ("method", "protocol", "seed")
         }
         body.append(
             [

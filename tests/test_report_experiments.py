@@ -109,7 +109,7 @@ def test_a_table_has_a_column_for_what_varies():
                       "seeds"]  # fmt: skip
     assert sorted(row[1:3] for row in rows) == [["fp4", "256"], ["fp4", "64"], ["nf4", "256"], ["nf4", "64"]]
     header, rows = table(pooled([record(seed=0), record(seed=1)]), ("calibration",))
-    assert header == ["method", "ECE", "MCE", "Brier", "seeds"]
+    assert header == ["method", "ECE", "MCE", "ACE", "Brier", "seeds"]
     assert rows[0][-1] == "2"
 
 
@@ -219,9 +219,20 @@ def test_calibration_by_hand():
     assert found["ece"] == pytest.approx((2 * 0.1 + 2 * 0.2) / 4)
     assert found["mce"] == pytest.approx(0.2)
     assert found["brier"] == pytest.approx((2 * 2 * 0.04 + 2 * 0.16 + 2 * 0.36) / 4)
+    assert found["ace"] == pytest.approx((0.2 + 0.2 + 0.4 + 0.6) / 4)  # a bin is one window, for both labels alike
     certain = calibration(np.eye(3), np.arange(3))
-    assert (certain["ece"], certain["mce"], certain["brier"]) == (0, 0, 0)
+    assert (certain["ece"], certain["mce"], certain["ace"], certain["brier"]) == (0, 0, 0, 0)
     assert sum(count for count, *_ in certain["bins"]) == 3
+
+
+def test_adaptive_bins_hold_equally_many_windows():
+    sure = np.linspace(0.5, 1, 1500, endpoint=False)
+    probabilities = np.stack([sure, 1 - sure], axis=1)
+    drawn = np.random.default_rng(0).random(1500)
+    honest = calibration(probabilities, (drawn >= sure).astype(int))
+    boastful = calibration(probabilities, (drawn >= 0.5).astype(int))
+    assert honest["ace"] < 0.05
+    assert boastful["ace"] == pytest.approx(0.25, abs=0.03)  # the mean of what is claimed above one half
 
 
 def test_settings_that_are_not_the_presets_stand_with_their_experiment(tmp_path):

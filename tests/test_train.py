@@ -14,15 +14,19 @@ from torch import nn
 from harlora.data import load_windows, split
 from harlora.errors import InputError
 from harlora.models import MAE
-from harlora.nn import QLoRALinear, adapted_layers
+from harlora.nn import QLoRALinear, adapted_layers, apply_adapter
+from harlora.nn.adapters import Statistics
+from harlora.nn.apply import penalty, schedule
 from harlora.report.tables import has_memory
 from harlora.train import memory
+from harlora.train.federated import aggregate
 from harlora.train.finetune import METHODS, FinetuneConfig, build_classifier, finetune, load_classifier, method_bytes
 from harlora.train.fit import Optimisation, fit, make_optimizer
 from harlora.train.lodo import Study
 from harlora.train.memory import held_bytes, step_bytes, step_peak_bytes
 from harlora.train.metrics import macro_f1, scores
 from harlora.train.pretrain import load_pretrained, pretrain, thinned
+from harlora.train.sampler import QualitySampler
 from small import FINETUNE, MODEL, PRETRAIN
 
 CPU = torch.device("cpu")
@@ -51,20 +55,31 @@ class KilledError(Exception):
     pass
 
 
-def toy_training(state_file, *, stop_after=None, dropout=0.3, validate=True, epochs=6, identity="a", **options):
+def toy_training(
+    state_file, *, stop_after=None, dropout=0.3, validate=True, epochs=6, identity="a", adapter="", **options
+):
     torch.manual_seed(1)
     x = torch.randn(90, 5)
     y = (x.sum(dim=1) > 0).long()
-    model = nn.Sequential(
-        nn.Linear(5, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(dropout), QLoRALinear(16, 2, rank=2)
-    )
+    last = nn.Linear(16, 2) if adapter else QLoRALinear(16, 2, rank=2)
+    model = nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(dropout), last)
+    if adapter:
+        seen = {path: Statistics(torch.ones(1), torch.ones(1), 1.0) for path in "04"}
+        apply_adapter(model, adapter, ["0", "4"], rank=2, statistics=seen)
     steps = 0
 
-    def batch(indices):
-        return x[indices] + 0.1 * torch.randn(len(indices), 5), y[indices]
+    raised = penalty(model)
+    sampler = QualitySampler(torch.arange(70), 0.9, (1, 1, 1, 1)) if adapter == "tsqlora" else None
 
-    def loss(noisy, truth):
-        return nn.functional.cross_entropy(model(noisy), truth)
+    def batch(indices):
+        return x[indices] + 0.1 * torch.randn(len(indices), 5), y[indices], indices
+
+    def loss(noisy, truth, indices):
+        logits = model(noisy)
+        if sampler:
+            sampler.observe(indices, logits, truth)
+        error = nn.functional.cross_entropy(logits, truth)
+        return error if raised is None else error + raised()
 
     def report(done, total, note):
         nonlocal steps
@@ -86,19 +101,22 @@ def toy_training(state_file, *, stop_after=None, dropout=0.3, validate=True, epo
         validate=(lambda: float((model(x[70:]).argmax(1) == y[70:]).float().mean())) if validate else None,
         report=report,
         save_every_s=0.0,
+        schedule=schedule(model),
+        sampler=sampler,
     )
     return model, fitted
 
 
+@pytest.mark.parametrize("adapter", ["", "adalora", "dylora", "tsqlora"])
 @pytest.mark.parametrize("validate", [True, False])
 @pytest.mark.parametrize("stop_after", [1, 20, 41, 73, 119])
-def test_a_killed_training_goes_on_to_the_same_result(tmp_path, stop_after, validate):
-    expected, fitted = toy_training(tmp_path / "undisturbed", validate=validate)
+def test_a_killed_training_goes_on_to_the_same_result(tmp_path, stop_after, validate, adapter):
+    expected, fitted = toy_training(tmp_path / "undisturbed", validate=validate, adapter=adapter)
     state = tmp_path / "state"
     with pytest.raises(KilledError):
-        toy_training(state, stop_after=stop_after, validate=validate)
+        toy_training(state, stop_after=stop_after, validate=validate, adapter=adapter)
     assert state.exists() is (stop_after > 20)
-    model, resumed = toy_training(state, validate=validate)
+    model, resumed = toy_training(state, validate=validate, adapter=adapter)
     for name, value in expected.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
     assert resumed.history == fitted.history
@@ -393,8 +411,9 @@ def test_how_steps_were_taken_is_said_and_no_part_of_the_identity(data, pretrain
     assert finetune(config, data[0], pretrained, tmp_path, device=CPU, capture="off") == metrics
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("protocol", ["subject", "paper"])
+@pytest.mark.parametrize(
+    ("method", "protocol"), [*((name, "subject") for name in METHODS), ("full", "paper"), ("qlora", "paper")]
+)
 def test_every_method_runs(data, pretrained, tmp_path, method, protocol):
     config = replace(FINETUNE, method=method, protocol=protocol)
     metrics = finetune(config, data[0], pretrained, tmp_path, sources=data[1:], device=CPU)
@@ -402,7 +421,7 @@ def test_every_method_runs(data, pretrained, tmp_path, method, protocol):
     assert metrics["synthetic"] is True
     assert metrics["seconds"] > 0
     size = metrics["bytes"]
-    absent = {"packed", "scales"} if method != "qlora" else set()
+    absent = {"packed", "scales"} if not METHODS[method].four_bits else set()
     absent |= {"adapters"} if METHODS[method].adapter is None else set()
     assert {name for name, value in size.items() if value == 0} == absent
     assert has_memory(size)
@@ -477,6 +496,59 @@ def test_what_each_method_trains():
         assert {"encoder.norm.weight", "encoder.blocks.0.attention.q.bias", "encoder.patch_embed.weight"} <= more
 
 
+@pytest.mark.parametrize("method", ["lora", "qpissa"])
+def test_adapters_in_the_blocks_that_change_the_most_alone(data, pretrained, tmp_path, method):
+    config = replace(FINETUNE, method=method, adapted_blocks=1)
+    metrics = finetune(config, data[0], pretrained, tmp_path, device=CPU)
+    (folder,) = tmp_path.glob(f"*{metrics['identity']}")
+    model, _, _ = load_classifier(folder / "classifier.safetensors")
+    paths = [path for path, _ in adapted_layers(model.encoder)]
+    assert len(paths) == 6
+    assert len({path.split(".")[1] for path in paths}) == 1
+
+
+@pytest.mark.parametrize("server", ["average", "fair"])
+def test_people_may_be_clients(data, pretrained, tmp_path, server):
+    config = replace(FINETUNE, method="qlora", federated=server, epochs=3)
+    metrics = finetune(config, data[0], pretrained, tmp_path / "a", device=CPU)
+    assert len(metrics["history"]) == 3
+    assert metrics["history"][-1]["loss"] < metrics["history"][0]["loss"]
+    # Killed after two rounds it goes on to the same result.
+    rounds = []
+
+    def stop(done, total, note):
+        rounds.append(note)
+        if note.startswith("round 3"):
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        finetune(config, data[0], pretrained, tmp_path / "b", device=CPU, report=stop)
+    again = finetune(config, data[0], pretrained, tmp_path / "b", device=CPU)
+    assert again["history"] == metrics["history"]
+    assert again["scores"] == metrics["scores"]
+    (folder,) = (tmp_path / "b").glob("qlora-*")
+    assert not (folder / "state.safetensors").exists()
+
+
+def test_the_server_averages_and_fair_is_nearer_to_what_the_clients_made():
+    torch.manual_seed(0)
+    states = [
+        {"x.lora_A": torch.randn(2, 6), "x.lora_B": torch.randn(5, 2), "bias": torch.randn(5), "count": torch.tensor(3)}
+        for _ in range(3)
+    ]
+    sizes = [10, 20, 70]
+    plain, fair = aggregate(states, sizes), aggregate(states, sizes, ridge=1e-4)
+    assert {name: value.shape for name, value in plain.items()} == {name: value.shape for name, value in fair.items()}
+    for name in ("bias", "x.lora_A"):
+        mean = sum(size / 100 * state[name] for size, state in zip(sizes, states, strict=True))
+        torch.testing.assert_close(plain[name], mean)
+        assert torch.equal(plain[name], fair[name])
+    wanted = sum(size / 100 * state["x.lora_B"] @ state["x.lora_A"] for size, state in zip(sizes, states, strict=True))
+    errors = [float((one["x.lora_B"] @ one["x.lora_A"] - wanted).norm()) for one in (plain, fair)]
+    assert errors[1] < 0.9 * errors[0]
+    assert plain["count"] == 3
+
+
 def test_scratch_forgets_the_pretraining():
     torch.manual_seed(9)
     encoder = MAE(MODEL).encoder
@@ -521,11 +593,30 @@ def test_fewer_labels_train_on_fewer_windows(data, pretrained, tmp_path):
         ({"flipped": 1.5}, "flipped must be from 0 to 1, got 1.5"),
         ({"warp": 0.0}, "warp must be above 0 and at most 1, got 0.0"),
         ({"turned_deg": -1.0}, "turned_deg must be at least 0, got -1.0"),
+        ({"federated": "some"}, "federated must be one of no, average, fair, got 'some'"),
+        ({"method": "full", "federated": "fair"}, "federated is for lora and qlora"),
+        ({"method": "full", "options": {"choose": "random"}}, "options: full has none, got choose"),
+        (
+            {"method": "paca", "options": {"chose": "random"}},
+            "options: paca has no option chose; required some of rank",
+        ),
+        ({"method": "paca", "options": {"rank": 4}}, "options: rank must be set as settings of their own"),
+        ({"method": "adalora", "options": {"begin": "soon"}}, "adalora: begin must be of type float, got 'soon'"),
     ],
 )
 def test_wrong_configurations_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
         replace(FINETUNE, **changes).check()
+
+
+def test_options_may_be_text():
+    config = replace(FINETUNE, method="adalora", options={"first_rank": "6", "begin": "0.2"})
+    assert config.options == {"first_rank": 6, "begin": 0.2}
+    assert config == replace(FINETUNE, method="adalora", options={"first_rank": 6, "begin": 0.2})
+    assert config.values()["options"] == {"first_rank": 6, "begin": 0.2}
+    assert "options" not in FINETUNE.values()
+    assert replace(FINETUNE, method="matryoshka", options={"ranks": "1,2"}).options == {"ranks": (1, 2)}
+    assert replace(FINETUNE, method="qlora", options={"frozen_A": "true"}).options == {"frozen_A": True}
 
 
 def test_the_same_people_are_never_on_both_sides(data, pretrained, tmp_path):

@@ -259,7 +259,7 @@ def _sweeps(records: Sequence[Record], images: Path, out: Path) -> str:
     parts: list[str] = []
     for x, what in _SWEPT.items():
         for members in groups(r for r in records if as_preset(r, x) and (x != "windows_per_class" or r["config"][x])):
-            values = {r["config"][x] for r in members if METHODS[r["config"]["method"]].adapter or x != "rank"}
+            values = {r["config"][x] for r in members if METHODS[r["config"]["method"]].ranked or x != "rank"}
             if len(values) > (x != "windows_per_class"):  # which the main tables have none of
                 parts += [f"## {what}", "", by_setting(f"by-{x}", members, x, images, out)]
     return "\n".join(parts)

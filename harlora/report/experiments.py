@@ -54,9 +54,9 @@ def section(experiment: Experiment, records: Sequence[Record], images: Path, out
 def _settings(records: Sequence[Record]) -> list[str]:
     """What all runs have in common and the preset has not; what varies is in the tables."""
     found = []
-    for key in records[0]["config"]:
+    for key in _settings_of(records):
         values = [record["config"].get(key) for record in records]
-        if key not in _NOT_COLUMNS and all(value == values[0] for value in values):
+        if all(value == values[0] for value in values):
             usual = [preset_of(record).values().get(key) for record in records]
             if all(value != values[0] for value in usual):
                 found.append(f"{key} {_value(values[0])}")
@@ -72,6 +72,9 @@ def by_setting(
     header, rows = table(shown, show)
     write_text(out.parent / "tables" / f"{name}.tex", latex(header, rows, heading(members)))
     lines = [f"### {_title(members)}", "", markdown(header, rows)]
+    if "pareto" in show:
+        plots.pareto(shown, images / f"{name}-pareto.png")
+        lines += [f"![{heading(members)}]({(images / f'{name}-pareto.png').relative_to(out.parent).as_posix()})", ""]
     if x:
         plots.curve(shown, x, images / f"{name}.png", reference=_reference(x, first))
         lines += [f"![{heading(members)}]({(images / f'{name}.png').relative_to(out.parent).as_posix()})", ""]
@@ -86,13 +89,19 @@ def _title(members: Sequence[Record]) -> str:
 
 def _varied(records: Sequence[Record]) -> list[str]:
     """The settings in which the results differ, beside method, protocol and seed, and what methods do by default."""
-    keys = [key for key in records[0]["config"] if key not in _NOT_COLUMNS]
     usual = [preset_of(record).values() for record in records]
     return [
         key
-        for key in keys
+        for key in _settings_of(records)
         if len({str(record["config"].get(key)) for record in records}) > 1
         and any(record["config"].get(key) != preset.get(key) for record, preset in zip(records, usual, strict=True))
+    ]
+
+
+def _settings_of(records: Sequence[Record]) -> list[str]:
+    """Every setting that one of the results has, beside method, protocol and seed."""
+    return [
+        key for key in dict.fromkeys(key for record in records for key in record["config"]) if key not in _NOT_COLUMNS
     ]
 
 
@@ -103,12 +112,13 @@ _COLUMNS: Mapping[str, Mapping[str, Callable[[Record], str]]] = {
         "the paper's": lambda record: paper(record),
     },
     "calibration": {
-        name: lambda record, key=key: f"{record['calibration'][key]:.3f}"  # type: ignore[misc]
-        for name, key in (("ECE", "ece"), ("MCE", "mce"), ("Brier", "brier"))
+        name: lambda record, key=key: f"{record['calibration'][key]:.3f}" if key in record["calibration"] else ""  # type: ignore[misc]
+        for name, key in (("ECE", "ece"), ("MCE", "mce"), ("ACE", "ace"), ("Brier", "brier"))
     },
     "cost": {
         "trainable": lambda record: f"{record['parameters']['trainable']:,}",
         "held, MB": lambda record: megabytes(held(record)),
+        "file, MB": lambda record: megabytes(record["adapter_file"]) if "adapter_file" in record else "",
         "seconds": lambda record: f"{record['seconds']:.0f}",
     },
 }
@@ -120,7 +130,7 @@ def table(records: Sequence[Record], show: Sequence[str]) -> tuple[list[str], li
     columns: dict[str, Callable[[Record], str]] = {"method": method_title}
     columns |= {key: lambda record, key=key: _value(record["config"].get(key)) for key in varied}  # type: ignore[misc]
     for part in show:
-        columns |= _COLUMNS[part]
+        columns |= _COLUMNS.get(part, {})
     columns["seeds"] = lambda record: str(len(record.get("seeds", (0,))))
     rows = [[cell(record) for cell in columns.values()] for record in sorted(records, key=order)]
     filled = [number for number in range(len(columns)) if any(row[number] for row in rows)]

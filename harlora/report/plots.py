@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import colormaps
 
 from harlora.files import replacing
 from harlora.report.tables import TITLES, Record, held, method_title
@@ -14,7 +16,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-COLOURS = {
+_COLOURS = {
     "zero_shot": "#999999",
     "linear_probe": "#cc79a7",
     "scratch": "#e69f00",
@@ -28,6 +30,19 @@ _MARKERS = {
     "zero_shot": "X", "linear_probe": "v", "scratch": "s", "bitfit": "P", "partial": "<", "full": "D", "lora": "o",
     "qlora": "^",
 }  # fmt: skip
+
+
+def colour(method: str) -> Any:
+    """The colour of a method in every picture; of other adapters than LoRA one for dense weights and 4 bits."""
+    if method in _COLOURS:
+        return _COLOURS[method]
+    adapters = list(dict.fromkeys(entry.adapter for entry in METHODS.values()))
+    return colormaps["tab20"](adapters.index(METHODS[method].adapter) / len(adapters))
+
+
+def marker(method: str) -> str:
+    """The marker of a method in every picture."""
+    return _MARKERS.get(method, "h" if METHODS[method].four_bits else "d")
 
 
 def save(figure: Figure, file: Path) -> None:
@@ -76,7 +91,8 @@ def curve(records: Sequence[Record], x: str, file: Path, *, reference: Mapping[f
 
     A method whose results do not vary in ``x`` is a line across. reference: the paper's scores by ``x``.
     """
-    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    lines = len({record["config"]["method"] for record in records}) + bool(reference)
+    figure, axis = plt.subplots(figsize=(6.4, max(3.6, 0.6 + 0.2 * lines)), layout="constrained")
     values = sorted({record["config"][x] for record in records}, key=lambda value: (str(type(value)), value))
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
     place = {value: value if numbers else position for position, value in enumerate(values)}
@@ -86,14 +102,14 @@ def curve(records: Sequence[Record], x: str, file: Path, *, reference: Mapping[f
             continue
         if len({str(record["config"][x]) for record in same}) == 1 and len(values) > 1:
             for record in same:
-                axis.axhline(record["scores"]["macro_f1"], color=COLOURS[method], linestyle="--", linewidth=1,
+                axis.axhline(record["scores"]["macro_f1"], color=colour(method), linestyle="--", linewidth=1,
                              label=title)  # fmt: skip
             continue
         same.sort(key=lambda record: place[record["config"][x]])
         spread = [record.get("spread", {}).get("macro_f1", 0.0) for record in same]
         at = [place[record["config"][x]] for record in same]
         axis.errorbar(at, [record["scores"]["macro_f1"] for record in same], yerr=spread, capsize=3,
-                      marker=_MARKERS[method], color=COLOURS[method], label=title)  # fmt: skip
+                      marker=marker(method), color=colour(method), label=title)  # fmt: skip
     if reference:
         axis.plot(*zip(*sorted(reference.items()), strict=True), color="#777777", marker=".", linestyle=":",
                   label="LoRA in the paper")  # fmt: skip
@@ -106,6 +122,37 @@ def curve(records: Sequence[Record], x: str, file: Path, *, reference: Mapping[f
     axis.set_ylabel("macro-F1")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    stamp(figure, records)
+    save(figure, file)
+
+
+def pareto(records: Sequence[Record], file: Path) -> None:
+    """Macro-F1 by what is held in training and by what trains, each with the line of those that none beats in both."""
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.6), sharey=True, layout="constrained")
+    costs = (
+        ("MB held in training (weights, gradients, optimiser)", lambda record: held(record) / 1e6),
+        ("trained parameters", lambda record: record["parameters"]["trainable"]),
+    )
+    for axis, (what, cost) in zip(axes, costs, strict=True):
+        points = sorted((cost(record), -record["scores"]["macro_f1"]) for record in records)
+        best, edge = -np.inf, []
+        for value, score in points:
+            if -score > best:
+                best = -score
+                edge.append((value, best))
+        axis.step(*zip(*edge, strict=True), where="post", color="#bbbbbb", linewidth=1, zorder=1)
+        for record in records:
+            method = record["config"]["method"]
+            axis.errorbar(
+                cost(record), record["scores"]["macro_f1"], yerr=record.get("spread", {}).get("macro_f1"), capsize=2,
+                marker=marker(method), color=colour(method), linestyle="", label=method_title(record),
+            )  # fmt: skip
+        axis.set_xscale("log")
+        axis.set_xlabel(what, fontsize=9)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("macro-F1")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
     stamp(figure, records)
     save(figure, file)
 
@@ -133,7 +180,7 @@ def by_bytes(groups: Sequence[tuple[str, Sequence[Record]]], file: Path) -> None
         for record in records:
             method, score = record["config"]["method"], record["scores"]["macro_f1"]
             at = (held(record) / 1e6, max(score, lowest))
-            axis.scatter(*at, s=52, marker=_MARKERS[method], color=COLOURS[method], label=method_title(record),
+            axis.scatter(*at, s=52, marker=marker(method), color=colour(method), label=method_title(record),
                          zorder=3)  # fmt: skip
             if score < lowest:
                 axis.annotate(f"{score:.3f} ↓", at, xytext=(8, 0), textcoords="offset points", fontsize=8, va="center")

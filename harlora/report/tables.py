@@ -13,16 +13,7 @@ from harlora.train.finetune import METHODS, FinetuneConfig
 
 Record = dict[str, Any]
 
-TITLES = {
-    "zero_shot": "zero-shot",
-    "linear_probe": "linear probe",
-    "scratch": "from scratch",
-    "bitfit": "BitFit",
-    "partial": "last blocks",
-    "full": "full",
-    "lora": "LoRA",
-    "qlora": "QLoRA",
-}
+TITLES = {name: method.title for name, method in METHODS.items()}
 COLUMNS = (
     "method", "accuracy", "macro-F1", "precision", "recall", "trainable", "frozen", "trained", "optimiser", "held",
     "step peak", "epoch", "seconds",
@@ -45,7 +36,7 @@ def method_title(record: Record) -> str:
 
 def titled(method: str, rank: int) -> str:
     """As `method_title`."""
-    return f"{TITLES[method]} r={rank}" if METHODS[method].adapter else TITLES[method]
+    return f"{TITLES[method]} r={rank}" if METHODS[method].ranked else TITLES[method]
 
 
 def held(record: Record) -> int:
@@ -154,7 +145,7 @@ def _pool(members: Sequence[Record]) -> Record:
     confusion = [[sum(cells) for cells in zip(*same, strict=True)] for same in rows]
     means = {key: statistics.fmean(several) for key, several in values.items()}
     calibrated = [member["calibration"] for member in members if "calibration" in member]
-    kinds = ("ece", "mce", "brier")
+    kinds = [kind for kind in ("ece", "mce", "ace", "brier") if all(kind in entry for entry in calibrated)]
     return {
         **first,
         **({"calibration": {k: statistics.fmean(c[k] for c in calibrated) for k in kinds}} if calibrated else {}),
@@ -190,14 +181,19 @@ def as_preset(record: Record, *free: str) -> bool:
     config = record["config"]
     preset = preset_of(record).values()
     any_value = {"method", "protocol", "rank", "alpha", "seed", *free}
+    if config.keys() - preset.keys() - any_value:  # settings that are left out where they have their default
+        return False
     return all(config[name] == value for name, value in preset.items() if name in config and name not in any_value)
 
 
 def plain(records: Iterable[Record]) -> list[Record]:
-    """Results with the preset's settings and, of several ranks, rank 8 or else the lowest: those of the main tables."""
+    """Results with the preset's settings and, of several ranks, rank 8 or else the lowest: those of the main tables.
+
+    Of adapters LoRA and QLoRA; experiments have tables of the others.
+    """
     chosen = []
     for members in groups(record for record in records if as_preset(record)):
-        for method in METHODS:
+        for method in (name for name, entry in METHODS.items() if entry.adapter in (None, "lora")):
             same = [record for record in members if record["config"]["method"] == method]
             ranks = {record["config"]["rank"] for record in same}
             rank = 8 if 8 in ranks else min(ranks, default=0)

@@ -70,7 +70,7 @@ def result_file(record: dict[str, Any]) -> str:
 
 
 def _result_name(target: str, config: dict[str, Any], identity: str) -> str:
-    rank = f"-r{config['rank']}" if METHODS[config["method"]].adapter else ""
+    rank = f"-r{config['rank']}" if METHODS[config["method"]].ranked else ""
     return f"{target}-{config['protocol']}-{config['method']}{rank}-s{config['seed']}-{identity[:8]}.json"
 
 

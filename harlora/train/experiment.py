@@ -41,7 +41,9 @@ PRESETS = {
 }
 
 SHOWN = ("scores", "cost")
-_ADAPTER = ("rank", "alpha", "adapter_dropout", "rslora", "train_norms", "target_modules", "rank_pattern")
+_ALSO_SHOWN = ("calibration", "pareto")
+_ADAPTER = ("options", "rank", "alpha", "adapter_dropout", "rslora", "train_norms", "target_modules", "rank_pattern")
+_RANKED = ("rank", "alpha", "rank_pattern")
 _QUANTISED = ("quant_type", "blocksize", "double_quant")
 _LABELS = ("label_fraction", "windows_per_class")
 
@@ -88,10 +90,10 @@ class Experiment:
         """Raise InputError unless every setting exists and has a possible value."""
         if self.preset not in PRESETS:
             raise InputError(f"unknown preset {self.preset!r}; required one of {', '.join(PRESETS)}")
-        unknown = sorted(set(self.show) - {*SHOWN, "calibration"})
+        unknown = sorted(set(self.show) - {*SHOWN, *_ALSO_SHOWN})
         if unknown or not self.show:
             raise InputError(
-                f"show must be some of {', '.join(SHOWN)}, calibration; got {', '.join(unknown) or 'none'}"
+                f"show must be some of {', '.join((*SHOWN, *_ALSO_SHOWN))}; got {', '.join(unknown) or 'none'}"
             )
         if self.x is not None and self.x not in PRESETS[self.preset].finetune.values():
             raise InputError(f"x must be a setting of fine-tuning, got {self.x!r}")
@@ -201,7 +203,8 @@ def _plain(config: FinetuneConfig, base: FinetuneConfig) -> FinetuneConfig:
         return config  # `check` says so
     method = METHODS[config.method]
     unused: tuple[str, ...] = () if method.adapter else _ADAPTER
-    unused += () if method.adapter == "qlora" else _QUANTISED
+    unused += () if method.ranked else _RANKED
+    unused += () if method.four_bits else _QUANTISED
     unused += () if method.on_target else _LABELS
     unused += () if method.encoder == "last blocks" else ("blocks",)
     return replace(config, **{name: getattr(base, name) for name in unused})

@@ -1,7 +1,9 @@
 """Adapting a pretrained encoder to one dataset, by one of several methods, and scoring it on what it has not seen."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,14 +22,28 @@ from harlora.errors import InputError
 from harlora.files import load_tensors, save_tensors
 from harlora.kernels.format import BLOCKSIZES, QUANT_TYPES
 from harlora.models.mae import MAE, Classifier, Encoder, MAEConfig
-from harlora.nn import apply_lora, apply_qlora, save_adapter
+from harlora.nn import (
+    adapted_layers,
+    adapter_options,
+    apply_adapter,
+    apply_lora,
+    apply_qlora,
+    gather_statistics,
+    save_adapter,
+)
+from harlora.nn.adapter_files import WEIGHTS_FILE
+from harlora.nn.adapters import ADAPTERS, LoRA
+from harlora.nn.adapters.choose import changes
+from harlora.nn.apply import penalty, read_options, schedule
 from harlora.train.capture import Capture, TrainingStep, captures
+from harlora.train.federated import RIDGE, SERVERS, federate
 from harlora.train.fit import Optimisation, Report, fit, make_optimizer, silent
 from harlora.train.memory import held_bytes, matrix_bytes, step_bytes
 from harlora.train.metrics import calibration, confusion, macro_f1, scores
 from harlora.train.pretrain import Pretrained, thinned
 from harlora.train.processes import Processes
 from harlora.train.runs import Run, identify, open_run, provenance
+from harlora.train.sampler import SAMPLERS, QualitySampler, Sampler
 
 CHECKPOINT = "classifier.safetensors"
 # In a pocket a phone tilts and may be upside down; on a belt it hardly moves, and sitting is told from standing by its
@@ -37,6 +53,8 @@ _WORN_FIRMLY: Mapping[str, float] = {"turned_deg": 5.0, "flipped": 0.0}
 # On random windows of the same people more epochs help more than more patches; on new people they do not.
 _SHORT: Mapping[str, Any] = {"epochs": 20, "dropped": 0.5}
 _LONG: Mapping[str, Any] = {"epochs": 50, "dropped": 0.75}
+SETTINGS = ("rank", "alpha", "rslora")  # options of many methods, which FinetuneConfig has by themselves
+_GRADIENT_BATCHES = 8  # that methods which start from gradients see
 TARGET_MODULES = ("q", "k", "v", "o", "fc1", "fc2")
 
 
@@ -44,27 +62,55 @@ TARGET_MODULES = ("q", "k", "v", "o", "fc1", "fc2")
 class Method:
     """What trains, and from what.
 
-    learning_rate: that the method is used with unless another is given.
-    encoder: which of its own weights train. adapter: "lora", "qlora" or None. pretrained: or else random weights.
+    title: what a reader knows it as. learning_rate: that the method is used with unless another is given.
+    encoder: which of its own weights train. adapter: a method in `harlora.nn.adapters.ADAPTERS`, or None.
+    four_bits: the adapted weights are in 4 bits. pretrained: or else random weights.
     on_target: trained on labels of the target; or else on those of the sources.
     """
 
+    title: str
     learning_rate: float
     encoder: Literal["none", "biases", "last blocks", "all"] = "none"
     adapter: str | None = None
+    four_bits: bool = False
     pretrained: bool = True
     on_target: bool = True
 
+    @property
+    def ranked(self) -> bool:
+        """Whether its adapters have a rank."""
+        return self.adapter is not None and "rank" in adapter_options(self.adapter)
+
+    @property
+    def about(self) -> str:
+        """What its adapters are, and what its options mean."""
+        return " ".join((ADAPTERS[self.adapter].__doc__ or "").split()) if self.adapter else ""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The names of its adapters' options, other than `SETTINGS`, with their defaults."""
+        options = adapter_options(self.adapter) if self.adapter else {}
+        return {name: default for name, default in options.items() if name not in SETTINGS}
+
+
+_RATES = {"ia3": 1e-2, "lora_xs": 5e-3, "lora_sb": 5e-3, "uni_lora": 5e-3}  # others as LoRA
+
+
+def _adapter_methods() -> Iterator[tuple[str, Method]]:
+    for name, kind in ADAPTERS.items():
+        rate = _RATES.get(name, 2e-3)
+        yield name, Method(kind.title, rate, adapter=name)
+        yield f"q{name}", Method(f"Q{kind.title}", rate, adapter=name, four_bits=True)
+
 
 METHODS: Mapping[str, Method] = {
-    "zero_shot": Method(2e-3, on_target=False),
-    "linear_probe": Method(2e-3),
-    "scratch": Method(1e-3, encoder="all", pretrained=False),
-    "bitfit": Method(2e-3, encoder="biases"),
-    "partial": Method(1e-3, encoder="last blocks"),
-    "full": Method(1e-3, encoder="all"),
-    "lora": Method(2e-3, adapter="lora"),
-    "qlora": Method(2e-3, adapter="qlora"),
+    "zero_shot": Method("zero-shot", 2e-3, on_target=False),
+    "linear_probe": Method("linear probe", 2e-3),
+    "scratch": Method("from scratch", 1e-3, encoder="all", pretrained=False),
+    "bitfit": Method("BitFit", 2e-3, encoder="biases"),
+    "partial": Method("last blocks", 1e-3, encoder="last blocks"),
+    "full": Method("full", 1e-3, encoder="all"),
+    **dict(_adapter_methods()),  # LoRA and QLoRA first
 }
 
 
@@ -73,14 +119,17 @@ class FinetuneConfig:
     """How the encoder is adapted."""
 
     method: str = "qlora"
-    """zero_shot, linear_probe, scratch, bitfit, partial, full, lora or qlora. All have the same head; linear_probe and
-    zero_shot train nothing else, bitfit the encoder's biases, partial its last blocks."""
+    """zero_shot, linear_probe, scratch, bitfit, partial, full, lora, qlora or another method of adapters. All
+    have the same head; linear_probe and zero_shot train nothing else, bitfit the encoder's biases, partial its last
+    blocks."""
     protocol: str = "subject"
     """subject: nobody is on both sides of the split; paper: windows at random."""
     rank: int = 8
-    """Of LoRA and QLoRA."""
+    """Of the adapters of methods that have one."""
+    options: Mapping[str, int | float | bool | str] = field(default_factory=dict)
+    """Of the method, beside rank, alpha and rslora, as `choose gradient`; listed above."""
     target_modules: tuple[str, ...] = TARGET_MODULES
-    """The layers of every block that LoRA and QLoRA adapt."""
+    """The layers of every block that carry adapters."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Other ranks for some layers, for example `fc1 16 blocks.5.attention.q 4`; alpha follows, the scaling stays."""
     alpha: float = 16.0
@@ -94,11 +143,11 @@ class FinetuneConfig:
     train_norms: bool = True
     """Let LayerNorms, biases and the patch embedding train beside the adapters."""
     quant_type: str = "nf4"
-    """nf4 or fp4, of QLoRA's weights."""
+    """nf4 or fp4, of weights in 4 bits, which methods have whose name begins with q."""
     blocksize: int = 64
-    """Weights that share a scale in QLoRA: 32, 64, 128, ... 4096."""
+    """Weights that share a scale in 4 bits: 32, 64, 128, ... 4096."""
     double_quant: bool = True
-    """Store QLoRA's scales in 8 bits."""
+    """Store their scales in 8 bits."""
     epochs: int | None = None
     """Passes over the training windows; by default 20, or the paper's 50 with protocol paper unless the encoder is
     frozen."""
@@ -134,17 +183,48 @@ class FinetuneConfig:
     """Share of the training windows that is used."""
     windows_per_class: int = 0
     """Use so many training windows of each class instead; 0 is off."""
+    adapted_blocks: int = 0
+    """Adapters in so many blocks alone, those that change what goes in the most (1 - CKA) on some training windows,
+    without their labels; 0 is all."""
+    sampled: float = 1.0
+    """Share of the training windows that an epoch takes, drawn anew each time."""
+    sampler: Literal["uniform", "quality", "auto"] = "auto"
+    """How they are drawn: any as likely as any other, or those rather that teach the most; auto is quality with
+    tsqlora and qtsqlora, otherwise uniform."""
+    quality: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+    """What counts as teaching: the weights of the gradient's norm, of the loss that fell and of the confidence that
+    rose, and the temperature."""
+    federated: Literal["no", "average", "fair"] = "no"
+    """Each person of the training part is a client that trains on its own windows, a pass over them a round, a round
+    an epoch; the server averages what they trained, or corrects the averages of adapters' factors so that their
+    product is near that of the clients (fair: LoRA-FAIR). For lora and qlora."""
+    mislabelled: float = 0.0
+    """Share of the training windows that are given a wrong label, to see what a method makes of it."""
     max_windows: int = 0
     """At most so many windows of a dataset, drawn at random; 0 takes all."""
     seed: int = 0
     """Of the split and of everything random."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "target_modules", tuple(self.target_modules))  # JSON and TOML have lists
+        for name in ("target_modules", "quality"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON and TOML have lists
+        method = METHODS.get(self.method)
+        if method and method.adapter and self.options:
+            with suppress(ValueError):  # `check` says so
+                object.__setattr__(self, "options", read_options(method.adapter, self.options))
 
     def values(self) -> dict[str, Any]:
-        """The settings as JSON values."""
-        return {**asdict(self), "target_modules": list(self.target_modules)}
+        """The settings as JSON values.
+
+        Those that came later are left out where they have their default, so that runs keep their identity.
+        """
+        values = json.loads(json.dumps(asdict(self)))
+        later = {name: values[name] for name in _LATER if getattr(self, name) == getattr(_DEFAULTS, name)}
+        return {name: value for name, value in values.items() if name not in later}
+
+    def takes_by_quality(self) -> bool:
+        """Whether windows are drawn by what they teach."""
+        return self.sampler == "quality" or (self.sampler == "auto" and METHODS[self.method].adapter == "tsqlora")
 
     def for_dataset(self, name: str) -> "FinetuneConfig":
         """The settings with those filled in whose default depends on the dataset, the protocol or the method."""
@@ -162,6 +242,7 @@ class FinetuneConfig:
             raise InputError(f"unknown protocol {self.protocol!r}; required one of {', '.join(PROTOCOLS)}")
         if self.rank < 1:
             raise InputError(f"rank must be at least 1, got {self.rank}")
+        self._check_options(METHODS[self.method].adapter)
         for name, rank in self.rank_pattern.items():
             if rank < 1:
                 raise InputError(f"rank_pattern: {name} must be at least 1, got {rank}")
@@ -178,6 +259,24 @@ class FinetuneConfig:
             raise InputError(f"flipped must be from 0 to 1, got {self.flipped}")
         if not 0 < self.warp <= 1:
             raise InputError(f"warp must be above 0 and at most 1, got {self.warp}")
+        if self.adapted_blocks < 0:
+            raise InputError(f"adapted_blocks must be at least 0, got {self.adapted_blocks}")
+        if not 0 < self.sampled <= 1:
+            raise InputError(f"sampled must be above 0 and at most 1, got {self.sampled}")
+        if self.sampler not in ("auto", *SAMPLERS):
+            raise InputError(f"sampler must be one of auto, {', '.join(SAMPLERS)}, got {self.sampler!r}")
+        if len(self.quality) != 4 or not self.quality[3] > 0:
+            raise InputError(f"quality must be three weights and a temperature above 0, got {self.quality}")
+        if self.federated not in ("no", *SERVERS):
+            raise InputError(f"federated must be one of no, {', '.join(SERVERS)}, got {self.federated!r}")
+        beside = self.validated or self.sampled < 1 or self.takes_by_quality() or self.options
+        if self.federated != "no" and (METHODS[self.method].adapter != "lora" or beside):
+            raise InputError(
+                "federated is for lora and qlora without options, validated, sampled and sampler, got "
+                f"{self.method}; leave it out"
+            )
+        if not 0 <= self.mislabelled < 1:
+            raise InputError(f"mislabelled must be at least 0 and below 1, got {self.mislabelled}")
         for name in ("turned_deg", "rescaled"):
             if not (getattr(self, name) or 0) >= 0:
                 raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
@@ -187,6 +286,18 @@ class FinetuneConfig:
                 f"quant_type must be one of {QUANT_TYPES} and blocksize one of {BLOCKSIZES}, "
                 f"got {self.quant_type!r} and {self.blocksize}"
             )
+
+    def _check_options(self, adapter: str | None) -> None:
+        beside = sorted(set(SETTINGS) & self.options.keys())
+        if beside:
+            raise InputError(f"options: {', '.join(beside)} must be set as settings of their own")
+        if self.options and adapter is None:
+            raise InputError(f"options: {self.method} has none, got {', '.join(self.options)}")
+        if adapter is not None:
+            try:
+                read_options(adapter, self.options)
+            except ValueError as error:
+                raise InputError(f"options: {error}") from error
 
     def optimisation(self) -> Optimisation:
         """The training schedule.
@@ -201,11 +312,16 @@ class FinetuneConfig:
         )
 
 
+_DEFAULTS = FinetuneConfig()
+_LATER = ("options", "adapted_blocks", "sampled", "sampler", "quality", "federated", "mislabelled")
+
+
 @dataclass(frozen=True, eq=False)
 class _Samples:
     """Windows of one or several datasets with classes counted from 0, and which of them train and validate.
 
     origin: ``(n,)``, the dataset of each window; mean, std: ``(datasets, 1, channels)``, of each dataset.
+    wrong: the windows that were given a wrong label, or None. people: ``(n,)``, whose each is, or None.
     """
 
     signals: Tensor
@@ -215,6 +331,8 @@ class _Samples:
     origin: Tensor
     mean: Tensor
     std: Tensor
+    wrong: Tensor | None = None
+    people: Tensor | None = None
 
     def normalised(self, signals: Tensor, indices: Tensor) -> Tensor:
         """``signals``, changed or not, of the windows at ``indices``."""
@@ -227,8 +345,43 @@ def _statistics(normalizers: Sequence[Normalizer]) -> tuple[Tensor, Tensor]:
     return mean[:, None], torch.tensor([normalizer.std for normalizer in normalizers])[:, None]
 
 
-def build_classifier(config: FinetuneConfig, encoder: Encoder, classes: int) -> Classifier:
-    """A copy of the encoder with a new head, and what the method adapts set to train."""
+class Preview:
+    """Some training windows, for what looks at them before training starts."""
+
+    def __init__(self, samples: _Samples, config: FinetuneConfig) -> None:
+        generator = torch.Generator().manual_seed(config.seed)
+        order = torch.randperm(len(samples.train), generator=generator)[: _GRADIENT_BATCHES * config.batch_size]
+        self._samples, self._config, self._chosen = samples, config, samples.train[order]
+
+    def windows(self) -> Tensor:
+        """Normalised, ``(n, window, channels)``, as many as a batch."""
+        chosen = self._chosen[: self._config.batch_size]
+        return self._samples.normalised(self._samples.signals[chosen], chosen)
+
+    def losses(self, model: Classifier) -> Iterator[Tensor]:
+        """Of the batches, one after the other."""
+        model.eval()  # its head's BatchNorm must not learn from these
+        for indices in self._chosen.split(self._config.batch_size):
+            x = self._samples.normalised(self._samples.signals[indices], indices)
+            truth = self._samples.classes[indices]
+            yield F.cross_entropy(model(x), truth, label_smoothing=self._config.label_smoothing)
+        model.train()
+
+
+def build_classifier(
+    config: FinetuneConfig,
+    encoder: Encoder,
+    classes: int,
+    *,
+    seen: Preview | None = None,
+    paths: Sequence[str] | None = None,
+) -> Classifier:
+    """A copy of the encoder with a new head, and what the method adapts set to train.
+
+    seen: windows for methods and settings that look at some before they start.
+    paths: of the encoder's layers that carry adapters, of a classifier whose state is to be loaded, which chose them
+        when it was new; what its adapters train is left as it is made.
+    """
     method = METHODS[config.method]
     torch.manual_seed(config.seed)
     encoder = copy.deepcopy(encoder) if method.pretrained else MAE(encoder.config).encoder
@@ -242,30 +395,79 @@ def build_classifier(config: FinetuneConfig, encoder: Encoder, classes: int) -> 
     elif method.encoder == "last blocks":
         for module in (*model.encoder.blocks[-config.blocks :], model.encoder.norm):
             module.requires_grad_(True)
-    settings = {
-        "rank": config.rank,
-        "alpha": config.alpha,
-        "dropout": config.adapter_dropout,
-        "rslora": config.rslora,
-        "rank_pattern": config.rank_pattern,
-        "alpha_pattern": {key: config.alpha / config.rank * rank for key, rank in config.rank_pattern.items()},
-    }
-    if method.adapter == "lora":
-        apply_lora(model.encoder, config.target_modules, **settings)  # type: ignore[arg-type]
-    elif method.adapter == "qlora":
-        apply_qlora(
-            model.encoder,
-            config.target_modules,
-            **settings,  # type: ignore[arg-type]
-            quant_type=config.quant_type,
-            blocksize=config.blocksize,
-            double_quant=config.double_quant,
-        )
+    if method.adapter:
+        _adapt(config, method, model, seen, paths)
     if method.adapter and config.train_norms:
         for name, parameter in model.encoder.named_parameters():
             if name.endswith("bias") or "norm" in name or name.startswith("patch_embed"):
                 parameter.requires_grad_(True)
     return model
+
+
+def _adapt(
+    config: FinetuneConfig,
+    method: Method,
+    model: Classifier,
+    seen: Preview | None,
+    paths: Sequence[str] | None,
+) -> None:
+    assert method.adapter is not None
+    start = paths is None
+    targets: Sequence[str] = config.target_modules if paths is None else paths
+    if start and config.adapted_blocks:
+        if seen is None:
+            raise InputError("adapted_blocks chooses by windows of the target; finetune has them")
+        targets = _in_blocks_that_change(config, model.encoder, seen)
+    settings: dict[str, Any] = {"dropout": config.adapter_dropout, "rank_pattern": config.rank_pattern}
+    four_bits: dict[str, Any] = {
+        "quant_type": config.quant_type, "blocksize": config.blocksize, "double_quant": config.double_quant
+    }  # fmt: skip
+    if method.adapter == LoRA.name and not config.options:  # written as PEFT does
+        settings |= {
+            "rank": config.rank,
+            "alpha": config.alpha,
+            "rslora": config.rslora,
+            "alpha_pattern": {key: config.alpha / config.rank * rank for key, rank in config.rank_pattern.items()},
+        }
+        if method.four_bits:
+            apply_qlora(model.encoder, targets, **settings, **four_bits)
+        else:
+            apply_lora(model.encoder, targets, **settings)
+        return
+    kind = ADAPTERS[method.adapter]
+    options = {name: getattr(config, name) for name in SETTINGS if name in adapter_options(method.adapter)}
+    options |= config.options
+    statistics = None
+    if start and kind.needs_statistics(**options):
+        if seen is None:
+            raise InputError(f"{config.method} starts from gradients on labelled windows; finetune has them")
+        statistics = gather_statistics(model.encoder, targets, seen.losses(model))
+    try:
+        apply_adapter(
+            model.encoder,
+            method.adapter,
+            targets,
+            quantize=method.four_bits,
+            statistics=statistics,
+            start=start,
+            **settings,
+            **four_bits,
+            **options,
+        )
+    except ValueError as error:
+        raise InputError(f"{config.method}: {error}") from error
+
+
+def _in_blocks_that_change(config: FinetuneConfig, encoder: Encoder, seen: Preview) -> list[str]:
+    """The paths of the target layers in the blocks that change the features most."""
+    found = changes(list(encoder.blocks), lambda: encoder(seen.windows()))
+    order = sorted(range(len(found)), key=lambda index: -found[index])
+    chosen = {f"blocks.{index}." for index in order[: config.adapted_blocks]}
+    return [
+        path
+        for path, _ in encoder.named_modules()
+        if path.rpartition(".")[2] in config.target_modules and any(path.startswith(start) for start in chosen)
+    ]
 
 
 def _target_samples(
@@ -275,6 +477,13 @@ def _target_samples(
     per_class = config.windows_per_class or None
     train = fewer_labels(target, parts.train, fraction=config.label_fraction, per_class=per_class, seed=config.seed)
     classes = torch.tensor([index[int(label)] for label in target.labels])
+    wrong = None
+    if config.mislabelled:
+        generator = torch.Generator().manual_seed(config.seed)
+        order = torch.randperm(len(train), generator=generator)[: round(config.mislabelled * len(train))]
+        wrong = torch.from_numpy(train)[order]
+        others = torch.randint(1, len(labels), (len(wrong),), generator=generator)
+        classes[wrong] = (classes[wrong] + others) % len(labels)
     return _Samples(
         torch.from_numpy(target.signals),
         classes,
@@ -282,6 +491,8 @@ def _target_samples(
         torch.from_numpy(parts.validation),
         torch.zeros(len(target), dtype=torch.int64),
         *_statistics([normalizer]),
+        wrong,
+        torch.from_numpy(target.subjects.astype(np.int64)),
     )
 
 
@@ -344,6 +555,13 @@ def finetune(
     config.check()
     config = config.for_dataset(target.dataset)
     captured = captures(capture, device)
+    adapter = METHODS[config.method].adapter
+    if captured and (
+        config.federated != "no" or config.takes_by_quality() or (adapter and not ADAPTERS[adapter].capturable)
+    ):
+        if capture == "on":
+            raise InputError(f"capture: a step of {config.method} cannot be a CUDA graph; use auto or off")
+        captured = False
     if Processes(device).count > 1:
         raise InputError(
             "torchrun: one adaptation is of one process, since its head's BatchNorm must see the whole batch; "
@@ -425,7 +643,7 @@ def _finetune(
         samples = _source_samples(used, labels, config.seed)
     else:
         samples = _target_samples(config, target, parts, labels, normalizer)
-    model = build_classifier(config, pretrained.encoder, len(labels)).to(device)
+    model = build_classifier(config, pretrained.encoder, len(labels), seen=Preview(samples, config)).to(device)
     trained = _train(config, model, samples, run.identity, run.state_file, device, captured, report)
 
     test = normalizer(target.signals[parts.test])
@@ -433,6 +651,7 @@ def _finetune(
     logits = _in_batches(model, torch.from_numpy(test), device)
     predicted = logits.argmax(dim=1).numpy()
     people = target.subjects[parts.test]
+    method = METHODS[config.method]
     paths = [path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] in TARGET_MODULES]
     held, dense = matrix_bytes(model, paths)
     metrics = {
@@ -446,7 +665,7 @@ def _finetune(
         "parameters": {
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
             # Of the 4-bit weights every code counts, not every byte.
-            "total": sum(p.numel() for p in model.parameters()) + (dense // 4 if config.method == "qlora" else 0),
+            "total": sum(p.numel() for p in model.parameters()) + (dense // 4 if method.four_bits else 0),
         },
         "bytes": {**trained.bytes, "matrices": held, "matrices_float32": dense},
         "seconds": trained.seconds,
@@ -459,6 +678,8 @@ def _finetune(
         "config": config.values(),
         "learning_rate": trained.learning_rate,
         "captured": captured,
+        # Of the windows drawn in training, the share that had been given a wrong label.
+        **({} if trained.drawn_wrong is None else {"drawn_wrong": trained.drawn_wrong}),
         "target": target.dataset,
         "sources": list(pretrained.sources),
         "synthetic": target.dataset.startswith("synthetic"),
@@ -477,10 +698,13 @@ def _finetune(
         "normalizer": asdict(normalizer),
         "labels": list(labels),
         "target": target.dataset,
+        "adapted": [path for path, _ in adapted_layers(model.encoder)],
     }
     save_tensors(run.folder / CHECKPOINT, model.state_dict(), kind="classifier checkpoint", info=info)
-    if METHODS[config.method].adapter:
+    if method.adapter:
         save_adapter(model, run.folder / "adapter")
+        # Whatever trained is in it: the head, and norms and biases with train_norms.
+        metrics["adapter_file"] = (run.folder / "adapter" / WEIGHTS_FILE).stat().st_size
     run.finish(metrics)
     return metrics
 
@@ -492,6 +716,7 @@ class _Trained:
     best_epoch: int
     history: list[dict[str, float]]
     learning_rate: float
+    drawn_wrong: float | None
 
 
 def _train(
@@ -506,6 +731,13 @@ def _train(
 ) -> _Trained:
     classes = samples.classes
     inputs = samples.signals
+    by_quality = config.takes_by_quality()
+    adapting, raised = schedule(model), penalty(model)
+    sampler: Sampler | None = None
+    if by_quality:
+        sampler = QualitySampler(samples.train, config.sampled, config.quality)
+    elif config.sampled < 1:
+        sampler = Sampler(samples.train, config.sampled)
     tokens = model.encoder.config.tokens
     learns = any(p.requires_grad for p in model.encoder.parameters())
     kept = max(1, round((1 - (config.dropped or 0)) * tokens)) if learns else tokens
@@ -521,13 +753,17 @@ def _train(
             x = warp_time(x, config.warp)
         if config.rescaled:
             x = rescale(x, config.rescaled)
-        x = samples.normalised(x, indices)
+        given = [samples.normalised(x, indices), classes[indices]]
         if kept < tokens:
-            return x, classes[indices], torch.rand(len(x), tokens).argsort(dim=1)[:, :kept]
-        return x, classes[indices]
+            given.append(torch.rand(len(x), tokens).argsort(dim=1)[:, :kept])
+        return (*given, indices) if by_quality else tuple(given)
 
-    def loss(x: Tensor, truth: Tensor, *visible: Tensor) -> Tensor:
-        return F.cross_entropy(model(x, *visible), truth, label_smoothing=config.label_smoothing)
+    def loss(x: Tensor, truth: Tensor, *rest: Tensor) -> Tensor:
+        logits = model(x, *rest[: kept < tokens])
+        if by_quality and sampler is not None:
+            sampler.observe(rest[-1], logits, truth)
+        error = F.cross_entropy(logits, truth, label_smoothing=config.label_smoothing)
+        return error if raised is None else error + raised()
 
     def validate() -> float:
         part = samples.validation
@@ -535,26 +771,41 @@ def _train(
         return macro_f1(classes[part].numpy(), predicted.numpy())
 
     settings = config.optimisation()
-    fitted = fit(
-        model,
-        batch,
-        loss,
-        samples.train,
-        settings,
-        seed=config.seed,
-        identity=identity,
-        state_file=state_file,
-        capture=captured,
-        validate=validate if len(samples.validation) else None,
-        report=report,
-    )
+    common: dict[str, Any] = {
+        "seed": config.seed, "identity": identity, "state_file": state_file, "report": report
+    }  # fmt: skip
+    if config.federated != "no":
+        assert samples.people is not None
+        whose = samples.people[samples.train]
+        clients = [samples.train[whose == who] for who in whose.unique()]
+        fitted = federate(
+            model, batch, loss, clients, settings, ridge=RIDGE if config.federated == "fair" else None, **common
+        )
+    else:
+        fitted = fit(
+            model,
+            batch,
+            loss,
+            samples.train,
+            settings,
+            capture=captured,
+            schedule=adapting,
+            sampler=sampler,
+            validate=validate if len(samples.validation) else None,
+            **common,
+        )
     state = {name: value.clone() for name, value in model.state_dict().items()}
     part = samples.train[: settings.batch_size]
     # Eager: a graph would hold as much for as long as it lives.
     size = _training_bytes(model, fitted.optimizer, loss, lambda: batch(part), settings)
     model.load_state_dict(state)  # the measured step is not part of the training
     model.eval()
-    return _Trained(size, fitted.seconds, fitted.best_epoch, fitted.history, settings.learning_rate)
+    drawn_wrong = None
+    if samples.wrong is not None:
+        drawn = torch.ones(len(samples.train)) if sampler is None else sampler.drawn
+        is_wrong = torch.isin(samples.train, samples.wrong)
+        drawn_wrong = float(drawn[is_wrong].sum() / drawn.sum())
+    return _Trained(size, fitted.seconds, fitted.best_epoch, fitted.history, settings.learning_rate, drawn_wrong)
 
 
 def _training_bytes(
@@ -585,16 +836,22 @@ def method_bytes(
     if config.batch_size < 2:
         raise InputError(f"batch_size must be at least 2 (the head has a BatchNorm), got {config.batch_size}")
     sizes = encoder or MAEConfig()
-    model = build_classifier(config, Encoder(sizes), classes).to(device)
+    drawn = (torch.randn(64, sizes.window, sizes.channels), torch.randint(classes, (64,)), torch.arange(64))
+    samples = _Samples(
+        *drawn, drawn[2][:0], torch.zeros(64, dtype=torch.int64), torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
+    )
+    model = build_classifier(config, Encoder(sizes), classes, seen=Preview(samples, config)).to(device)
     shape = (sizes.window, sizes.channels)
 
     def batch() -> tuple[Tensor, Tensor]:
         return torch.randn(config.batch_size, *shape), torch.randint(classes, (config.batch_size,))
 
     def loss(x: Tensor, truth: Tensor) -> Tensor:
-        return F.cross_entropy(model(x), truth, label_smoothing=config.label_smoothing)
+        error = F.cross_entropy(model(x), truth, label_smoothing=config.label_smoothing)
+        return error if raised is None else error + raised()
 
     settings = config.optimisation()
+    raised = penalty(model)
     optimizer = make_optimizer(model, settings)
     model.train()
     # The first step compiles kernels, compares them with the reference and makes the optimiser's state.
@@ -611,7 +868,12 @@ def load_checkpoint(file: Path) -> tuple[Classifier, dict[str, Any]]:
     remedy = f"give the {CHECKPOINT} of a `harlora finetune` run"
     tensors, info = load_tensors(file, kind="classifier checkpoint", remedy=remedy)
     config = FinetuneConfig(**info["config"])
-    model = build_classifier(config, Encoder(MAEConfig(**info["model"])), len(info["labels"]))
+    model = build_classifier(
+        config,
+        Encoder(MAEConfig(**info["model"])),
+        len(info["labels"]),
+        paths=info.get("adapted", config.target_modules),
+    )
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from harlora.errors import InputError
 from harlora.files import load_tensors, save_tensors
+from harlora.nn.adapters import Schedule
 from harlora.train.capture import TrainingStep
 from harlora.train.processes import Processes
+from harlora.train.sampler import Sampler
 
 Report = Callable[[int, int, str], None]  # steps done, steps in all, what to show beside them
 
@@ -97,6 +99,8 @@ def fit(
     identity: str,
     state_file: Path,
     capture: bool = False,
+    schedule: Schedule | None = None,
+    sampler: Sampler | None = None,
     validate: Callable[[], float] | None = None,
     processes: Processes | None = None,
     report: Report = silent,
@@ -108,6 +112,8 @@ def fit(
     loss: a scalar, of those tensors on the model's device.
     samples: ``(n,)``, int64.
     capture: the steps into a CUDA graph; what that asks of ``loss`` is said at `TrainingStep`.
+    schedule: of the model's adapters; called after each step.
+    sampler: which of the samples an epoch takes; by default all.
     validate: a score to be maximised; called in evaluation mode after each epoch.
     processes: that take each step together; then ``loss`` calls the model as `Processes.joined` gives it.
     identity: a hash of everything that decides the result; a state of another identity is refused.
@@ -119,10 +125,11 @@ def fit(
     size = min(settings.batch_size, len(samples))
     if processes is not None:
         processes.check(size)
-    steps = max(len(samples) // size, _STEPS_AT_LEAST)
+    count = sampler.count if sampler else len(samples)
+    steps = max(count // size, _STEPS_AT_LEAST)
     total = steps * settings.epochs
     optimizer = make_optimizer(model, settings, capturable=capture)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
+    rates = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=total + 1, pct_start=settings.warmup, cycle_momentum=False
     )
     take_step = TrainingStep(model, loss, optimizer, clip_norm=settings.clip_norm, capture=capture)
@@ -138,7 +145,11 @@ def fit(
         model.load_state_dict(_part(saved, "model."))
         best = _part(saved, "best.")
         _load_optimizer(optimizer, saved)
-        schedule.load_state_dict({**schedule.state_dict(), "last_epoch": steps * len(history)})
+        if schedule:
+            schedule.load(_part(saved, "schedule."))
+        if sampler:
+            sampler.load(_part(saved, "sampler."))
+        rates.load_state_dict({**rates.state_dict(), "last_epoch": steps * len(history)})
         for group, rate in zip(optimizer.param_groups, info["rates"], strict=True):
             _set_rate(group, rate)
     last_save = time.monotonic()
@@ -148,12 +159,15 @@ def fit(
             break
         started = time.perf_counter()
         torch.manual_seed(seed * 100_003 + epoch)
-        order = torch.cat([torch.randperm(len(samples)) for _ in range(-(-steps * size // len(samples)))])
+        passes = range(-(-steps * size // count))
+        order = torch.cat([sampler.order() if sampler else torch.randperm(len(samples)) for _ in passes])
         model.train()
         summed = 0.0
         for step in range(steps):
             value = take_step(*batch(samples[order[step * size : (step + 1) * size]]))
-            schedule.step()
+            rates.step()
+            if schedule:
+                schedule.after_step((epoch * steps + step + 1) / total)
             summed += (processes.mean(value) if processes else value).item()
             report(epoch * steps + step + 1, total, f"epoch {epoch + 1}, loss {summed / (step + 1):.3f}")
         entry = {"loss": summed / steps}
@@ -170,6 +184,10 @@ def fit(
             tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
             tensors |= {f"best.{name}": value for name, value in best.items()}
             tensors |= _optimizer_tensors(optimizer)
+            if schedule:
+                tensors |= {f"schedule.{name}": value for name, value in schedule.state().items()}
+            if sampler:
+                tensors |= {f"sampler.{name}": value for name, value in sampler.state().items()}
             info = {
                 "identity": identity,
                 "history": history,

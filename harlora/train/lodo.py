@@ -44,7 +44,7 @@ class Study:
         grids: list[Mapping[str, tuple[Any, ...]]] = []
         for protocol in self.protocols:
             for method in self.methods:
-                ranks = self.ranks if method in METHODS and METHODS[method].adapter else ()
+                ranks = self.ranks if method in METHODS and METHODS[method].ranked else ()
                 few: list[dict[str, tuple[Any, ...]]] = [{"label_fraction": self.label_fractions}]
                 few += [{"windows_per_class": self.windows_per_class}] if self.windows_per_class else []
                 grids += [

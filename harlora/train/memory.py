@@ -37,7 +37,7 @@ def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 
     packed: weights in 4 bits. scales: theirs, nested ones and code tables included. dense: all other frozen parameters,
     and buffers. frozen: these three.
-    adapters: lora_A and lora_B. other_trained: all other parameters with gradient. trainable: these two.
+    adapters: what they train. other_trained: all other parameters with gradient. trainable: these two.
     gradients: that there are now; of the same tensors, from backward until they are set to None.
     optimizer: its state; zero before the first step.
     """
@@ -48,13 +48,11 @@ def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
         scales.append(code_table(layer.quant_type, layer.weight.device))
         if layer.nested_absmax is not None:
             scales.append(nested_code_table(layer.weight.device))
-    adapters = [
-        parameter
-        for module in model.modules()
-        if isinstance(module, AdaptedLinear)
-        for parameter in (module.lora_A, module.lora_B)
-        if parameter is not None
-    ]
+    adapted = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+    adapters = [factor for layer in adapted for factor in (layer.lora_A, layer.lora_B) if factor is not None]
+    for each in adapted:
+        if each.adapter is not None:
+            adapters += [parameter for parameter in each.adapter.parameters() if parameter.requires_grad]
     parameters = list(model.parameters())
     kinds: dict[str, Iterable[Tensor]] = {
         "packed": [layer.weight for layer in layers],

@@ -43,10 +43,12 @@ BINS = 15
 
 
 def calibration(probabilities: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
-    """How far confidence and accuracy lie apart: ECE, MCE, the Brier score, and the bins they come from.
+    """How far confidence and accuracy lie apart: ECE, MCE, ACE, the Brier score, and the bins of the first two.
 
     Bins of equal width by the highest probability; ECE is the mean of |accuracy - confidence| over them, weighted by
-    windows, MCE its maximum (Guo et al. 2017, arXiv 1706.04599, equations 3 and 5). The Brier score is the mean over
+    windows, MCE its maximum (Guo et al. 2017, arXiv 1706.04599, equations 3 and 5). ACE is the mean of the same over
+    as many bins of equally many windows for each label, by its probability (Nixon et al. 2019, arXiv 1904.01685); with
+    fewer windows than bins each is a bin. The Brier score is the mean over
     windows of the squared distance from the true class's unit vector, between 0 and 2 (Brier 1950).
 
     probabilities: ``(n, labels)``, rows sum to 1. truth: ``(n,)``, indices of labels.
@@ -61,11 +63,17 @@ def calibration(probabilities: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
         if of.any()
     ]
     gaps = [abs(accuracy - sure) for _, sure, accuracy in bins]
+    adaptive = [
+        abs(float((truth[part] == label).mean() - of_label[part].mean()))
+        for label, of_label in enumerate(probabilities.T)
+        for part in np.array_split(of_label.argsort(kind="stable"), min(BINS, len(truth)))
+    ]
     distance = probabilities.copy()
     distance[np.arange(len(truth)), truth] -= 1
     return {
         "ece": sum(count * gap for (count, *_), gap in zip(bins, gaps, strict=True)) / len(truth),
         "mce": max(gaps),
+        "ace": float(np.mean(adaptive)),
         "brier": float(np.square(distance).sum(axis=1).mean()),
         "bins": [list(entry) for entry in bins],
     }
