@@ -251,3 +251,12 @@ def test_settings_that_are_not_the_presets_stand_with_their_experiment(tmp_path)
     assert "turned by about 15°, and 30% of them half about an axis of the device;" in how
     assert "turned by about 5°;" in how
     assert "50% of their patches are left out" in how
+
+
+def test_sections_stand_in_their_place_and_say_what_is_missing(tmp_path):
+    runs = ({"method": ("lora", "qlora")},)
+    first = Experiment("z", "First", targets=("uci_hapt", "motionsense"), runs=runs, place=1)
+    second = Experiment("a", "Second", targets=("uci_hapt",), runs=runs)
+    text = page(tmp_path, [record("lora"), record("qlora")], second, first)
+    assert text.index("## First") < text.index("So far 2 of 4 runs") < text.index("## Second")
+    assert text.count("So far") == 1

@@ -71,7 +71,8 @@ def build_report(results: Path, out: Path, readme: Path | None = None, experimen
     images = out.parent / "images"
     parts = [_opening(main, len(records), results)]
     if experiments:
-        parts += [section(experiment, records, images, out) for experiment in experiments]
+        ordered = sorted(experiments, key=lambda experiment: experiment.place)
+        parts += [section(experiment, records, images, out) for experiment in ordered]
     else:
         parts += [_section(members, images, out) for members in groups(main)]
     parts.append(_bytes_section(main, images, out))

@@ -43,6 +43,9 @@ def section(experiment: Experiment, records: Sequence[Record], images: Path, out
     if experiment.about:
         lines += [experiment.about, ""]
     lines += _settings(chosen)
+    planned = experiment.count() * len(experiment.targets or {record["target"] for record in chosen})
+    if len(chosen) < planned:
+        lines += [f"**So far {len(chosen)} of {planned} runs.**", ""]
     for members in groups(chosen):
         lines += [by_setting(experiment.name, members, experiment.x, images, out, experiment.show)]
         differences = _differences(members)

@@ -73,6 +73,7 @@ class Experiment:
     found. runs: products of settings, one after the other, each setting with its values; a key beginning with
     ``pretrain.`` is one of pretraining, with ``pretrain.model.`` of the model.
     x: the setting that the report draws the scores by, or None for a table. show: what its tables have.
+    place: of its section on the page, lower ones first.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Experiment:
     runs: tuple[Mapping[str, tuple[Any, ...]], ...] = field(default_factory=lambda: ({},))
     x: str | None = None
     show: tuple[str, ...] = SHOWN
+    place: int = 100
 
     def check(self) -> None:
         """Raise InputError unless every setting exists and has a possible value."""
@@ -148,6 +150,10 @@ class Experiment:
                     together.setdefault((target.name, before), []).append(task)
         return list(itertools.chain.from_iterable(together.values()))
 
+    def count(self) -> int:
+        """How many runs there are on each target."""
+        return sum(len(list(self.configurations(seed))) for seed in self.seeds)
+
     def select(self, records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """Those of a study's results that are runs of this experiment, on whatever data.
 
@@ -210,7 +216,7 @@ def _plain(config: FinetuneConfig, base: FinetuneConfig) -> FinetuneConfig:
     return replace(config, **{name: getattr(base, name) for name in unused})
 
 
-_KEYS = ("title", "about", "preset", "targets", "sources", "seeds", "x", "show", "set", "runs")
+_KEYS = ("title", "about", "preset", "targets", "sources", "seeds", "x", "show", "place", "set", "runs")
 
 
 def load_experiment(file: Path) -> Experiment:
@@ -247,6 +253,8 @@ def load_experiment(file: Path) -> Experiment:
     for key in ("about", "preset", "x"):
         if not isinstance(content.get(key, ""), str):
             raise InputError(f"{file}: {key} must be text, got {content[key]!r}")
+    if type(content.get("place", 0)) is not int:
+        raise InputError(f"{file}: place must be a whole number, got {content['place']!r}")
     if "about" in content:
         content["about"] = content["about"].strip()
     runs = tuple({**common, **_grid(file, "runs", grid)} for grid in grids)
