@@ -723,3 +723,16 @@ def test_a_layer_compiles_whole(method):
             torch.manual_seed(1)
             found.append(torch.autograd.grad(one(x).square().sum(), trained))
         torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
+
+
+def test_some_layers_may_have_other_ranks():
+    model = apply_adapter(
+        pretrained(), "adalora", TARGETS, rank=4, alpha=8.0, rank_pattern={"fc1": 2, "blocks.0.*.q": 6},
+        alpha_pattern={"fc1": 4.0},
+    )  # fmt: skip
+    found = {path: (layer.adapter.rank, layer.adapter.scale) for path, layer in adapted_layers(model)}
+    assert found["blocks.1.fc1"] == (2, 2.0)
+    assert found["blocks.0.attention.q"] == (6, 8 / 6)
+    assert found["blocks.1.attention.q"] == (4, 2.0)
+    with pytest.raises(ValueError, match="ia3 has no option rank"):
+        apply_adapter(pretrained(), "ia3", TARGETS, rank_pattern={"fc1": 2})

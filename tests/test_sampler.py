@@ -102,3 +102,17 @@ def test_training_on_a_share_with_wrong_labels(data, encoder, tmp_path, settings
 def test_impossible_settings(changes, message):
     with pytest.raises(InputError, match=message):
         replace(FINETUNE, **changes).check()
+
+
+def test_half_is_drawn_by_quality_unless_another_share_is_asked_for(data, encoder, tmp_path):
+    totals = []
+    for settings in ({"method": "tsqlora"}, {"method": "tsqlora", "sampled": 1.0}, {"method": "lora"}):
+        said = []
+        config = replace(FINETUNE, epochs=1, batch_size=4, **settings)
+        finetune(
+            config, data[0], encoder, tmp_path, device=torch.device("cpu"),
+            report=lambda done, total, note, said=said: said.append(total),
+        )  # fmt: skip
+        totals.append(said[-1])
+    assert totals[0] == totals[1] // 2
+    assert totals[1] == totals[2]

@@ -104,6 +104,7 @@ def apply_adapter(
     double_quant: bool = False,
     dropout: float = 0.0,
     rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
     statistics: Mapping[str, Statistics] | None = None,
     start: bool = True,
     **options: Any,
@@ -114,15 +115,15 @@ def apply_adapter(
     double_quant), or else over the dense ones. dropout: on the input of the low-rank branch. statistics: of each target
     layer as `gather_statistics` has them, for the methods that start from data. start: without, new adapters wait for
     a state to be loaded. options: of the method, as `adapter_options` has them.
-    target_modules, rank_pattern, Raises: as in `apply_qlora`; also if the method has no such option or wants
-    statistics.
+    target_modules, rank_pattern, alpha_pattern, Raises: as in `apply_qlora`; also if the method has no such option or
+    wants statistics.
     """
     if method not in ADAPTERS:
         raise ValueError(f"apply_adapter: unknown method {method!r}; required one of {', '.join(ADAPTERS)}")
     kind = ADAPTERS[method]
     options = read_options(method, options)
-    if rank_pattern:
-        read_options(method, {"rank": 1})
+    patterns = {"rank": rank_pattern or {}, "alpha": alpha_pattern or {}}
+    read_options(method, {name: 1 for name, pattern in patterns.items() if pattern})
     targets = _targets("apply_adapter", model, target_modules)
     replacements: dict[int, AdaptedLinear] = {}
     sites = [
@@ -134,7 +135,8 @@ def apply_adapter(
     for site, (path, linear) in zip(sites, targets, strict=True):
         if _is_quantized(linear):
             raise ValueError(f"apply_adapter: {path} is in 4 bits already; {method} starts from the dense weight")
-        chosen = {**options, **({"rank": matched(rank_pattern, path, options.get("rank", 8))} if rank_pattern else {})}
+        chosen = {name: matched(pattern, path, None) for name, pattern in patterns.items()}
+        chosen = {**options, **{name: value for name, value in chosen.items() if value is not None}}
         adapter = kind(site, *shared, **chosen).to(linear.weight.device)
         found = (statistics or {}).get(path)
         if start:

@@ -43,7 +43,7 @@ from harlora.train.metrics import calibration, confusion, macro_f1, scores
 from harlora.train.pretrain import Pretrained, thinned
 from harlora.train.processes import Processes
 from harlora.train.runs import Run, identify, open_run, provenance
-from harlora.train.sampler import SAMPLERS, QualitySampler, Sampler
+from harlora.train.sampler import SAMPLERS, QualitySampler, Sampler, squared_gradient, standardised
 
 CHECKPOINT = "classifier.safetensors"
 # In a pocket a phone tilts and may be upside down; on a belt it hardly moves, and sitting is told from standing by its
@@ -186,8 +186,9 @@ class FinetuneConfig:
     adapted_blocks: int = 0
     """Adapters in so many blocks alone, those that change what goes in the most (1 - CKA) on some training windows,
     without their labels; 0 is all."""
-    sampled: float = 1.0
-    """Share of the training windows that an epoch takes, drawn anew each time."""
+    sampled: float | None = None
+    """Share of the training windows that an epoch takes, drawn anew each time; by default all, or half where they are
+    drawn by what they teach."""
     sampler: Literal["uniform", "quality", "auto"] = "auto"
     """How they are drawn: any as likely as any other, or those rather that teach the most; auto is quality with
     tsqlora and qtsqlora, otherwise uniform."""
@@ -261,7 +262,7 @@ class FinetuneConfig:
             raise InputError(f"warp must be above 0 and at most 1, got {self.warp}")
         if self.adapted_blocks < 0:
             raise InputError(f"adapted_blocks must be at least 0, got {self.adapted_blocks}")
-        if not 0 < self.sampled <= 1:
+        if self.sampled is not None and not 0 < self.sampled <= 1:
             raise InputError(f"sampled must be above 0 and at most 1, got {self.sampled}")
         if self.sampler not in ("auto", *SAMPLERS):
             raise InputError(f"sampler must be one of auto, {', '.join(SAMPLERS)}, got {self.sampler!r}")
@@ -269,7 +270,7 @@ class FinetuneConfig:
             raise InputError(f"quality must be three weights and a temperature above 0, got {self.quality}")
         if self.federated not in ("no", *SERVERS):
             raise InputError(f"federated must be one of no, {', '.join(SERVERS)}, got {self.federated!r}")
-        beside = self.validated or self.sampled < 1 or self.takes_by_quality() or self.options
+        beside = self.validated or self.sampled is not None or self.takes_by_quality() or self.options
         if self.federated != "no" and (METHODS[self.method].adapter != "lora" or beside):
             raise InputError(
                 "federated is for lora and qlora without options, validated, sampled and sampler, got "
@@ -364,7 +365,13 @@ class Preview:
         for indices in self._chosen.split(self._config.batch_size):
             x = self._samples.normalised(self._samples.signals[indices], indices)
             truth = self._samples.classes[indices]
-            yield F.cross_entropy(model(x), truth, label_smoothing=self._config.label_smoothing)
+            logits = model(x)
+            each = F.cross_entropy(logits, truth, label_smoothing=self._config.label_smoothing, reduction="none")
+            if self._config.takes_by_quality():  # of Q there is the gradient's term before training
+                weight, *_, temperature = self._config.quality
+                yield each @ (weight * standardised(squared_gradient(logits, truth)) / temperature).softmax(dim=0)
+            else:
+                yield each.mean()
         model.train()
 
 
@@ -422,13 +429,9 @@ def _adapt(
     four_bits: dict[str, Any] = {
         "quant_type": config.quant_type, "blocksize": config.blocksize, "double_quant": config.double_quant
     }  # fmt: skip
+    settings["alpha_pattern"] = {key: config.alpha / config.rank * rank for key, rank in config.rank_pattern.items()}
     if method.adapter == LoRA.name and not config.options:  # written as PEFT does
-        settings |= {
-            "rank": config.rank,
-            "alpha": config.alpha,
-            "rslora": config.rslora,
-            "alpha_pattern": {key: config.alpha / config.rank * rank for key, rank in config.rank_pattern.items()},
-        }
+        settings |= {"rank": config.rank, "alpha": config.alpha, "rslora": config.rslora}
         if method.four_bits:
             apply_qlora(model.encoder, targets, **settings, **four_bits)
         else:
@@ -735,8 +738,8 @@ def _train(
     adapting, raised = schedule(model), penalty(model)
     sampler: Sampler | None = None
     if by_quality:
-        sampler = QualitySampler(samples.train, config.sampled, config.quality)
-    elif config.sampled < 1:
+        sampler = QualitySampler(samples.train, config.sampled or 0.5, config.quality)
+    elif config.sampled is not None:
         sampler = Sampler(samples.train, config.sampled)
     tokens = model.encoder.config.tokens
     learns = any(p.requires_grad for p in model.encoder.parameters())

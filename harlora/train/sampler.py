@@ -4,8 +4,22 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 SAMPLERS = ("uniform", "quality")
+
+
+def squared_gradient(logits: Tensor, truth: Tensor) -> Tensor:
+    """‖∂ℓ/∂logits‖² of the cross-entropy of each window, ``(n,)``, without gradient."""
+    p = logits.detach().float().softmax(dim=1)
+    return p.square().sum(dim=1) - 2 * p.gather(1, truth[:, None])[:, 0] + 1
+
+
+def standardised(terms: Tensor) -> Tensor:
+    """Each row less its mean and over its standard deviation, those of the numbers that are not NaN; 0 for NaN."""
+    mean = terms.nanmean(dim=-1, keepdim=True)
+    deviation = (terms - mean).square().nanmean(dim=-1, keepdim=True).sqrt()
+    return ((terms - mean) / deviation.clamp(min=1e-12)).nan_to_num(0.0)
 
 
 class Sampler:
@@ -67,21 +81,14 @@ class QualitySampler(Sampler):
     def observe(self, indices: Tensor, logits: Tensor, truth: Tensor) -> None:
         """As `Sampler.observe`."""
         place = self.place[indices.cpu()]
-        log_probability = logits.detach().float().log_softmax(dim=1)
-        loss = -log_probability.gather(1, truth[:, None])[:, 0]
-        error = log_probability.exp()
-        confidence = error.gather(1, truth[:, None])[:, 0]
-        squared = error.square().sum(dim=1) - 2 * confidence + 1
-        loss, confidence, squared = loss.cpu(), confidence.cpu(), squared.cpu()
+        loss = F.cross_entropy(logits.float(), truth, reduction="none").cpu()
+        confidence, squared = (-loss).exp(), squared_gradient(logits, truth).cpu()
         self.terms[:, place] = torch.stack([squared, self.loss[place] - loss, confidence - self.confidence[place]])
         self.loss[place], self.confidence[place] = loss, confidence
 
     def quality(self) -> Tensor:
         """Q of each window, ``(n,)``; 0 of one that is like the average."""
-        mean = self.terms.nanmean(dim=1, keepdim=True)
-        deviation = (self.terms - mean).square().nanmean(dim=1, keepdim=True).sqrt()
-        standardised = ((self.terms - mean) / deviation.clamp(min=1e-12)).nan_to_num(0.0)
-        return self.weights @ standardised
+        return self.weights @ standardised(self.terms)
 
     def _draw(self) -> Tensor:
         # Those highest in Q / τ plus Gumbel noise are drawn as from the softmax of Q / τ, one after the other.
