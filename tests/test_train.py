@@ -306,7 +306,7 @@ def test_on_a_gpu_the_trace_agrees_with_the_allocators_own_peak():
     assert found["saved"] > 0
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "qdora", "lora_xs", "quni_lora", "qone_bit"])
 def test_nothing_is_held_that_is_not_counted(method):
     """All that building a model and a step leave allocated is in a category."""
     config = FinetuneConfig(method=method, rank=16)
@@ -323,7 +323,7 @@ def test_nothing_is_held_that_is_not_counted(method):
 
     found = live_bytes(train)
     held = held_bytes(*kept)
-    tables = 4 * (16 + 256) if method == "qlora" else 0
+    tables = 4 * (16 + 256) if METHODS[method].four_bits else 0
     assert sum(held[key] for key in ("frozen", "trainable", "gradients", "optimizer")) - tables == found
 
 
@@ -464,6 +464,8 @@ def test_how_far_windows_are_turned_goes_by_where_the_device_was():
     for name, turned, flipped in (("motionsense", 15.0, 0.3), ("uci_hapt", 5.0, 0.0), ("my_own", 5.0, 0.0)):
         config = FinetuneConfig().for_dataset(name)
         assert (config.turned_deg, config.flipped) == (turned, flipped)
+    paper = FinetuneConfig(protocol="paper").for_dataset("motionsense")
+    assert (paper.turned_deg, paper.flipped) == (5.0, 0.0)
     given = replace(FinetuneConfig(), turned_deg=0.0).for_dataset("motionsense")
     assert (given.turned_deg, given.flipped) == (0.0, 0.3)
 

@@ -1,7 +1,7 @@
 """``docs/results.md`` and its pictures, built from the results JSON alone."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -267,36 +267,32 @@ def _sweeps(records: Sequence[Record], images: Path, out: Path) -> str:
 
 
 def _how(records: Sequence[Record]) -> str:
-    def every(values: list[Any]) -> str:
-        return ", ".join(sorted({str(value) for value in values}))
-
     origin = [record["provenance"] for record in records]
     usual = [record for record in records if as_preset(record)] or records
     configs = [record["config"] for record in usual]
     lines = [
         "## How these were made",
         "",
-        f"- Command: {every(['`' + o['command'] + '`' for o in origin])}",
-        f"- Commit: {every([o['commit'] or 'unknown' for o in origin])}"
+        f"- Command: {_listed(['`' + o['command'] + '`' for o in origin])}",
+        f"- Commit: {_listed([o['commit'] or 'unknown' for o in origin])}"
         + (" (with uncommitted changes)" if any(o["dirty"] for o in origin) else ""),
-        f"- Machine: {every([o['device'] for o in origin])}, {every([o['threads'] for o in origin])} threads; "
-        f"torch {every([o['versions']['torch'] for o in origin])}",
-        f"- Seeds: {every([r['config']['seed'] for r in records])}."
+        f"- Machine: {_listed([o['device'] for o in origin])}, {_listed([o['threads'] for o in origin])} threads; "
+        f"torch {_listed([o['versions']['torch'] for o in origin])}",
+        f"- Seeds: {_listed([r['config']['seed'] for r in records])}."
         + (
             " One seed gives no spread; small differences between methods can be chance."
             if len({r["config"]["seed"] for r in records}) == 1
             else " Scores with ± are means and standard deviations over seeds; the others are of one seed."
         ),
-        f"- Fine-tuning, where nothing else is said: {every([c['epochs'] for c in configs])} epochs, "
-        f"batch {every([c['batch_size'] for c in configs])}, "
+        f"- Fine-tuning, where nothing else is said: batch {_listed(c['batch_size'] for c in configs)}, "
         f"learning rates {_rates(usual)}; "
         + (
             "the epoch that is kept is chosen on a validation part that is neither trained on nor tested on."
             if all(c["validated"] for c in configs)
             else "all but the test part is trained on, and the last epoch is kept."
         ),
-        *_augmentation(usual),
-        f"- Pretraining: {every([round(r['pretrained']['seconds']) for r in records])} s an encoder, once for each "
+        *_recipes(usual),
+        f"- Pretraining: {_listed([round(r['pretrained']['seconds']) for r in records])} s an encoder, once for each "
         "target, shared by its runs and not part of the seconds above.",
         "- LoRA and QLoRA train the adapters, the head, LayerNorms, biases and the patch embedding."
         if all(c["train_norms"] for c in configs)
@@ -308,18 +304,32 @@ def _how(records: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
-def _augmentation(records: Sequence[Record]) -> list[str]:
-    """How training windows were changed, dataset by dataset; nothing of older records that do not say so."""
-    found = {r["target"]: r["config"] for r in records if "flipped" in r["config"]}
-    if not found:
-        return []
-    turned = "; ".join(
-        f"{title(target)}, turned by about {config['turned_deg']:g}°"
-        + (f", and {config['flipped']:.0%} of them half about an axis of the device" if config["flipped"] else "")
-        for target, config in sorted(found.items())
-    )
-    shares = ", ".join(sorted({f"{config['dropped']:.0%}" for config in found.values()}))
-    return [f"- Training windows: {turned}; {shares} of their patches are left out, but for a frozen encoder."]
+def _recipes(records: Sequence[Record]) -> list[str]:
+    """How long was trained, and on what of the windows, protocol by protocol."""
+    lines = []
+    for protocol, what in PROTOCOL_TITLES.items():
+        same = [record for record in records if record["config"]["protocol"] == protocol]
+        epochs = {
+            learns: _listed(r["config"]["epochs"] for r in same if METHODS[r["config"]["method"]].learns is learns)
+            for learns in (True, False)
+        }
+        said = [f"{epochs[True]} epochs"] if epochs[True] else []
+        said += [f"{epochs[False]} with a frozen encoder"] if epochs[False] else []
+        # Older records do not say how windows were changed.
+        changed = {
+            r["target"]: r["config"] for r in same if "flipped" in r["config"] and METHODS[r["config"]["method"]].learns
+        }
+        for target, config in sorted(changed.items()):
+            half = f", {config['flipped']:.0%} of them half about an axis of the device" if config["flipped"] else ""
+            turned = f"windows of {title(target)} turned by about {config['turned_deg']:g}°{half}"
+            said.append(f"{turned}, {config['dropped']:.0%} of their patches left out")
+        if said:
+            lines.append(f"- For {what}: {'; '.join(said)}.")
+    return lines
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return ", ".join(sorted({str(value) for value in values}))
 
 
 def _rates(records: Sequence[Record]) -> str:

@@ -47,7 +47,7 @@ from harlora.train.sampler import SAMPLERS, QualitySampler, Sampler, squared_gra
 
 CHECKPOINT = "classifier.safetensors"
 # In a pocket a phone tilts and may be upside down; on a belt it hardly moves, and sitting is told from standing by its
-# tilt.
+# tilt. Where the same recordings are trained on and tested, every way it is carried has been seen.
 _IN_A_POCKET: Mapping[str, float] = {"turned_deg": 15.0, "flipped": 0.3}
 _WORN_FIRMLY: Mapping[str, float] = {"turned_deg": 5.0, "flipped": 0.0}
 # On random windows of the same people more epochs help more than more patches; on new people they do not.
@@ -75,6 +75,11 @@ class Method:
     four_bits: bool = False
     pretrained: bool = True
     on_target: bool = True
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything of the encoder trains, or beside its weights."""
+        return self.encoder != "none" or self.adapter is not None
 
     @property
     def ranked(self) -> bool:
@@ -164,11 +169,11 @@ class FinetuneConfig:
     label_smoothing: float = 0.1
     """Of the cross-entropy."""
     turned_deg: float | None = None
-    """Training windows are turned about a random axis by about so many degrees; by default 15 for a dataset whose
-    people carried the device in a pocket, otherwise 5."""
+    """Training windows are turned about a random axis by about so many degrees; by default 15 with protocol subject
+    for a dataset whose people carried the device in a pocket, otherwise 5."""
     flipped: float | None = None
     """Share of training windows turned half about one of the device's axes, as a phone put in upside down; by default
-    0.3 for a dataset whose people carried the device in a pocket, otherwise 0."""
+    0.3 with protocol subject for a dataset whose people carried the device in a pocket, otherwise 0."""
     warp: float = 0.85
     """A random part of each training window, at least this share of it, is stretched to the whole."""
     rescaled: float = 0.05
@@ -230,9 +235,9 @@ class FinetuneConfig:
     def for_dataset(self, name: str) -> "FinetuneConfig":
         """The settings with those filled in whose default depends on the dataset, the protocol or the method."""
         method = METHODS[self.method]
-        learns = method.encoder != "none" or method.adapter is not None
-        schedule = _LONG if self.protocol == "paper" and learns else _SHORT
-        usual = {**(_IN_A_POCKET if in_a_pocket(name) else _WORN_FIRMLY), **schedule}
+        schedule = _LONG if self.protocol == "paper" and method.learns else _SHORT
+        moves = self.protocol == "subject" and in_a_pocket(name)
+        usual = {**(_IN_A_POCKET if moves else _WORN_FIRMLY), **schedule}
         return replace(self, **{key: value for key, value in usual.items() if getattr(self, key) is None})
 
     def check(self) -> None:
