@@ -180,11 +180,11 @@ def test_an_experiment_has_its_section(tmp_path):
     tables = {file.name for file in (tmp_path / "docs" / "tables").iterdir()}
     assert tables == {"subjects-uci_hapt-subject.tex", "rank-uci_hapt-paper.tex"}
     nothing = Experiment(name="none", title="Not run", seeds=(7,))
-    assert "Not run" not in page(tmp_path, made, SUBJECTS, nothing)
+    assert "## Not run" not in page(tmp_path, made, SUBJECTS, nothing)
 
 
 def test_synthetic_results_say_so_in_every_section(tmp_path):
-    made = [record(method, "synthetic_a", seed=0) for method in ("lora", "full")]
+    made = [record(method, "synthetic_a", seed=seed) for method in ("lora", "full", "qlora") for seed in (0, 1)]
     assert "### SYNTHETIC data: " in page(tmp_path, made, SUBJECTS)
     assert "SYNTHETIC" in (tmp_path / "docs" / "tables" / "subjects-synthetic_a-subject.tex").read_text()
 
@@ -258,6 +258,10 @@ def test_sections_stand_in_their_place_and_say_what_is_missing(tmp_path):
     runs = ({"method": ("lora", "qlora")},)
     first = Experiment("z", "First", targets=("uci_hapt", "motionsense"), runs=runs, place=1)
     second = Experiment("a", "Second", targets=("uci_hapt",), runs=runs)
-    text = page(tmp_path, [record("lora"), record("qlora")], second, first)
-    assert text.index("## First") < text.index("So far 2 of 4 runs") < text.index("## Second")
+    text = page(tmp_path, [record("lora"), record("qlora"), record("lora", "motionsense")], second, first)
+    assert text.index("## First") < text.index("So far 3 of 4 runs") < text.index("## Second")
     assert text.count("So far") == 1
+    third = replace(second, title="Third", seeds=(0, 1, 2))
+    text = page(tmp_path, [], third, first)
+    assert "## Third" not in text
+    assert "## Not yet\n\n- Third: 2 of 6 runs\n" in text

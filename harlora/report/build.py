@@ -9,7 +9,7 @@ from harlora.data.catalog import domain, title
 from harlora.errors import InputError
 from harlora.files import write_text
 from harlora.report import aims, plots
-from harlora.report.experiments import by_setting, section
+from harlora.report.experiments import by_setting, section, unfinished
 from harlora.report.paper import MEMORY_MB, PARAMETERS, SCORES
 from harlora.report.tables import (
     COLUMNS,
@@ -73,6 +73,7 @@ def build_report(results: Path, out: Path, readme: Path | None = None, experimen
     if experiments:
         ordered = sorted(experiments, key=lambda experiment: experiment.place)
         parts += [section(experiment, records, images, out) for experiment in ordered]
+        parts.append(unfinished(ordered, records))
     else:
         parts += [_section(members, images, out) for members in groups(main)]
     parts.append(_bytes_section(main, images, out))
@@ -314,7 +315,7 @@ def _recipes(records: Sequence[Record]) -> list[str]:
             for learns in (True, False)
         }
         said = [f"{epochs[True]} epochs"] if epochs[True] else []
-        said += [f"{epochs[False]} with a frozen encoder"] if epochs[False] else []
+        said += [f"{epochs[False]} with a frozen encoder"] if epochs[False] not in ("", epochs[True]) else []
         # Older records do not say how windows were changed.
         changed = {
             r["target"]: r["config"] for r in same if "flipped" in r["config"] and METHODS[r["config"]["method"]].learns

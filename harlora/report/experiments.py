@@ -32,18 +32,18 @@ _NOT_COLUMNS = ("method", "protocol", "seed", "alpha")
 
 
 def section(experiment: Experiment, records: Sequence[Record], images: Path, out: Path) -> str:
-    """The section of one experiment in the page ``out``; empty if none of its runs is among ``records``.
+    """The section of one experiment in the page ``out``; empty unless most of its runs are among ``records``.
 
     Its tables are also written as LaTeX, to the folder ``tables`` beside the page.
     """
     chosen: list[Any] = experiment.select(records)
-    if not chosen:
+    planned = _planned(experiment, chosen)
+    if not chosen or 2 * len(chosen) <= planned:
         return ""
     lines = [f"## {experiment.title}", ""]
     if experiment.about:
         lines += [experiment.about, ""]
     lines += _settings(chosen)
-    planned = experiment.count() * len(experiment.targets or {record["target"] for record in chosen})
     if len(chosen) < planned:
         lines += [f"**So far {len(chosen)} of {planned} runs.**", ""]
     for members in groups(chosen):
@@ -52,6 +52,22 @@ def section(experiment: Experiment, records: Sequence[Record], images: Path, out
         if differences:
             lines += [markdown(_DIFFERENCES, differences)]
     return "\n".join(lines)
+
+
+def unfinished(experiments: Sequence[Experiment], records: Sequence[Record]) -> str:
+    """A section that lists the experiments which `section` leaves out; empty if there are none."""
+    lines = []
+    for experiment in experiments:
+        chosen = experiment.select(records)
+        planned = _planned(experiment, chosen)
+        if not chosen or 2 * len(chosen) <= planned:
+            lines.append(f"- {experiment.title}: {len(chosen)} of {planned or 'its'} runs")
+    return "\n".join(["## Not yet", "", *lines, ""]) if lines else ""
+
+
+def _planned(experiment: Experiment, chosen: Sequence[Mapping[str, Any]]) -> int:
+    """How many runs there will be; where targets are not named, on those that results are of."""
+    return experiment.count() * len(experiment.targets or {record["target"] for record in chosen})
 
 
 def _settings(records: Sequence[Record]) -> list[str]:
