@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from harlora.models import MAEConfig
 from harlora.models.mae import Encoder
-from harlora.nn import adapted_layers, gather_statistics, load_adapter, merge_adapters, save_adapter
+from harlora.nn import adapted_layers, at_rank, gather_statistics, load_adapter, merge_adapters, save_adapter
 from harlora.nn.adapters import ADAPTERS, LowRank, Statistics
 from harlora.nn.adapters.choose import changes
 from harlora.nn.adapters.matryoshka import aurac
@@ -332,6 +332,47 @@ def test_every_trained_rank_can_be_served(method):
             assert layer.adapter.delta(layer).A.shape[0] == rank
         outputs.append(model(windows()))
     assert all(not torch.equal(one, other) for one, other in pairwise(outputs))
+
+
+def changes_of(model):
+    return [layer.merge().weight - layer.base_weight() for _, layer in adapted_layers(model)]
+
+
+@pytest.mark.parametrize("method", ["lora", "matryoshka", "dylora", None])
+@pytest.mark.parametrize("squeezed", [False, True])
+def test_a_trained_adapter_at_a_lower_rank(method, squeezed):
+    model = apply_qlora(pretrained(), TARGETS, rank=8) if method is None else adapted(method, rank=8)
+    train(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    whole = changes_of(model)
+    pairs = []
+    for _, layer in adapted_layers(model):
+        own = layer.adapter
+        A, B, scale = (layer.lora_A, layer.lora_B, layer.scaling) if own is None else (own.A, own.B, own.scale)
+        pairs.append((A[:2].clone(), B[:, :2].clone(), scale))
+    # What is cut from a method with a factor for each rank has that of the lower rank, here four times that of 8.
+    factor = 4 if method in ("matryoshka", "dylora") else 1
+    with at_rank(model, 2, squeezed=squeezed):
+        for found, all_of_it, (A, B, scale) in zip(changes_of(model), whole, pairs, strict=True):
+            wanted = factor * scale * (B @ A)
+            if squeezed:
+                U, S, Vt = torch.linalg.svd(all_of_it)
+                wanted = (U[:, :2] * S[:2]) @ Vt[:2]
+            torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
+    with at_rank(model, 100, squeezed=False):
+        torch.testing.assert_close(changes_of(model), whole)
+    with pytest.raises(RuntimeError, match="inside"), at_rank(model, 1):
+        raise RuntimeError("inside")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_cannot_be_cut_is_refused():
+    for method, rank, message in (
+        ("dora", 2, r"dora at blocks.0.attention.q cannot be cut; required lora"),
+        ("lora", 0, "rank must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=f"at_rank: {message}"), at_rank(adapted(method), rank):
+            pass
 
 
 def test_aurac_by_hand():

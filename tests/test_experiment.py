@@ -193,7 +193,7 @@ def test_a_file_plans_every_combination_once(tmp_path):
         ("seeds = [0, 4]", "seeds = [0.5]", r"seeds must be a list of whole numbers, got \[0.5\]"),
         ('["synthetic_a"]', '"synthetic_a"', "targets must be a list of names, got 'synthetic_a'"),
         ('x = "rank"', 'x = "rang"', "x must be a setting of fine-tuning, got 'rang'"),
-        ('"calibration"]', '"colours"]', "show must be some of scores, cost, calibration, pareto; got colours"),
+        ('"calibration"]', '"colours"]', "show must be some of scores, cost, calibration, pareto, claims; got colours"),
         ('[set]\nprotocol = "subject"', "set = 3", "set must be a table of settings, got 3"),
         ("[set]", "[set", "not a TOML file"),
     ],
@@ -203,6 +203,39 @@ def test_a_wrong_file_is_named_with_what_is_wrong(tmp_path, old, new, message):
     assert old in WHOLE
     with pytest.raises(InputError, match=r"experiment\.toml: .*" + message):
         load_experiment(written(tmp_path, WHOLE.replace(old, new)))
+
+
+CLAIM = """
+[[claims]]
+says = "QLoRA above the probe"
+this = { method = "qlora", rank = 2 }
+that = { method = "linear_probe" }
+more = "macro_f1"
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("", "", None),
+        ('more = "macro_f1"', 'more = "cut_2"\nat = "squeezed_2"', None),
+        ('more = "macro_f1"', "", "claim 'QLoRA above the probe': required one of more and less"),
+        ('more = "macro_f1"', 'more = "fun"', "can be about macro_f1, ece, .* such as cut_4; got 'fun'"),
+        ("rank = 2", "rnk = 2", "'rnk' is no setting of fine-tuning; did you mean rank?"),
+        ("says", "said", "unexpected keyword argument 'said'"),
+        ("[[claims]]", "[claims]", "claims must be an array of tables"),
+    ],
+)
+@pytest.mark.usefixtures("tiny_preset")
+def test_a_file_may_make_claims(tmp_path, old, new, message):
+    assert old in CLAIM
+    file = written(tmp_path, WHOLE + CLAIM.replace(old, new))
+    if message is None:
+        (claim,) = load_experiment(file).claims
+        assert claim.this == {"method": "qlora", "rank": 2}
+    else:
+        with pytest.raises(InputError, match=r"experiment\.toml: .*" + message):
+            load_experiment(file)
 
 
 def test_a_missing_file_is_named(tmp_path):

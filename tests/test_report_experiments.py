@@ -10,10 +10,11 @@ import pytest
 
 from harlora.report import plots
 from harlora.report.build import build_report
+from harlora.report.claims import HEADER, measured, rows
 from harlora.report.compare import by_person, compare, macro_f1_of_confusion
 from harlora.report.experiments import latex, paper, table
 from harlora.report.tables import pooled
-from harlora.train.experiment import PRESETS, Experiment
+from harlora.train.experiment import PRESETS, Claim, Experiment
 from harlora.train.metrics import calibration, scores
 
 PRESET = PRESETS["standard"]
@@ -265,3 +266,71 @@ def test_sections_stand_in_their_place_and_say_what_is_missing(tmp_path):
     text = page(tmp_path, [], third, first)
     assert "## Third" not in text
     assert "## Not yet\n\n- Third: 2 of 6 runs\n" in text
+
+
+# Claims
+
+
+def test_a_claim_is_judged_by_runs_that_have_all_else_in_common():
+    claim = Claim("QLoRA above the probe", {"method": "qlora"}, {"method": "linear_probe"}, more="macro_f1")
+    good, poor = people([9] * 8), people([7] * 8)
+    records = [
+        *(record(seed=seed, people=good) for seed in (0, 1)),
+        *(record("linear_probe", seed=seed, people=poor) for seed in (0, 1)),
+        record(seed=2, people=poor),  # without a control
+        record(seed=0, people=poor, epochs=3),  # nor has this one
+        record(seed=0, people=poor, rank=4),
+    ]
+    (line,) = rows([claim], records)
+    told = dict(zip(HEADER, line, strict=True))
+    assert told["claim"] == "QLoRA above the probe"
+    assert (told["here"], told["control"], told["difference"]) == ("0.9000", "0.7000", "+0.2")
+    assert told["holds"] == "yes, in 2 of 2"
+    assert told["p"] == "0.008"
+    assert told["95 % interval"] == "+0.2000 to +0.2000"
+    (line,) = rows([replace(claim, more=None, less="macro_f1")], records)
+    assert line[-1] == "**no**, in 0 of 2"
+    (line,) = rows([replace(claim, more=None, less="macro_f1", within=0.3)], records)
+    assert line[-1] == "yes, in 2 of 2"
+    assert rows([replace(claim, that={"method": "full"})], records) == []
+
+
+def test_a_claim_may_be_about_settings_and_other_measures():
+    ours = record(mislabelled=0.3, sampler="quality", sampled=0.5) | {"drawn_wrong": 0.1}
+    theirs = record(mislabelled=0.3, sampler="uniform", sampled=0.5) | {"drawn_wrong": 0.3}
+    settings = {"mislabelled": 0.3, "sampled": 0.5}
+    claim = Claim(
+        "fewer wrong", {**settings, "sampler": "quality"}, {**settings, "sampler": "uniform"}, less="drawn_wrong"
+    )
+    (line,) = rows([claim], [ours, theirs, record()])
+    assert line[2:] == ["0.1000", "0.3000", "-0.2", "", "", "yes, in 1 of 1"]
+    by_rank = {"ranks": [1, 2, 4], "cut": [0.1, 0.2, 0.3], "squeezed": [0.2, 0.3, 0.4]}
+    cut = record(rank=4, by_rank=True) | {"by_rank": by_rank, "aurac": 0.25}
+    assert [measured(cut, name) for name in ("cut_2", "squeezed_4", "aurac")] == [0.2, 0.4, 0.25]
+    claim = Claim("squeezed above cut", {"rank": 4}, {"rank": 4}, more="cut_2", at="squeezed_2")
+    # A run of the same settings that was not scored by rank is no better a control.
+    (line,) = rows([claim], [record(rank=4), cut])
+    assert line[-1] == "yes, in 1 of 1"
+    assert [measured(record(), name) for name in ("loss", "early_loss", "ece")] == [
+        0.5,
+        0.5,
+        record()["calibration"]["ece"],
+    ]
+
+
+def test_a_section_may_be_of_claims_alone(tmp_path):
+    claim = Claim("QLoRA above the probe", {"method": "qlora"}, {"method": "linear_probe"}, more="macro_f1")
+    experiment = Experiment(
+        "claims", "What is said", targets=("uci_hapt",), show=("claims",), claims=(claim,),
+        runs=({"protocol": ("subject",), "method": ("qlora", "linear_probe")},),
+    )  # fmt: skip
+    text = page(tmp_path, [record(people=people([9] * 8)), record("linear_probe", people=people([7] * 8))], experiment)
+    said = text.partition("## What is said")[2].partition("## Memory")[0]
+    assert "| QLoRA above the probe | UCI HAR (raw signals, HAPT), new people | 0.9000 | 0.7000 | +0.2 |" in said
+    assert "###" not in said
+    synthetic = page(
+        tmp_path / "b",
+        [record(target="synthetic_a"), record("linear_probe", target="synthetic_a")],
+        replace(experiment, targets=()),
+    )
+    assert "| QLoRA above the probe | SYNTHETIC data: " in synthetic

@@ -460,12 +460,13 @@ def test_training_windows_are_changed_as_the_settings_say(data, pretrained, tmp_
     assert abs(losses[0] - losses[1]) > 1e-3
 
 
-def test_how_far_windows_are_turned_goes_by_where_the_device_was():
+def test_how_windows_are_changed_goes_by_where_the_device_was_and_by_the_protocol():
     for name, turned, flipped in (("motionsense", 15.0, 0.3), ("uci_hapt", 5.0, 0.0), ("my_own", 5.0, 0.0)):
         config = FinetuneConfig().for_dataset(name)
         assert (config.turned_deg, config.flipped) == (turned, flipped)
-    paper = FinetuneConfig(protocol="paper").for_dataset("motionsense")
-    assert (paper.turned_deg, paper.flipped) == (5.0, 0.0)
+        assert (config.warp, config.rescaled) == (0.85, 0.05)
+        paper = FinetuneConfig(protocol="paper").for_dataset(name)
+        assert (paper.turned_deg, paper.flipped, paper.warp, paper.rescaled) == (0.0, 0.0, 1.0, 0.0)
     given = replace(FinetuneConfig(), turned_deg=0.0).for_dataset("motionsense")
     assert (given.turned_deg, given.flipped) == (0.0, 0.3)
 
@@ -507,6 +508,46 @@ def test_adapters_in_the_blocks_that_change_the_most_alone(data, pretrained, tmp
     paths = [path for path, _ in adapted_layers(model.encoder)]
     assert len(paths) == 6
     assert len({path.split(".")[1] for path in paths}) == 1
+
+
+def test_blocks_by_chance_are_the_same_for_all_methods():
+    config = replace(FINETUNE, method="lora", adapted_blocks=1, adapted_blocks_by="chance")
+    chosen = []
+    for method, seed in (("lora", 0), ("qlora", 0), *(("lora", seed) for seed in range(1, 9))):
+        model, _ = trainable(replace(config, method=method, seed=seed))
+        (block,) = {path.split(".")[2] for path, _ in adapted_layers(model)}
+        chosen.append(block)
+    assert chosen[0] == chosen[1]
+    assert set(chosen) == {"0", "1"}
+
+
+def test_an_adapter_is_scored_at_lower_ranks_and_for_intruders(data, pretrained, tmp_path):
+    config = replace(FINETUNE, method="qlora", rank=6, by_rank=True)
+    metrics = finetune(config, data[0], pretrained, tmp_path, device=CPU)
+    plain = finetune(replace(config, by_rank=False), data[0], pretrained, tmp_path, device=CPU)
+    scored = metrics["by_rank"]
+    assert scored["ranks"] == [1, 2, 4, 6]
+    assert scored["cut"][-1] == pytest.approx(metrics["scores"]["macro_f1"], abs=0.02)
+    assert scored["squeezed"][-1] == pytest.approx(metrics["scores"]["macro_f1"], abs=0.02)
+    assert min(scored["cut"]) <= metrics["aurac"] <= max(scored["cut"])
+    assert plain["scores"] == metrics["scores"]
+    assert not {"by_rank", "aurac"} & plain.keys()
+    assert plain["intruders"] >= 0
+    probe = finetune(replace(FINETUNE, method="linear_probe"), data[0], pretrained, tmp_path, device=CPU)
+    scratch = finetune(replace(FINETUNE, method="scratch"), data[0], pretrained, tmp_path, device=CPU)
+    assert not [name for name in ("intruders",) if name in probe or name in scratch]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "qdora", "by_rank": True}, "by_rank is for lora, matryoshka, dylora and theirs in 4 bits"),
+        ({"adapted_blocks_by": "name"}, "adapted_blocks_by must be change or chance, got 'name'"),
+    ],
+)
+def test_what_cannot_be_set(settings, message):
+    with pytest.raises(InputError, match=message):
+        replace(FINETUNE, **settings).check()
 
 
 @pytest.mark.parametrize("server", ["average", "fair"])

@@ -7,6 +7,7 @@ from harlora.nn.apply import (
     apply_adapter,
     apply_lora,
     apply_qlora,
+    at_rank,
     gather_statistics,
     merge_adapters,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "apply_adapter",
     "apply_lora",
     "apply_qlora",
+    "at_rank",
     "gather_statistics",
     "load_adapter",
     "merge_adapters",

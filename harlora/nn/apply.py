@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any, TypeVar
 
@@ -10,6 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from harlora.nn.adapters import ADAPTERS, Adapter, Schedule, Site, Statistics
+from harlora.nn.adapters.adapter import LowRank
+from harlora.nn.adapters.lora import LoRA
+from harlora.nn.adapters.matryoshka import Nested
+from harlora.nn.adapters.post import squeeze
 from harlora.nn.linear import AdaptedLinear, LoRALinear, QLoRALinear, _is_quantized
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -272,6 +277,50 @@ def merge_adapters(model: Model) -> Model:
         raise ValueError("merge_adapters: model is itself an adapted layer; call its merge()")
     _swap(model, merged)
     return model
+
+
+@contextmanager
+def at_rank(model: nn.Module, rank: int, *, squeezed: bool = False) -> Iterator[None]:
+    """``model`` with every low-rank change of at most ``rank``, until the context ends.
+
+    Of each change the first ``rank`` rows and columns stay, with the factor for that rank where a method has one; or,
+    squeezed, it is the nearest change of that rank (LoRA-Squeeze).
+    Raises: ValueError unless the adapters are those of LoRA, MatryoshkaLoRA or DyLoRA and ``rank`` is 1 or more.
+    """
+    if rank < 1:
+        raise ValueError(f"at_rank: rank must be at least 1, got {rank}")
+    lowered: list[tuple[Tensor, Tensor, LowRank, float]] = []
+    for path, layer in adapted_layers(model):
+        adapter = layer.adapter
+        A: Tensor
+        B: Tensor
+        if adapter is None:
+            assert layer.lora_A is not None
+            assert layer.lora_B is not None
+            A, B, scale = layer.lora_A, layer.lora_B, layer.scaling
+        elif type(adapter) is LoRA or isinstance(adapter, Nested):
+            A, B, scale = adapter.A, adapter.B, adapter.scale
+        else:
+            raise ValueError(f"at_rank: {adapter.name} at {path} cannot be cut; required lora, matryoshka or dylora")
+        least = min(rank, len(A))
+        change = LowRank(A[:least], B[:, :least], scale)
+        if squeezed:
+            change = squeeze(LowRank(A, B, scale), least)
+        elif isinstance(adapter, Nested):
+            change = adapter.cut(least)
+        lowered.append((A, B, change, scale))
+    with torch.no_grad():
+        before = [(A.clone(), B.clone()) for A, B, *_ in lowered]
+        changed = [(change.A * (change.scale / scale), change.B.clone()) for _, _, change, scale in lowered]
+        try:
+            for (A, B, *_), (newA, newB) in zip(lowered, changed, strict=True):
+                A.zero_()[: len(newA)] = newA
+                B.zero_()[:, : len(newA)] = newB
+            yield
+        finally:
+            for (A, B, *_), (oldA, oldB) in zip(lowered, before, strict=True):
+                A.copy_(oldA)
+                B.copy_(oldB)
 
 
 def matched(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:

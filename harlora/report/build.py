@@ -322,8 +322,8 @@ def _recipes(records: Sequence[Record]) -> list[str]:
         }
         for target, config in sorted(changed.items()):
             half = f", {config['flipped']:.0%} of them half about an axis of the device" if config["flipped"] else ""
-            turned = f"windows of {title(target)} turned by about {config['turned_deg']:g}°{half}"
-            said.append(f"{turned}, {config['dropped']:.0%} of their patches left out")
+            turned = f"turned by about {config['turned_deg']:g}°{half}" if config["turned_deg"] else "as they are"
+            said.append(f"windows of {title(target)} {turned}, {config['dropped']:.0%} of their patches left out")
         if said:
             lines.append(f"- For {what}: {'; '.join(said)}.")
     return lines

@@ -8,7 +8,7 @@ from typing import Any
 from harlora.data.catalog import domain, title
 from harlora.data.splits import TEST_FRACTION
 from harlora.files import write_text
-from harlora.report import plots
+from harlora.report import claims, plots
 from harlora.report.compare import compare
 from harlora.report.paper import LABEL_SHARE_ACCURACY, RANK_MACRO_F1, SCORES
 from harlora.report.tables import (
@@ -28,7 +28,7 @@ from harlora.report.tables import (
 )
 from harlora.train.experiment import Experiment
 
-_NOT_COLUMNS = ("method", "protocol", "seed", "alpha")
+_NOT_COLUMNS = ("method", "protocol", "seed", "alpha", "by_rank")
 
 
 def section(experiment: Experiment, records: Sequence[Record], images: Path, out: Path) -> str:
@@ -46,7 +46,10 @@ def section(experiment: Experiment, records: Sequence[Record], images: Path, out
     lines += _settings(chosen)
     if len(chosen) < planned:
         lines += [f"**So far {len(chosen)} of {planned} runs.**", ""]
-    for members in groups(chosen):
+    found = claims.rows(experiment.claims, chosen)
+    if found:
+        lines += [markdown(claims.HEADER, found)]
+    for members in groups(chosen) if set(experiment.show) - {"claims"} else ():
         lines += [by_setting(experiment.name, members, experiment.x, images, out, experiment.show)]
         differences = _differences(members)
         if differences:

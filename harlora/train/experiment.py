@@ -40,8 +40,13 @@ PRESETS = {
     "standard": Preset(PretrainConfig(), FinetuneConfig()),
 }
 
+# What a claim can be about; of `AT_RANK` with a rank, as cut_4, the macro-F1 of an adapter cut or squeezed to it.
+MEASURES = (
+    "macro_f1", "ece", "aurac", "loss", "early_loss", "drawn_wrong", "intruders", "adapter_file", "saved", "seconds",
+)  # fmt: skip
+AT_RANK = ("cut", "squeezed")
 SHOWN = ("scores", "cost")
-_ALSO_SHOWN = ("calibration", "pareto")
+_ALSO_SHOWN = ("calibration", "pareto", "claims")
 _ADAPTER = ("options", "rank", "alpha", "adapter_dropout", "rslora", "train_norms", "target_modules", "rank_pattern")
 _RANKED = ("rank", "alpha", "rank_pattern")
 _QUANTISED = ("quant_type", "blocksize", "double_quant")
@@ -66,6 +71,41 @@ class Adaptation:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """That runs with some settings have more, or less, of something than those with others and all else the same.
+
+    says: for a reader. this, that: settings of fine-tuning. more, less: one of `MEASURES`, the other None.
+    within: how far ``this`` may be on the wrong side. at: what of ``this`` is measured, if not the same.
+    """
+
+    says: str
+    this: Mapping[str, Any]
+    that: Mapping[str, Any]
+    more: str | None = None
+    less: str | None = None
+    within: float = 0.0
+    at: str | None = None
+
+    @property
+    def measure(self) -> str:
+        """What is compared."""
+        return self.more or self.less or ""
+
+    def check(self) -> None:
+        """Raise InputError unless its settings and what it measures exist."""
+        if (self.more is None) == (self.less is None):
+            raise InputError(f"claim {self.says!r}: required one of more and less")
+        for name in (self.measure, self.at or self.measure):
+            if name.rpartition("_")[0] not in AT_RANK and name not in MEASURES:
+                raise InputError(
+                    f"claim {self.says!r}: can be about {', '.join(MEASURES)}, and of {' and '.join(AT_RANK)} with a "
+                    f"rank, such as cut_4; got {name!r}"
+                )
+        for settings in (self.this, self.that):
+            _changed(FinetuneConfig(), settings)
+
+
+@dataclass(frozen=True)
 class Experiment:
     """Which runs answer one question.
 
@@ -73,7 +113,7 @@ class Experiment:
     found. runs: products of settings, one after the other, each setting with its values; a key beginning with
     ``pretrain.`` is one of pretraining, with ``pretrain.model.`` of the model.
     x: the setting that the report draws the scores by, or None for a table. show: what its tables have.
-    place: of its section on the page, lower ones first.
+    place: of its section on the page, lower ones first. claims: what the report is to say of them, whether they hold.
     """
 
     name: str
@@ -87,6 +127,7 @@ class Experiment:
     x: str | None = None
     show: tuple[str, ...] = SHOWN
     place: int = 100
+    claims: tuple[Claim, ...] = ()
 
     def check(self) -> None:
         """Raise InputError unless every setting exists and has a possible value."""
@@ -102,6 +143,8 @@ class Experiment:
         for before, config in self.configurations(0):
             before.check()
             config.check()
+        for claim in self.claims:
+            claim.check()
 
     def configurations(self, seed: int) -> Iterator[tuple[PretrainConfig, FinetuneConfig]]:
         """The configuration of every run on one target, each once."""
@@ -216,15 +259,15 @@ def _plain(config: FinetuneConfig, base: FinetuneConfig) -> FinetuneConfig:
     return replace(config, **{name: getattr(base, name) for name in unused})
 
 
-_KEYS = ("title", "about", "preset", "targets", "sources", "seeds", "x", "show", "place", "set", "runs")
+_KEYS = ("title", "about", "preset", "targets", "sources", "seeds", "x", "show", "place", "set", "runs", "claims")
 
 
 def load_experiment(file: Path) -> Experiment:
     """The experiment in a TOML file.
 
     Keys: those of `Experiment`; ``set``, a table of settings for all runs; ``runs``, an array of tables, each a product
-    of settings with one value or a list of them. Settings of pretraining are in a table ``pretrain`` within those, the
-    model's in ``pretrain.model``.
+    of settings with one value or a list of them; ``claims``, an array of tables with the keys of `Claim`. Settings of
+    pretraining are in a table ``pretrain`` within the first two, the model's in ``pretrain.model``.
     Raises: InputError that names the file and the key if it is not such a file.
     """
     try:
@@ -258,8 +301,11 @@ def load_experiment(file: Path) -> Experiment:
     if "about" in content:
         content["about"] = content["about"].strip()
     runs = tuple({**common, **_grid(file, "runs", grid)} for grid in grids)
-    experiment = Experiment(name=file.stem, **content, runs=runs)
+    given = content.pop("claims", [])
+    if not isinstance(given, list) or not all(isinstance(claim, dict) for claim in given):
+        raise InputError(f"{file}: claims must be an array of tables, [[claims]], got {given!r}")
     try:
+        experiment = Experiment(name=file.stem, **content, runs=runs, claims=tuple(Claim(**claim) for claim in given))
         experiment.check()
     except (InputError, TypeError) as error:
         raise InputError(f"{file}: {error}") from error

@@ -23,17 +23,21 @@ from harlora.files import load_tensors, save_tensors
 from harlora.kernels.format import BLOCKSIZES, QUANT_TYPES
 from harlora.models.mae import MAE, Classifier, Encoder, MAEConfig
 from harlora.nn import (
+    AdaptedLinear,
     adapted_layers,
     adapter_options,
     apply_adapter,
     apply_lora,
     apply_qlora,
+    at_rank,
     gather_statistics,
     save_adapter,
 )
 from harlora.nn.adapter_files import WEIGHTS_FILE
 from harlora.nn.adapters import ADAPTERS, LoRA
 from harlora.nn.adapters.choose import changes
+from harlora.nn.adapters.matryoshka import aurac
+from harlora.nn.adapters.post import intruders
 from harlora.nn.apply import penalty, read_options, schedule
 from harlora.train.capture import Capture, TrainingStep, captures
 from harlora.train.federated import RIDGE, SERVERS, federate
@@ -47,14 +51,17 @@ from harlora.train.sampler import SAMPLERS, QualitySampler, Sampler, squared_gra
 
 CHECKPOINT = "classifier.safetensors"
 # In a pocket a phone tilts and may be upside down; on a belt it hardly moves, and sitting is told from standing by its
-# tilt. Where the same recordings are trained on and tested, every way it is carried has been seen.
-_IN_A_POCKET: Mapping[str, float] = {"turned_deg": 15.0, "flipped": 0.3}
-_WORN_FIRMLY: Mapping[str, float] = {"turned_deg": 5.0, "flipped": 0.0}
+# tilt. Where the same recordings are trained on and tested, every way it is carried and all paces have been seen.
+_MOVED: Mapping[str, float] = {"warp": 0.85, "rescaled": 0.05}
+_IN_A_POCKET: Mapping[str, float] = {"turned_deg": 15.0, "flipped": 0.3, **_MOVED}
+_WORN_FIRMLY: Mapping[str, float] = {"turned_deg": 5.0, "flipped": 0.0, **_MOVED}
+_AS_THEY_ARE: Mapping[str, float] = {"turned_deg": 0.0, "flipped": 0.0, "warp": 1.0, "rescaled": 0.0}
 # On random windows of the same people more epochs help more than more patches; on new people they do not.
 _SHORT: Mapping[str, Any] = {"epochs": 20, "dropped": 0.5}
 _LONG: Mapping[str, Any] = {"epochs": 50, "dropped": 0.75}
 SETTINGS = ("rank", "alpha", "rslora")  # options of many methods, which FinetuneConfig has by themselves
 _GRADIENT_BATCHES = 8  # that methods which start from gradients see
+_CAN_BE_CUT = ("lora", "matryoshka", "dylora")
 TARGET_MODULES = ("q", "k", "v", "o", "fc1", "fc2")
 
 
@@ -169,15 +176,17 @@ class FinetuneConfig:
     label_smoothing: float = 0.1
     """Of the cross-entropy."""
     turned_deg: float | None = None
-    """Training windows are turned about a random axis by about so many degrees; by default 15 with protocol subject
-    for a dataset whose people carried the device in a pocket, otherwise 5."""
+    """Training windows are turned about a random axis by about so many degrees; by default 15 for a dataset whose
+    people carried the device in a pocket, otherwise 5, with protocol paper 0."""
     flipped: float | None = None
     """Share of training windows turned half about one of the device's axes, as a phone put in upside down; by default
-    0.3 with protocol subject for a dataset whose people carried the device in a pocket, otherwise 0."""
-    warp: float = 0.85
-    """A random part of each training window, at least this share of it, is stretched to the whole."""
-    rescaled: float = 0.05
-    """Standard deviation of a random factor on each sensor of a training window."""
+    0.3 for a dataset whose people carried the device in a pocket, otherwise, and with protocol paper, 0."""
+    warp: float | None = None
+    """A random part of each training window, at least this share of it, is stretched to the whole; by default 0.85,
+    with protocol paper 1."""
+    rescaled: float | None = None
+    """Standard deviation of a random factor on each sensor of a training window; by default 0.05, with protocol paper
+    0."""
     dropped: float | None = None
     """Share of each training window's patches that is left out, drawn anew every time; all of them are scored. By
     default 0.5, or 0.75 with protocol paper, whose 50 epochs then take no longer. A frozen encoder, which could not
@@ -189,8 +198,13 @@ class FinetuneConfig:
     windows_per_class: int = 0
     """Use so many training windows of each class instead; 0 is off."""
     adapted_blocks: int = 0
-    """Adapters in so many blocks alone, those that change what goes in the most (1 - CKA) on some training windows,
-    without their labels; 0 is all."""
+    """Adapters in so many blocks alone; 0 is all."""
+    adapted_blocks_by: Literal["change", "chance"] = "change"
+    """Which they are: those that change what goes in the most (1 - CKA) on some training windows, without their labels;
+    or any, to compare with."""
+    by_rank: bool = False
+    """Score the trained adapter at lower ranks too, cut and squeezed. For lora, matryoshka, dylora and theirs in 4
+    bits."""
     sampled: float | None = None
     """Share of the training windows that an epoch takes, drawn anew each time; by default all, or half where they are
     drawn by what they teach."""
@@ -236,8 +250,9 @@ class FinetuneConfig:
         """The settings with those filled in whose default depends on the dataset, the protocol or the method."""
         method = METHODS[self.method]
         schedule = _LONG if self.protocol == "paper" and method.learns else _SHORT
-        moves = self.protocol == "subject" and in_a_pocket(name)
-        usual = {**(_IN_A_POCKET if moves else _WORN_FIRMLY), **schedule}
+        usual = {**(_IN_A_POCKET if in_a_pocket(name) else _WORN_FIRMLY), **schedule}
+        if self.protocol == "paper":
+            usual |= _AS_THEY_ARE
         return replace(self, **{key: value for key, value in usual.items() if getattr(self, key) is None})
 
     def check(self) -> None:
@@ -263,10 +278,14 @@ class FinetuneConfig:
             raise InputError(f"dropped must be at least 0 and below 1, got {self.dropped}")
         if not 0 <= (self.flipped or 0) <= 1:
             raise InputError(f"flipped must be from 0 to 1, got {self.flipped}")
-        if not 0 < self.warp <= 1:
+        if self.warp is not None and not 0 < self.warp <= 1:
             raise InputError(f"warp must be above 0 and at most 1, got {self.warp}")
         if self.adapted_blocks < 0:
             raise InputError(f"adapted_blocks must be at least 0, got {self.adapted_blocks}")
+        if self.adapted_blocks_by not in ("change", "chance"):
+            raise InputError(f"adapted_blocks_by must be change or chance, got {self.adapted_blocks_by!r}")
+        if self.by_rank and METHODS[self.method].adapter not in _CAN_BE_CUT:
+            raise InputError(f"by_rank is for {', '.join(_CAN_BE_CUT)} and theirs in 4 bits, got {self.method}")
         if self.sampled is not None and not 0 < self.sampled <= 1:
             raise InputError(f"sampled must be above 0 and at most 1, got {self.sampled}")
         if self.sampler not in ("auto", *SAMPLERS):
@@ -319,7 +338,10 @@ class FinetuneConfig:
 
 
 _DEFAULTS = FinetuneConfig()
-_LATER = ("options", "adapted_blocks", "sampled", "sampler", "quality", "federated", "mislabelled")
+_LATER = (
+    "options", "adapted_blocks", "adapted_blocks_by", "by_rank", "sampled", "sampler", "quality", "federated",
+    "mislabelled",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -427,9 +449,7 @@ def _adapt(
     start = paths is None
     targets: Sequence[str] = config.target_modules if paths is None else paths
     if start and config.adapted_blocks:
-        if seen is None:
-            raise InputError("adapted_blocks chooses by windows of the target; finetune has them")
-        targets = _in_blocks_that_change(config, model.encoder, seen)
+        targets = _in_some_blocks(config, model.encoder, seen)
     settings: dict[str, Any] = {"dropout": config.adapter_dropout, "rank_pattern": config.rank_pattern}
     four_bits: dict[str, Any] = {
         "quant_type": config.quant_type, "blocksize": config.blocksize, "double_quant": config.double_quant
@@ -466,10 +486,15 @@ def _adapt(
         raise InputError(f"{config.method}: {error}") from error
 
 
-def _in_blocks_that_change(config: FinetuneConfig, encoder: Encoder, seen: Preview) -> list[str]:
-    """The paths of the target layers in the blocks that change the features most."""
-    found = changes(list(encoder.blocks), lambda: encoder(seen.windows()))
-    order = sorted(range(len(found)), key=lambda index: -found[index])
+def _in_some_blocks(config: FinetuneConfig, encoder: Encoder, seen: Preview | None) -> list[str]:
+    """The paths of the target layers in the blocks that are adapted."""
+    if config.adapted_blocks_by == "chance":
+        order = torch.randperm(len(encoder.blocks), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    elif seen is None:
+        raise InputError("adapted_blocks chooses by windows of the target; finetune has them")
+    else:
+        found = changes(list(encoder.blocks), lambda: encoder(seen.windows()))
+        order = sorted(range(len(found)), key=lambda index: -found[index])
     chosen = {f"blocks.{index}." for index in order[: config.adapted_blocks]}
     return [
         path
@@ -658,6 +683,7 @@ def _finetune(
     truth = np.searchsorted([VOCABULARY.index(name) for name in labels], target.labels[parts.test])
     logits = _in_batches(model, torch.from_numpy(test), device)
     predicted = logits.argmax(dim=1).numpy()
+    lower = _at_lower_ranks(config, model, lambda: _in_batches(model, torch.from_numpy(test), device), truth)
     people = target.subjects[parts.test]
     method = METHODS[config.method]
     paths = [path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] in TARGET_MODULES]
@@ -665,6 +691,7 @@ def _finetune(
     metrics = {
         "scores": scores(truth, predicted, labels),
         "calibration": calibration(logits.double().softmax(dim=1).numpy(), truth),
+        **lower,
         # Of each person alone, so that methods can be compared person by person.
         "confusion_by_subject": {
             target.subject_names[who]: confusion(truth[people == who], predicted[people == who], len(labels))
@@ -676,6 +703,7 @@ def _finetune(
             "total": sum(p.numel() for p in model.parameters()) + (dense // 4 if method.four_bits else 0),
         },
         "bytes": {**trained.bytes, "matrices": held, "matrices_float32": dense},
+        **_intruders(config, model, pretrained.encoder, paths),
         "seconds": trained.seconds,
         "windows": {
             "train": len(samples.train), "validation": len(samples.validation), "test": len(parts.test),
@@ -715,6 +743,45 @@ def _finetune(
         metrics["adapter_file"] = (run.folder / "adapter" / WEIGHTS_FILE).stat().st_size
     run.finish(metrics)
     return metrics
+
+
+def _at_lower_ranks(
+    config: FinetuneConfig, model: Classifier, run: Callable[[], Tensor], truth: np.ndarray
+) -> dict[str, Any]:
+    """With ``by_rank`` the macro-F1 of the trained adapter at every power of 2 up to its rank, and the areas under it.
+
+    run: gives the logits of the test part.
+    """
+    if not config.by_rank:
+        return {}
+    ranks = [*(2**k for k in range(config.rank.bit_length()) if 2**k < config.rank), config.rank]
+    found: dict[str, Any] = {"ranks": ranks}
+    for how, squeezed in (("cut", False), ("squeezed", True)):
+        found[how] = []
+        for rank in ranks:
+            with at_rank(model.encoder, rank, squeezed=squeezed):
+                found[how].append(macro_f1(truth, run().argmax(dim=1).numpy()))
+    return {"by_rank": found, "aurac": aurac(found["cut"], ranks)}
+
+
+def _intruders(config: FinetuneConfig, model: Classifier, before: Encoder, paths: Sequence[str]) -> dict[str, float]:
+    """How many of the largest singular vectors of a changed matrix are like none that it had, the mean over those at
+    ``paths``; nothing where no matrix changed or there was none before.
+    """
+    if not METHODS[config.method].pretrained:
+        return {}
+    counts = []
+    own = dict(before.named_modules())
+    for path in paths:
+        layer: Any = model.get_submodule(path)
+        if isinstance(layer, AdaptedLinear):  # not what 4 bits changed
+            old, new = layer.base_weight().float(), layer.merge().weight.detach().float()
+        else:
+            old, new = own[path.removeprefix("encoder.")].weight.detach(), layer.weight.detach()
+        old, new = old.cpu(), new.cpu()
+        if not torch.equal(old, new):
+            counts.append(len(intruders(old, new - old)))
+    return {"intruders": sum(counts) / len(counts)} if counts else {}
 
 
 @dataclass(frozen=True)
@@ -757,7 +824,7 @@ def _train(
         if config.flipped:
             chosen = torch.rand(len(x)) < config.flipped
             x[chosen] = rotate(x[chosen], half_turns(int(chosen.sum())))
-        if config.warp < 1:
+        if config.warp is not None and config.warp < 1:
             x = warp_time(x, config.warp)
         if config.rescaled:
             x = rescale(x, config.rescaled)
