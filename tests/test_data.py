@@ -130,6 +130,23 @@ def test_subject_protocol_shares_no_subject(windows):
         assert not groups[1] & groups[2]
 
 
+def test_the_people_who_are_tested_may_be_named(windows):
+    first, last = windows.subject_names[0], windows.subject_names[-1]
+    parts = [split(windows, "subject", seed, (last, first)) for seed in range(5)]
+    for part in parts:
+        assert {windows.subject_names[who] for who in windows.subjects[part.test]} == {first, last}
+        assert sum(map(len, (part.train, part.validation, part.test))) == len(windows)
+        assert not set(windows.subjects[part.train]) & set(windows.subjects[part.validation])
+    # Who validates is still drawn by the seed.
+    assert len({tuple(part.validation) for part in parts}) > 1
+    with pytest.raises(InputError, match="people to be tested must be some, all but two at most, of .*; got nobody"):
+        split(windows, "subject", 0, ("nobody", first))
+    with pytest.raises(InputError, match="all but two at most"):
+        split(windows, "subject", 0, windows.subject_names[1:])
+    with pytest.raises(InputError, match="with protocol subject alone, got paper"):
+        split(windows, "paper", 0, (first,))
+
+
 def test_paper_protocol_has_the_same_people_on_both_sides(windows):
     parts = split(windows, "paper", 0)
     assert set(windows.subjects[parts.test]) == set(windows.subjects[parts.train])

@@ -1,11 +1,17 @@
 """Many adapters over one model, against the same adapters loaded one by one."""
 
 import copy
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from harlora.bench import placements, pool
+from harlora.data.catalog import load_windows
+from harlora.data.labels import VOCABULARY
+from harlora.data.splits import split
 from harlora.errors import InputError
 from harlora.models import MAEConfig
 from harlora.models.mae import Classifier, Encoder
@@ -19,6 +25,9 @@ from harlora.nn import (
     merge_adapters,
     save_adapter,
 )
+from harlora.train.finetune import load_classifier
+from harlora.train.pretrain import load_pretrained, pretrain
+from small import FINETUNE, PRETRAIN
 
 CONFIG = MAEConfig(patch_size=16, width=64, depth=2, heads=2, ffn=96)
 TARGETS = ["q", "k", "v", "o", "fc1", "fc2"]
@@ -111,3 +120,46 @@ def test_a_router_learns_which_adapter_a_sample_needs():
     assert (shuffled(features[200:]) == index[200:]).float().mean() < 0.7
     assert isinstance(router, nn.Module)
     assert not list(router.parameters())
+
+
+# Studies with pools
+
+
+def test_all_ways_of_the_benchmark_give_the_same():
+    rows = pool.measure(3, 7, 0.0)
+    assert {row["name"] for row in rows} >= {pool.POOL, pool.LOOP}
+    assert all(row["relative_error"] < 5e-2 for row in rows)
+    assert all(row["rounds"] >= 5 and row["seconds"] > 0 for row in rows)
+    assert [row["ratio_to_pool"] for row in rows if row["name"] == pool.POOL] == [1.0]
+    # One set of 4-bit weights: each adapter more is the size of an adapter.
+    more = pool.measure(4, 7, 0.0)
+    size = pool.MODELS["A"]
+    layers = size.depth * (4 * 2 * size.width + 2 * (size.width + size.ffn))
+    grown = more[0]["held_bytes"] - rows[0]["held_bytes"]
+    assert grown == pytest.approx(4 * pool.RANK * layers, rel=0.01)
+
+
+def test_a_router_between_two_ways_of_wearing(tmp_path):
+    sets = [load_windows(name, tmp_path) for name in ("synthetic_a", "synthetic_b")]
+    file = pretrain(PRETRAIN, [load_windows("synthetic_c", tmp_path)], tmp_path / "runs", device=torch.device("cpu"))
+    config = replace(FINETUNE, method="qlora", epochs=1, max_windows=0)
+    found = placements.compared(sets, load_pretrained(file), config, tmp_path / "runs")
+    ways = found["scores"]
+    assert 0 <= ways.pop("router right") <= 1
+    assert len(ways) == 5
+    tested = [split(windows, "subject", config.seed).test for windows in sets]
+    assert found["windows"]["test"] == sum(map(len, tested))
+    for way in ways.values():
+        assert np.sum(way["confusion"]) == found["windows"]["test"]
+    # What the pool gives with the right choice is what each classifier gives by itself.
+    correct = 0
+    for windows, part in zip(sets, tested, strict=True):
+        (folder,) = (tmp_path / "runs").glob(f"qlora-{windows.dataset}-*")
+        model, normalizer, labels = load_classifier(folder / "classifier.safetensors")
+        with torch.no_grad():
+            best = model(torch.from_numpy(normalizer(windows.signals[part]))).argmax(dim=1)
+        named = [labels[k] for k in best.tolist()]
+        correct += sum(VOCABULARY[label] == name for label, name in zip(windows.labels[part], named, strict=True))
+    assert ways["two adapters, the right choice"]["accuracy"] == pytest.approx(
+        correct / found["windows"]["test"], abs=0.01
+    )

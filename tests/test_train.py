@@ -510,6 +510,16 @@ def test_adapters_in_the_blocks_that_change_the_most_alone(data, pretrained, tmp
     assert len({path.split(".")[1] for path in paths}) == 1
 
 
+def test_the_people_who_are_tested_may_be_named(data, pretrained, tmp_path):
+    name = data[0].subject_names[1]
+    config = replace(FINETUNE, method="linear_probe", test_people=[name])  # a list, as TOML and JSON have it
+    metrics = finetune(config, data[0], pretrained, tmp_path, device=CPU)
+    assert metrics["test_subjects"] == [name]
+    assert "test_people" not in FINETUNE.values()
+    assert metrics["config"]["test_people"] == [name]
+    assert finetune(FinetuneConfig(**metrics["config"]), data[0], pretrained, tmp_path, device=CPU) == metrics
+
+
 def test_blocks_by_chance_are_the_same_for_all_methods():
     config = replace(FINETUNE, method="lora", adapted_blocks=1, adapted_blocks_by="chance")
     chosen = []

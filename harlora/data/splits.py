@@ -1,5 +1,6 @@
 """Who trains, who validates, who is tested: two protocols, label fractions, few labels."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,13 +26,17 @@ class Split:
     test: np.ndarray
 
 
-def split(windows: Windows, protocol: str, seed: int) -> Split:
+def split(windows: Windows, protocol: str, seed: int, tested: Sequence[str] = ()) -> Split:
     """Three parts of a dataset: 30 % test, 12 % validation (for early stopping), the rest training.
 
     protocol: ``"paper"``, windows at random, as in the paper: overlapping neighbours and the same people are on both
     sides, so its scores say little about new people; or ``"subject"``, whole subjects.
-    Raises: InputError if the protocol is unknown or there are fewer than three subjects to split.
+    tested: with ``"subject"`` the people of the test part, instead of those that the seed draws.
+    Raises: InputError if the protocol is unknown, there are fewer than three subjects to split, or one of those to be
+    tested is not among them, or all are.
     """
+    if tested and protocol != "subject":
+        raise InputError(f"people to be tested can be named with protocol subject alone, got {protocol}")
     rng = np.random.default_rng([seed, PROTOCOLS.index(protocol) if protocol in PROTOCOLS else 99])
     if protocol == "paper":
         order = rng.permutation(len(windows))
@@ -43,9 +48,19 @@ def split(windows: Windows, protocol: str, seed: int) -> Split:
             raise InputError(
                 f"{windows.dataset}: the subject protocol requires 3 subjects or more, got {len(subjects)}"
             )
-        tested = max(1, round(TEST_FRACTION * len(subjects)))
+        count = max(1, round(TEST_FRACTION * len(subjects)))
+        if tested:
+            names = [windows.subject_names[subject] for subject in subjects]
+            unknown = sorted(set(tested) - set(names))
+            count = len(set(tested))
+            if unknown or len(subjects) - count < 2:
+                raise InputError(
+                    f"{windows.dataset}: people to be tested must be some, all but two at most, of "
+                    f"{', '.join(sorted(names))}; got {', '.join(unknown or sorted(set(tested)))}"
+                )
+            subjects = subjects[np.argsort([name not in tested for name in names], kind="stable")]
         validated = max(1, round(VALIDATION_FRACTION * len(subjects)))
-        groups = subjects[:tested], subjects[tested : tested + validated], subjects[tested + validated :]
+        groups = subjects[:count], subjects[count : count + validated], subjects[count + validated :]
         parts = tuple(np.flatnonzero(np.isin(windows.subjects, group)) for group in groups)  # type: ignore[assignment]
     else:
         raise InputError(f"unknown protocol {protocol!r}; required one of {', '.join(PROTOCOLS)}")

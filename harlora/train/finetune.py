@@ -222,11 +222,13 @@ class FinetuneConfig:
     """Share of the training windows that are given a wrong label, to see what a method makes of it."""
     max_windows: int = 0
     """At most so many windows of a dataset, drawn at random; 0 takes all."""
+    test_people: tuple[str, ...] = ()
+    """With protocol subject: who is tested, instead of the 30 % of the people that the seed draws."""
     seed: int = 0
     """Of the split and of everything random."""
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "quality"):
+        for name in ("target_modules", "quality", "test_people"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON and TOML have lists
         method = METHODS.get(self.method)
         if method and method.adapter and self.options:
@@ -340,7 +342,7 @@ class FinetuneConfig:
 _DEFAULTS = FinetuneConfig()
 _LATER = (
     "options", "adapted_blocks", "adapted_blocks_by", "by_rank", "sampled", "sampler", "quality", "federated",
-    "mislabelled",
+    "mislabelled", "test_people",
 )  # fmt: skip
 
 
@@ -667,7 +669,7 @@ def _finetune(
     captured: bool,
     report: Report,
 ) -> dict[str, Any]:
-    parts = split(target, config.protocol, config.seed)
+    parts = split(target, config.protocol, config.seed, config.test_people)
     if not config.validated:
         parts = Split(np.sort(np.concatenate([parts.train, parts.validation])), parts.validation[:0], parts.test)
     labels = target.label_names()
