@@ -125,8 +125,8 @@ def test_mlp_equals_its_layers(option, rows):
 
 
 @pytest.mark.usefixtures("kernels", "nan_filled_memory")
-@pytest.mark.parametrize("tokens", [1, 5, 16, 33, 100])
-@pytest.mark.parametrize(("heads", "size"), [(1, 32), (3, 5), (2, 70)])
+@pytest.mark.parametrize("tokens", [1, 4, 5, 8, 9, 16, 33, 100])
+@pytest.mark.parametrize(("heads", "size"), [(1, 32), (3, 64), (2, 8), (3, 5), (2, 70)])
 def test_attention_equals_torch(tokens, heads, size):
     q, k, v = (torch.randn(3, tokens, heads * size, requires_grad=True) for _ in range(3))
     doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]

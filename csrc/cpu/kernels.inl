@@ -747,6 +747,9 @@ void layer_norm(const float* x, int64_t rows, int64_t width, const float* gain, 
 
 inline int64_t padded(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
+// Up to so many tokens a panel would be padding for the most part.
+constexpr int64_t FEW_TOKENS = 8;
+
 int64_t attention_scratch(int64_t tokens, int64_t width, int64_t heads) {
   const int64_t size = width / heads;
   // Scores and their gradients, then a panel of `size` or `tokens` steps, then a strip of results.
@@ -763,7 +766,7 @@ struct Head {
   float* strip;
 
   Head(int64_t tokens, int64_t width, int64_t heads, float* scratch)
-      : tokens(tokens), width(width), size(width / heads), stride(padded(tokens)) {
+      : tokens(tokens), width(width), size(width / heads), stride(few() ? LANES : padded(tokens)) {
     scores = scratch;
     grads = scores + tokens * stride;
     panel = grads + tokens * stride;
@@ -772,8 +775,54 @@ struct Head {
 
   int64_t offset(int64_t head) const { return head / (width / size) * tokens * width + head % (width / size) * size; }
 
+  bool few() const { return tokens <= FEW_TOKENS && size % LANES == 0; }
+
+  // The same as `square` and `product` for few tokens: vectors lie along the values of the head.
+  void square_of_few(const float* a, const float* b, float factor, float* to) const {
+    for (int64_t m = 0; m < tokens; ++m) {
+      for (int64_t n = tokens; n < stride; ++n) to[m * stride + n] = 0.0f;
+    }
+    const int64_t pairs = tokens * tokens;
+    for (int64_t first = 0; first < pairs; first += 4) {
+      const float *rows[4], *columns[4];
+      float* places[4];
+      float unused;
+      for (int64_t i = 0; i < 4; ++i) {
+        const int64_t pair = first + i < pairs ? first + i : first, m = pair / tokens, n = pair % tokens;
+        rows[i] = a + m * width;
+        columns[i] = b + n * width;
+        places[i] = first + i < pairs ? to + m * stride + n : &unused;
+      }
+      F sums[4];
+      for (int i = 0; i < 4; ++i) sums[i] = zero();
+      for (int64_t k = 0; k < size; k += LANES) {
+        for (int i = 0; i < 4; ++i) sums[i] = fma(load(rows[i] + k), load(columns[i] + k), sums[i]);
+      }
+      constexpr int GROUPS = LANES / 8;
+      float found[4 * GROUPS];
+      sum_groups(sums, found);
+      for (int i = 0; i < 4; ++i) {
+        const float sum = GROUPS > 1 ? found[GROUPS * i] + found[GROUPS * i + 1] : found[i];
+        *places[i] = factor * sum;
+      }
+    }
+  }
+  void product_of_few(const float* a, bool transposed, const float* b, float* to) const {
+    const int64_t row = transposed ? 1 : stride, step = transposed ? stride : 1;
+    for (int64_t k = 0; k < size; k += LANES) {
+      F values[FEW_TOKENS];
+      for (int64_t n = 0; n < tokens; ++n) values[n] = load(b + n * width + k);
+      for (int64_t m = 0; m < tokens; ++m) {
+        F sum = zero();
+        for (int64_t n = 0; n < tokens; ++n) sum = fma(set(a[m * row + n * step]), values[n], sum);
+        store(to + m * width + k, sum);
+      }
+    }
+  }
+
   // to = factor · a · bᵀ, a square one.
   void square(const float* a, const float* b, float factor, float* to) const {
+    if (few()) return square_of_few(a, b, factor, to);
     for (int64_t n = 0; n < tokens; n += PANEL) {
       transpose_panel(b + n * width, width, smaller(PANEL, tokens - n), size, factor, PANEL, panel);
       multiply<2>(tokens, size, a, width, panel, zeros, 0, to + n, stride, nullptr);
@@ -782,6 +831,7 @@ struct Head {
 
   // to = a · b, or aᵀ · b, of a square `a`.
   void product(const float* a, bool transposed, const float* b, float* to) const {
+    if (few()) return product_of_few(a, transposed, b, to);
     for (int64_t n = 0; n < size; n += PANEL) {
       const int64_t columns = smaller(PANEL, size - n);
       if (transposed) {
