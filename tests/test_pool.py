@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from harlora.bench import placements, pool
+from harlora.bench import forgetting, placements, pool
 from harlora.data.catalog import load_windows
 from harlora.data.labels import VOCABULARY
 from harlora.data.splits import split
@@ -26,7 +26,7 @@ from harlora.nn import (
     save_adapter,
 )
 from harlora.train.finetune import load_classifier
-from harlora.train.pretrain import load_pretrained, pretrain
+from harlora.train.pretrain import load_mae, load_pretrained, pretrain
 from small import FINETUNE, PRETRAIN
 
 CONFIG = MAEConfig(patch_size=16, width=64, depth=2, heads=2, ffn=96)
@@ -137,6 +137,27 @@ def test_all_ways_of_the_benchmark_give_the_same():
     layers = size.depth * (4 * 2 * size.width + 2 * (size.width + size.ffn))
     grown = more[0]["held_bytes"] - rows[0]["held_bytes"]
     assert grown == pytest.approx(4 * pool.RANK * layers, rel=0.01)
+
+
+def test_what_adapting_does_to_what_was_learned(tmp_path):
+    target, source = (load_windows(name, tmp_path) for name in ("synthetic_a", "synthetic_c"))
+    file = pretrain(PRETRAIN, [source], tmp_path / "runs", device=torch.device("cpu"))
+    mae, pretrained = load_mae(file), load_pretrained(file)
+    loss = forgetting.restoring(mae, [source], 64)
+    before = loss(mae.encoder)
+    # Better than the mean over the last of the two epochs, and than with another encoder.
+    assert before < pretrained.loss
+    assert loss(Encoder(pretrained.encoder.config)) > before
+    config = replace(FINETUNE, method="lora", rank=1, max_windows=0, learning_rate=0.05)
+    found = forgetting.measured(target, pretrained, loss, config, tmp_path / "runs")
+    assert found["loss"] != before
+    assert found["intruders"] > 0
+    assert found["milder"]["loss"] != found["loss"]
+    full = forgetting.measured(target, pretrained, loss, replace(FINETUNE, method="full"), tmp_path / "runs")
+    assert "milder" not in full
+    file.with_name("decoder.safetensors").unlink()
+    with pytest.raises(InputError, match="pretrain again"):
+        load_mae(file)
 
 
 def test_a_router_between_two_ways_of_wearing(tmp_path):

@@ -20,6 +20,7 @@ from harlora.train.processes import Processes
 from harlora.train.runs import Run, identify, provenance
 
 CHECKPOINT = "encoder.safetensors"
+DECODER = "decoder.safetensors"
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,7 @@ def _pretrain(
         "loss": fitted.history[-1]["loss"],
         "seconds": fitted.seconds,
     }
+    save_tensors(run.folder / DECODER, model.decoder.state_dict(), kind="decoder checkpoint", info=info)
     save_tensors(run.folder / CHECKPOINT, model.encoder.state_dict(), kind="encoder checkpoint", info=info)
     run.finish(
         {
@@ -232,3 +234,19 @@ def load_pretrained(file: Path) -> Pretrained:
         seconds=info["seconds"],
         domains=info.get("domains", {}),
     )
+
+
+def load_mae(file: Path) -> MAE:
+    """The autoencoder as it was pretrained: the encoder in a checkpoint, and the decoder in the file beside it.
+
+    Raises: InputError as `load_pretrained`, or if the decoder is missing, damaged or another encoder's.
+    """
+    pretrained = load_pretrained(file)
+    remedy = "pretrain again, by a version that keeps the decoder"
+    tensors, info = load_tensors(file.with_name(DECODER), kind="decoder checkpoint", remedy=remedy)
+    if info["identity"] != pretrained.identity:
+        raise InputError(f"{file.with_name(DECODER)}: is of another encoder than {file.name}; {remedy}")
+    model = MAE(pretrained.encoder.config)
+    model.encoder = pretrained.encoder
+    model.decoder.load_state_dict(tensors)
+    return model.eval()
