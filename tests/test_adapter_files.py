@@ -1,5 +1,6 @@
 """Adapters on disk, against the real PEFT, in both directions."""
 
+import copy
 import json
 
 import peft
@@ -132,6 +133,39 @@ def test_round_trip_over_a_4_bit_base(tmp_path):
     other = load_adapter(apply_qlora(toy(), TARGETS, rank=3, alpha=6), tmp_path)
     assert torch.equal(other(X), model(X))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+class Shifted(nn.Module):
+    """Trains tensors of its own, and has adapted layers within."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(8))
+        self.inner = Toy()
+        self.inner.register_parameter("scale", nn.Parameter(torch.ones(8)))
+
+    def forward(self, x):
+        return self.inner((x + self.shift) * self.inner.scale)
+
+
+@pytest.mark.parametrize("apply", [apply_lora, apply_qlora])
+def test_modules_around_adapted_layers_keep_tensors_of_their_own(tmp_path, apply):
+    torch.manual_seed(4)
+    model = Shifted().eval()
+    plain = copy.deepcopy(model)
+    apply(model, TARGETS.replace("q|", r"inner\.q|inner\."), rank=3)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in (model.shift, model.inner.scale):
+            parameter.requires_grad_(True).normal_()
+        for _, layer in adapted_layers(model):
+            layer.lora_B.normal_()
+    save_adapter(model, tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    others = {name for name in stored if "lora_" not in name}
+    assert others == {"base_model.model.shift", "base_model.model.inner.scale"}
+    fresh = apply(plain, TARGETS.replace("q|", r"inner\.q|inner\."), rank=3)
+    torch.testing.assert_close(load_adapter(fresh, tmp_path)(X), model(X), atol=0, rtol=0)
 
 
 def saved(tmp_path):

@@ -93,6 +93,21 @@ def test_one_copy_of_the_weights_serves_all(folders):
         assert torch.equal(layer.weight, before)
 
 
+@pytest.mark.parametrize("quantize", [False, True], ids=["dense", "nf4"])
+def test_a_pool_is_built_without_copies_of_what_no_adapter_has(folders, monkeypatch, quantize):
+    seen = []
+    whole = load_adapter
+    monkeypatch.setattr(
+        "harlora.nn.pool.load_adapter", lambda model, folder: seen.append(model) or whole(model, folder)
+    )
+    model = base(quantize)
+    first = model.encoder.blocks[0].attention.q.weight.data_ptr(), model.head[0].weight.data_ptr()
+    AdapterPool(model, folders)
+    for name, one in zip(folders, seen, strict=True):
+        assert one.encoder.blocks[0].attention.q.weight.data_ptr() == first[0]
+        assert (one.head[0].weight.data_ptr() == first[1]) == (name != "ankle")
+
+
 def test_what_cannot_be_pooled_is_refused(folders, tmp_path):
     with pytest.raises(ValueError, match="got none"):
         AdapterPool(base(False), {})

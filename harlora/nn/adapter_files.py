@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -46,7 +46,8 @@ def save_adapter(model: nn.Module, path: Path | str, *, as_lora: bool = False) -
     """Write everything trained in ``model`` to the folder ``path``.
 
     That is what the adapters train, the biases of their layers if one of them trains, and, as PEFT's
-    ``modules_to_save``, every other module that holds a trainable parameter. PEFT and `load_adapter` read LoRA; an
+    ``modules_to_save``, every other module that holds a trainable parameter; of one that adapted layers lie in, which
+    PEFT cannot keep, its own tensors. PEFT and `load_adapter` read LoRA; an
     adapter of another method is written as it is, which `load_adapter` reads.
 
     as_lora: write the change that such an adapter makes as the factors of a LoRA, for PEFT.
@@ -77,9 +78,11 @@ def save_adapter(model: nn.Module, path: Path | str, *, as_lora: bool = False) -
         if not isinstance(module, (AdaptedLinear, Adapter))
         and any(p.requires_grad for p in module.parameters(recurse=False))
     ]
+    around = [name for name in whole if any(isinstance(m, AdaptedLinear) for m in model.get_submodule(name).modules())]
     for name in whole:
         for key, value in model.get_submodule(name).state_dict().items():
-            tensors[f"{_PREFIX}{name}.{key}"] = value
+            if name not in around or "." not in key:  # what is within is saved by itself
+                tensors[f"{_PREFIX}{name}.{key}" if name else f"{_PREFIX}{key}"] = value
     first = next(iter(layers.values()))
     config: dict[str, Any] = {
         "base_model_name_or_path": None,
@@ -89,7 +92,7 @@ def save_adapter(model: nn.Module, path: Path | str, *, as_lora: bool = False) -
         "bias": "lora_only" if with_bias else "none",
         # A list would match any path that ends in one of them, for example the decoder's blocks.
         "target_modules": "|".join(re.escape(name) for name in layers),
-        "modules_to_save": whole or None,
+        "modules_to_save": [name for name in whole if name not in around] or None,  # PEFT would copy all within
     }
     if lora:
         if len({layer.rslora for layer in layers.values()}) > 1:
@@ -139,6 +142,15 @@ def lora_change(name: str, layer: AdaptedLinear) -> LowRank:
             "without as_lora, or merge_adapters(model)"
         )
     return changed
+
+
+def stored_names(folder: Path) -> set[str]:
+    """The names in the model of the tensors that an adapter's file has; none if it cannot be read."""
+    try:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            return {key.removeprefix(_PREFIX).replace(".base_layer.", ".") for key in file.keys()}  # noqa: SIM118
+    except (FileNotFoundError, SafetensorError, OSError):
+        return set()  # load_adapter says so
 
 
 def load_adapter(model: Model, path: Path | str) -> Model:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harlora.kernels import lora_pool_linear
-from harlora.nn.adapter_files import load_adapter, lora_change
+from harlora.nn.adapter_files import load_adapter, lora_change, stored_names
 from harlora.nn.linear import AdaptedLinear, QLoRALinear
 
 
@@ -35,7 +35,7 @@ class AdapterPool(nn.Module):
         self.names = tuple(adapters)
         self.rows = _Rows()
         model.requires_grad_(False).eval()
-        loaded = [load_adapter(copy.deepcopy(model), folder).eval() for folder in adapters.values()]
+        loaded = [load_adapter(_copied(model, Path(folder)), folder).eval() for folder in adapters.values()]
         own = dict(model.named_modules())
         others = [dict(one.named_modules()) for one in loaded]
         for path, module in own.items():
@@ -73,6 +73,13 @@ class AdapterPool(nn.Module):
             return self.model(x)
         finally:
             self.rows.index = None
+
+
+def _copied(model: nn.Module, folder: Path) -> nn.Module:
+    """The model once more, all tensors shared but those that the adapter in ``folder`` has its own values of."""
+    own = stored_names(folder)
+    shared = {id(t): t for name, t in (*model.named_parameters(), *model.named_buffers()) if name not in own}
+    return copy.deepcopy(model, shared)
 
 
 class _Rows:
