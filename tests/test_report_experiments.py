@@ -284,7 +284,7 @@ def test_a_claim_is_judged_by_runs_that_have_all_else_in_common():
     (line,) = rows([claim], records)
     told = dict(zip(HEADER, line, strict=True))
     assert told["claim"] == "QLoRA above the probe"
-    assert (told["here"], told["control"], told["difference"]) == ("0.9000", "0.7000", "+0.2")
+    assert (told["here"], told["control"], told["difference"]) == ("0.9000", "0.7000", "+0.2000")
     assert told["holds"] == "yes, in 2 of 2"
     assert told["p"] == "0.008"
     assert told["95 % interval"] == "+0.2000 to +0.2000"
@@ -293,6 +293,11 @@ def test_a_claim_is_judged_by_runs_that_have_all_else_in_common():
     (line,) = rows([replace(claim, more=None, less="macro_f1", within=0.3)], records)
     assert line[-1] == "yes, in 2 of 2"
     assert rows([replace(claim, that={"method": "full"})], records) == []
+    equal = [record(target=t, people=good) for t in ("uci_hapt", "motionsense")]
+    equal += [record("linear_probe", target=t, people=good) for t in ("uci_hapt", "motionsense")]
+    first, second = rows([claim], equal)
+    assert first[-1] == second[-1] == "**no**, in 0 of 1"
+    assert (first[0], second[0]) == (claim.says, "")
 
 
 def test_a_claim_may_be_about_settings_and_other_measures():
@@ -303,7 +308,7 @@ def test_a_claim_may_be_about_settings_and_other_measures():
         "fewer wrong", {**settings, "sampler": "quality"}, {**settings, "sampler": "uniform"}, less="drawn_wrong"
     )
     (line,) = rows([claim], [ours, theirs, record()])
-    assert line[2:] == ["0.1000", "0.3000", "-0.2", "", "", "yes, in 1 of 1"]
+    assert line[2:] == ["0.1000", "0.3000", "-0.2000", "", "", "yes, in 1 of 1"]
     by_rank = {"ranks": [1, 2, 4], "cut": [0.1, 0.2, 0.3], "squeezed": [0.2, 0.3, 0.4]}
     cut = record(rank=4, by_rank=True) | {"by_rank": by_rank, "aurac": 0.25}
     assert [measured(cut, name) for name in ("cut_2", "squeezed_4", "aurac")] == [0.2, 0.4, 0.25]
@@ -326,7 +331,7 @@ def test_a_section_may_be_of_claims_alone(tmp_path):
     )  # fmt: skip
     text = page(tmp_path, [record(people=people([9] * 8)), record("linear_probe", people=people([7] * 8))], experiment)
     said = text.partition("## What is said")[2].partition("## Memory")[0]
-    assert "| QLoRA above the probe | UCI HAR (raw signals, HAPT), new people | 0.9000 | 0.7000 | +0.2 |" in said
+    assert "| QLoRA above the probe | UCI HAR (raw signals, HAPT), new people | 0.9000 | 0.7000 | +0.2000 |" in said
     assert "###" not in said
     synthetic = page(
         tmp_path / "b",

@@ -45,6 +45,8 @@ def rows(claims: Sequence[Claim], records: Sequence[Record]) -> list[list[str]]:
             pairs = _pairs(claim, members)
             if pairs:
                 lines.append(_row(claim, members[0], pairs))
+                if len(lines) > 1 and any(line[0] == claim.says for line in lines[:-1]):
+                    lines[-1][0] = ""  # said in the line above
     return lines
 
 
@@ -81,8 +83,12 @@ def _row(claim: Claim, first: Record, pairs: Sequence[tuple[Record, Record]]) ->
     sign = 1 if claim.more else -1
     differences = [one - other for one, other in zip(ours, theirs, strict=True)]
     gain = sign * statistics.fmean(differences)
-    kept = sum(sign * difference >= -claim.within for difference in differences)
-    interval, p, verdict = "", "", f"{'yes' if gain >= -claim.within else '**no**'}, in {kept} of {len(pairs)}"
+
+    def holds(gain: float) -> bool:
+        return gain >= -claim.within if claim.within else gain > 0
+
+    kept = sum(holds(sign * difference) for difference in differences)
+    interval, p, verdict = "", "", f"{'yes' if holds(gain) else '**no**'}, in {kept} of {len(pairs)}"
     if claim.measure == "macro_f1" and claim.at is None:
         compared = compare([this for this, _ in pairs], [that for _, that in pairs])
         if compared is not None:
@@ -92,7 +98,7 @@ def _row(claim: Claim, first: Record, pairs: Sequence[tuple[Record, Record]]) ->
     synthetic = "SYNTHETIC data: " if first["synthetic"] else ""
     return [
         claim.says, f"{synthetic}{title(first['target'])}, {protocol}", _number(statistics.fmean(ours)),
-        _number(statistics.fmean(theirs)), f"{statistics.fmean(differences):+.4g}", interval, p, verdict,
+        _number(statistics.fmean(theirs)), f"{statistics.fmean(differences):+.4f}", interval, p, verdict,
     ]  # fmt: skip
 
 

@@ -95,7 +95,8 @@ def by_setting(
     write_text(out.parent / "tables" / f"{name}.tex", latex(header, rows, heading(members)))
     lines = [f"### {_title(members)}", "", markdown(header, rows)]
     if "pareto" in show:
-        plots.pareto(shown, images / f"{name}-pareto.png")
+        shown.sort(key=order)
+        plots.pareto(shown, _names(shown), images / f"{name}-pareto.png")
         lines += [f"![{heading(members)}]({(images / f'{name}-pareto.png').relative_to(out.parent).as_posix()})", ""]
     if x:
         plots.curve(shown, x, images / f"{name}.png", reference=_reference(x, first))
@@ -118,6 +119,16 @@ def _varied(records: Sequence[Record]) -> list[str]:
         if len({str(record["config"].get(key)) for record in records}) > 1
         and any(record["config"].get(key) != preset.get(key) for record, preset in zip(records, usual, strict=True))
     ]
+
+
+def _names(records: Sequence[Record]) -> list[str]:
+    """Each record's method, with what tells it from others of that method."""
+    varied = [key for key in _varied(records) if key != "rank"]
+    names = []
+    for record in records:
+        told = [f"{key.replace('_', ' ')} {_value(value)}" for key in varied if (value := record["config"].get(key))]
+        names.append(", ".join([method_title(record), *told]))
+    return names
 
 
 def _settings_of(records: Sequence[Record]) -> list[str]:
@@ -161,6 +172,8 @@ def table(records: Sequence[Record], show: Sequence[str]) -> tuple[list[str], li
 
 
 def _value(value: Any) -> str:
+    if value is None:  # not set, or a setting that the record's version did not have
+        return "–"
     if isinstance(value, dict):
         return " ".join(f"{key}={entry}" for key, entry in value.items()) or "–"
     if isinstance(value, (list, tuple)):

@@ -31,6 +31,8 @@ _MARKERS = {
     "qlora": "^",
 }  # fmt: skip
 
+_OTHERS = "hdp*H8>X"
+
 
 def colour(method: str) -> Any:
     """The colour of a method in every picture; of other adapters than LoRA one for dense weights and 4 bits."""
@@ -41,8 +43,11 @@ def colour(method: str) -> Any:
 
 
 def marker(method: str) -> str:
-    """The marker of a method in every picture."""
-    return _MARKERS.get(method, "h" if METHODS[method].four_bits else "d")
+    """The marker of a method in every picture; of other adapters than LoRA one for each, with its colour."""
+    if method in _MARKERS:
+        return _MARKERS[method]
+    adapters = list(dict.fromkeys(entry.adapter for entry in METHODS.values()))
+    return _OTHERS[adapters.index(METHODS[method].adapter) % len(_OTHERS)]
 
 
 def save(figure: Figure, file: Path) -> None:
@@ -126,9 +131,14 @@ def curve(records: Sequence[Record], x: str, file: Path, *, reference: Mapping[f
     save(figure, file)
 
 
-def pareto(records: Sequence[Record], file: Path) -> None:
-    """Macro-F1 by what is held in training and by what trains, each with the line of those that none beats in both."""
-    figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.6), sharey=True, layout="constrained")
+def pareto(records: Sequence[Record], names: Sequence[str], file: Path) -> None:
+    """Macro-F1 by what is held in training and by what trains, each with the line of those that none beats in both.
+
+    names: of the records; those of one method after the first are drawn hollow.
+    """
+    figure, axes = plt.subplots(
+        1, 2, figsize=(9.6, max(4.6, 0.8 + 0.19 * len(records))), sharey=True, layout="constrained"
+    )
     costs = (
         ("MB held in training (weights, gradients, optimiser)", lambda record: held(record) / 1e6),
         ("trained parameters", lambda record: record["parameters"]["trainable"]),
@@ -140,14 +150,23 @@ def pareto(records: Sequence[Record], file: Path) -> None:
             if -score > best:
                 best = -score
                 edge.append((value, best))
-        axis.step(*zip(*edge, strict=True), where="post", color="#bbbbbb", linewidth=1, zorder=1)
-        for record in records:
-            method = record["config"]["method"]
+        axis.step(*zip(*edge, strict=True), where="post", color="#999999", linewidth=1, zorder=1)
+        seen = set()
+        for record, name in zip(records, names, strict=True):
+            method, at = record["config"]["method"], (cost(record), record["scores"]["macro_f1"])
             axis.errorbar(
-                cost(record), record["scores"]["macro_f1"], yerr=record.get("spread", {}).get("macro_f1"), capsize=2,
-                marker=marker(method), color=colour(method), linestyle="", label=method_title(record),
+                *at, yerr=record.get("spread", {}).get("macro_f1"), linestyle="", elinewidth=0.8, color=colour(method),
+                alpha=0.35, zorder=2,
             )  # fmt: skip
+            axis.plot(
+                *at, marker=marker(method), color=colour(method), linestyle="", markersize=7, label=name, zorder=3,
+                markerfacecolor="white" if method in seen else colour(method),
+            )  # fmt: skip
+            seen.add(method)
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,g}" if value < 1e5 else f"{value / 1e6:g} million")
+        axis.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if value in (2, 3, 5, 20, 30, 50) else "")
+        axis.tick_params(which="both", labelsize=8)
         axis.set_xlabel(what, fontsize=9)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("macro-F1")
