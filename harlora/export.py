@@ -389,8 +389,8 @@ def _write(form: str, module: Deployed, path: Path, metadata: Mapping[str, str])
 def _load(form: str, path: Path, threads: int) -> Run:
     """What the file at ``path``, which was just written here, computes."""
     if form.startswith("torch"):
-        with _quiet():
-            return _eager(torch.export.load(path).module())
+        with _quiet(), path.open("rb") as opened:
+            return _eager(torch.export.load(opened).module())
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -15,12 +15,17 @@ from safetensors.torch import save_file
 
 from harlora.errors import InputError
 
+_UNFINISHED = ".part"
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends without an exception."""
+    """A temporary path beside ``path`` that takes its place when the block ends without an exception.
+
+    What a process leaves that is killed within has another ending, so that nobody takes it for such a file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -32,6 +37,12 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes left in ``folder`` that were killed while they wrote; none may be writing there."""
+    for left in folder.glob(f".*{_UNFINISHED}"):
+        left.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -38,6 +38,13 @@ ALLOWED = {
         "harlora", "harlora.configure", "harlora.kernels", "harlora.nn", "harlora.models", "harlora.train",
         "harlora.errors", "harlora.files",
     },
+    **{
+        f"harlora.bench.{name}": {
+            "harlora", "harlora.bench", "harlora.nn", "harlora.models", "harlora.train", "harlora.data",
+            "harlora.errors", "harlora.files",
+        }
+        for name in ("placements", "forgetting")  # on recordings
+    },
     "harlora.configure": {"harlora.kernels"},
     "harlora.doctor": {"harlora", "harlora.configure", "harlora.kernels", "harlora.models", "harlora.files"},
     "harlora.cli": {

@@ -19,6 +19,7 @@ from harlora.train import execute
 from harlora.train.execute import Ledger, Workers, carry_out
 from harlora.train.experiment import PRESETS, Experiment, Preset, load_experiment
 from harlora.train.lodo import Study
+from harlora.train.runs import open_run
 from small import FINETUNE, PRETRAIN
 
 CPU = torch.device("cpu")
@@ -395,6 +396,24 @@ def test_wrong_workers_are_refused(tmp_path):
 
 
 # A kill at any moment
+
+
+def test_what_a_killed_process_was_writing_is_no_file_of_the_study(tmp_path):
+    with open_run(tmp_path, "a", {"kind": "test"}) as run:
+        for name in ("metrics.json", "encoder.safetensors"):
+            code = (
+                "import os, sys; from pathlib import Path; from harlora.files import replacing\n"
+                "with replacing(Path(sys.argv[1])) as file: file.write_text('{'); os._exit(9)"
+            )
+            done = subprocess.run([sys.executable, "-c", code, run.folder / name], check=False)
+            assert done.returncode == 9
+        left = [path for path in run.folder.iterdir() if path.name.endswith(".part")]
+        assert len(left) == 2
+        assert {path.name for path in run.folder.glob("*.json")} == {"config.json"}
+        assert not list(run.folder.glob("*.safetensors"))
+    with open_run(tmp_path, "a", {"kind": "test"}) as run:
+        assert not any(path.exists() for path in left)
+
 
 KILLS = """
 import os, random, signal, sys, time

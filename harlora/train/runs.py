@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from harlora.errors import InputError
-from harlora.files import content_hash, read_json, write_json
+from harlora.files import content_hash, read_json, remove_unfinished, write_json
 
 CONFIG, METRICS, STATE, LOCK = "config.json", "metrics.json", "state.safetensors", ".lock"
 _REMEDY = "delete the folder, the run begins anew"
@@ -83,6 +83,7 @@ def open_run(root: Path, name: str, config: dict[str, Any]) -> Iterator[Run]:
         raise InputError(f"cannot write the run folder {folder} ({error}); choose another with --out") from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        remove_unfinished(folder)
         yield _checked(folder, config, identity)
 
 
