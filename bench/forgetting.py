@@ -27,7 +27,7 @@ from harlora.models import MAE
 from harlora.nn import adapted_layers
 from harlora.nn.adapter_files import lora_change
 from harlora.nn.adapters.post import without_intruders
-from harlora.train.finetune import CHECKPOINT, FinetuneConfig, finetune, load_classifier
+from harlora.train.finetune import CHECKPOINT, FinetuneConfig, finetune, in_batches, load_classifier
 from harlora.train.metrics import macro_f1
 from harlora.train.pretrain import Pretrained, load_mae, load_pretrained
 from harlora.train.runs import provenance
@@ -67,9 +67,8 @@ def measured(
     x = torch.from_numpy(normalizer(target.signals[test]))
     truth = np.array([labels.index(VOCABULARY[label]) for label in target.labels[test]])
 
-    @torch.no_grad()
     def score() -> float:
-        return macro_f1(truth, torch.cat([model(part).argmax(dim=1) for part in x.split(512)]).numpy())
+        return macro_f1(truth, in_batches(model, x, device=CPU).argmax(dim=1).numpy())
 
     found = {"macro_f1": score(), "intruders": metrics["intruders"], "loss": loss(model.encoder)}
     layers = dict(adapted_layers(model.encoder))

@@ -25,7 +25,7 @@ from harlora.data.windows import Normalizer, Windows
 from harlora.files import write_json
 from harlora.models import Classifier
 from harlora.nn import AdapterPool, Router, apply_qlora
-from harlora.train.finetune import CHECKPOINT, TARGET_MODULES, FinetuneConfig, finetune, load_classifier
+from harlora.train.finetune import CHECKPOINT, TARGET_MODULES, FinetuneConfig, finetune, in_batches, load_classifier
 from harlora.train.metrics import scores
 from harlora.train.pretrain import Pretrained, load_pretrained
 from harlora.train.runs import provenance
@@ -57,12 +57,6 @@ def joined(parts: list[Windows]) -> Windows:
     )
 
 
-@torch.no_grad()
-def in_batches(function: Any, *inputs: Tensor) -> Tensor:
-    """``function`` of all rows of the inputs, 512 at a time."""
-    return torch.cat([function(*part) for part in zip(*(x.split(512) for x in inputs), strict=True)])
-
-
 def compared(sets: list[Windows], pretrained: Pretrained, config: FinetuneConfig, out: Path) -> dict[str, Any]:
     """Macro-F1 over all labels of both datasets of each way, and how often the router is right, of one seed."""
     parts = [split(windows, "subject", config.seed) for windows in sets]
@@ -92,7 +86,7 @@ def compared(sets: list[Windows], pretrained: Pretrained, config: FinetuneConfig
 
     for name, settings in SHARED.items():
         model, normalizer, names = load_classifier(adapted(both, everybody, **settings) / CHECKPOINT)
-        logits = in_batches(model, torch.from_numpy(normalizer(signals)))
+        logits = in_batches(model, torch.from_numpy(normalizer(signals)), device=CPU)
         score(name, np.array([place[n] for n in names])[logits.argmax(dim=1).numpy()])
 
     folders = [adapted(windows, who) for windows, who in zip(sets, tested, strict=True)]
@@ -108,7 +102,7 @@ def compared(sets: list[Windows], pretrained: Pretrained, config: FinetuneConfig
 
     def features(indices: np.ndarray) -> Tensor:
         x = torch.from_numpy(normalizer(both.signals[indices]))
-        return in_batches(lambda part: encoder(part).mean(dim=1), x)
+        return in_batches(lambda part: encoder(part).mean(dim=1), x, device=CPU)
 
     chosen = Router(features(train), worn[train])(features(test.test))
     right = worn[test.test]
@@ -116,7 +110,7 @@ def compared(sets: list[Windows], pretrained: Pretrained, config: FinetuneConfig
 
     def routed(index: Tensor) -> np.ndarray:
         x = torch.from_numpy(np.stack([loaded[which][1](window) for which, window in zip(index, signals, strict=True)]))
-        best = in_batches(pool, x, index).argmax(dim=1)
+        best = in_batches(pool, x, index, device=CPU).argmax(dim=1)
         return np.array([place[loaded[which][2][k]] for which, k in zip(index.tolist(), best.tolist(), strict=True)])
 
     score("two adapters, the router's choice", routed(chosen))

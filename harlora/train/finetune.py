@@ -561,8 +561,10 @@ def _source_samples(sources: Sequence[Windows], labels: tuple[str, ...], seed: i
 
 
 @torch.no_grad()
-def _in_batches(function: nn.Module, inputs: Tensor, device: torch.device) -> Tensor:
-    return torch.cat([function(batch.to(device)).cpu() for batch in inputs.split(512)])
+def in_batches(function: Callable[..., Tensor], *inputs: Tensor, device: torch.device) -> Tensor:
+    """``function`` of all rows of the inputs, 512 at a time on ``device``; on the CPU."""
+    parts = zip(*(x.split(512) for x in inputs), strict=True)
+    return torch.cat([function(*(x.to(device) for x in part)).cpu() for part in parts])
 
 
 def finetune(
@@ -683,9 +685,9 @@ def _finetune(
 
     test = normalizer(target.signals[parts.test])
     truth = np.searchsorted([VOCABULARY.index(name) for name in labels], target.labels[parts.test])
-    logits = _in_batches(model, torch.from_numpy(test), device)
+    logits = in_batches(model, torch.from_numpy(test), device=device)
     predicted = logits.argmax(dim=1).numpy()
-    lower = _at_lower_ranks(config, model, lambda: _in_batches(model, torch.from_numpy(test), device), truth)
+    lower = _at_lower_ranks(config, model, lambda: in_batches(model, torch.from_numpy(test), device=device), truth)
     people = target.subjects[parts.test]
     method = METHODS[config.method]
     paths = [path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] in TARGET_MODULES]
@@ -844,7 +846,7 @@ def _train(
 
     def validate() -> float:
         part = samples.validation
-        predicted = _in_batches(model, samples.normalised(inputs[part], part), device).argmax(dim=1)
+        predicted = in_batches(model, samples.normalised(inputs[part], part), device=device).argmax(dim=1)
         return macro_f1(classes[part].numpy(), predicted.numpy())
 
     settings = config.optimisation()
