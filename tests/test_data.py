@@ -202,6 +202,10 @@ def test_half_turns_are_rotations_about_the_axes():
     assert rotate(torch.tensor([[[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]]), about_z).tolist() == [[[-1, -2, 3, -4, -5, 6]]]
 
 
+def test_no_window_of_a_small_batch_has_to_be_turned():
+    assert rotate(torch.zeros(0, 150, 6), half_turns(0)).shape == (0, 150, 6)
+
+
 def test_picture_of_windows(windows, tmp_path):
     file = tmp_path / "picture.png"
     draw(windows, "a title", file, columns=2)

@@ -35,7 +35,8 @@ def rotate(signals: Tensor, rotations: Tensor) -> Tensor:
 
     signals: ``(batch, window, 6)``, acceleration then angular velocity; rotations: ``(batch, 3, 3)``.
     """
-    return torch.bmm(signals.reshape(len(signals), -1, 3), rotations.transpose(1, 2)).view_as(signals)
+    sensors = signals.unflatten(-1, (-1, 3)).flatten(1, 2)
+    return torch.bmm(sensors, rotations.transpose(1, 2)).view_as(signals)
 
 
 def warp_time(signals: Tensor, slowest: float) -> Tensor:
