@@ -258,8 +258,22 @@ def lora_pool_linear(
     index: Tensor,
     scaling: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.lora_pool_linear`."""
+    """As `reference.lora_pool_linear`; on the CPU, where values may be looked at, the rows of each adapter alone."""
     quantized = (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize)
     y, _ = qlora_linear(x, *quantized, out_features, bias, None, None, 1.0)
-    t = reference.lora_pool_low(x, lora_A, offsets, index, scaling)
-    return y + t @ lora_B.T, t
+    if x.device.type != "cpu":
+        t = reference.lora_pool_low(x, lora_A, offsets, index, scaling)
+        return y + t @ lora_B.T, t
+    rows, sums = x.reshape(-1, x.shape[-1]), y.view(-1, out_features)
+    t = x.new_zeros(*x.shape[:-1], len(lora_A))
+    low = t.view(len(rows), len(lora_A))
+    flat, bounds, factors = index.reshape(-1), offsets.tolist(), scaling.tolist()
+    order = flat.argsort(stable=True)
+    adapters, counts = flat[order].unique_consecutive(return_counts=True)
+    for j, chosen in zip(adapters.tolist(), order.split(counts.tolist()), strict=True):
+        if 0 <= j < len(factors):
+            own = slice(bounds[j], bounds[j + 1])
+            product = rows[chosen] @ lora_A[own].T * factors[j]
+            low[chosen, own] = product
+            sums.index_add_(0, chosen, product @ lora_B[:, own].T)
+    return y, t

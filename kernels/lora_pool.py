@@ -24,7 +24,8 @@ def lora_pool_linear(
 
     Gradients flow to x, bias, lora_A and lora_B. No value leaves the device, so the call can be captured into a CUDA
     graph and ``index`` overwritten between replays; hence values are not checked: a row whose index names no adapter
-    has none. Dtypes are treated as in `qlora_linear`. NaN or infinity in an adapter's lora_B reaches all rows.
+    has none. Dtypes are treated as in `qlora_linear`. NaN or infinity in an adapter's lora_B may reach all
+    rows.
 
     x: ``(..., in_features)``, float32, bfloat16, float16 or float64.
     weight: of shape ``(out_features, in_features)``.

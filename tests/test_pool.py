@@ -66,9 +66,10 @@ def folders(tmp_path_factory):
     return {name: folder / name for name in made}
 
 
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("quantize", [False, True], ids=["dense", "nf4"])
-def test_each_row_is_what_its_own_adapter_gives(folders, quantize):
-    pool = AdapterPool(base(quantize), folders)
+def test_each_row_is_what_its_own_adapter_gives(folders, quantize, mixed):
+    pool = AdapterPool(base(quantize), folders, mixed=mixed)
     assert pool.names == ("hip", "wrist", "ankle")
     plain = base(quantize)
     alone = [load_adapter(copy.deepcopy(plain), folder).eval() for folder in folders.values()]
@@ -83,14 +84,16 @@ def test_each_row_is_what_its_own_adapter_gives(folders, quantize):
     assert pool(X[:0], INDEX[:0]).shape == (0, 4)
 
 
-def test_one_copy_of_the_weights_serves_all(folders):
+@pytest.mark.parametrize("mixed", [False, True])
+def test_one_copy_of_the_weights_serves_all(folders, mixed):
     model = base(True)
-    packed = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith(".weight")}
-    pool = AdapterPool(model, folders)
+    packed = {name: buffer for name, buffer in model.named_buffers() if name.endswith(".weight")}
+    before = {buffer.data_ptr(): buffer.clone() for buffer in packed.values()}
+    pool = AdapterPool(model, folders, mixed=mixed)
     layers = [module for module in pool.modules() if isinstance(module, QLoRALinear)]
-    assert len(layers) == 12
-    for layer, before in zip(layers, packed.values(), strict=True):
-        assert torch.equal(layer.weight, before)
+    assert len(layers) == 12 * (1 if mixed else len(folders) + 1)
+    assert {layer.weight.data_ptr() for layer in layers} == set(before)
+    assert all(torch.equal(layer.weight, before[layer.weight.data_ptr()]) for layer in layers)
 
 
 @pytest.mark.parametrize("quantize", [False, True], ids=["dense", "nf4"])
@@ -111,17 +114,26 @@ def test_a_pool_is_built_without_copies_of_what_no_adapter_has(folders, monkeypa
 def test_what_cannot_be_pooled_is_refused(folders, tmp_path):
     with pytest.raises(ValueError, match="got none"):
         AdapterPool(base(False), {})
-    pool = AdapterPool(base(True), folders)
+    pool = AdapterPool(base(True), folders, mixed=True)
     with pytest.raises(ValueError, match="index must be int64 of shape"):
         pool(X, INDEX[:3])
     with pytest.raises(ValueError, match="index must be from -1 to 2"):
         pool(X, INDEX + 1)
-    with pytest.raises(ValueError, match="depends on its input"):
-        merge_adapters(pool)
+    for one in (pool, AdapterPool(base(True), folders, mixed=False)):
+        with pytest.raises(ValueError, match="depends on its input"):
+            merge_adapters(one)
     for method, message in (("dora", "not a low-rank change"), ("pissa", "over another weight than the 4-bit one")):
         save_adapter(apply_adapter(base(False), method, TARGETS, rank=2), tmp_path / method)
         with pytest.raises((ValueError, InputError), match=message):
-            AdapterPool(base(True), {"one": tmp_path / method})
+            AdapterPool(base(True), {"one": tmp_path / method}, mixed=True)
+
+
+def test_adapters_of_any_method_take_turns(tmp_path):
+    model = trained(apply_adapter(base(False), "dora", TARGETS, rank=2, quantize=True), 5).eval()
+    save_adapter(model, tmp_path / "dora")
+    pool = AdapterPool(base(True), {"one": tmp_path / "dora"})  # on a CPU they are not mixed
+    with torch.no_grad():
+        torch.testing.assert_close(pool(X, torch.zeros(9, dtype=torch.int64)), model(X))
 
 
 def test_a_router_learns_which_adapter_a_sample_needs():
@@ -142,7 +154,7 @@ def test_a_router_learns_which_adapter_a_sample_needs():
 
 def test_all_ways_of_the_benchmark_give_the_same():
     rows = pool.measure(3, 7, 0.0)
-    assert {row["name"] for row in rows} >= {pool.POOL, pool.LOOP}
+    assert {row["name"] for row in rows} >= {pool.POOL, pool.MIXED}
     assert all(row["relative_error"] < 5e-2 for row in rows)
     assert all(row["rounds"] >= 5 and row["seconds"] > 0 for row in rows)
     assert [row["ratio_to_pool"] for row in rows if row["name"] == pool.POOL] == [1.0]

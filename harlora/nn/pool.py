@@ -18,17 +18,20 @@ class AdapterPool(nn.Module):
     """A model that computes each sample of a batch with the adapter named for it.
 
     model: without adapters, its 4-bit layers `QLoRALinear` of rank 0, or dense; it becomes part of the pool. One set of
-        frozen weights serves all adapters; those of low rank go through one operator a layer whatever the mix.
+        frozen weights serves all adapters. It should be on its device already.
     adapters: folders that `save_adapter` or PEFT wrote, by name. What else they hold, such as a head, norms or biases,
         is kept once for each and runs on its samples alone.
+    mixed: all samples go through a layer together, whatever their adapters, which are of low rank and through one
+        operator; or else the samples of each adapter go through the model by themselves, which then gives a tensor. By
+        default the former on GPUs, where starting an operator costs more than what it computes.
     names: the adapters, in the order that an index counts them.
 
     For inference: modules such as BatchNorm see the samples of one adapter as their batch.
-    Raises: InputError as `load_adapter`; ValueError if there are no adapters, or one changes a layer in more than by a
-    low-rank matrix.
+    Raises: InputError as `load_adapter`; ValueError if there are no adapters, or one that is to be mixed changes a
+    layer in more than by a low-rank matrix.
     """
 
-    def __init__(self, model: nn.Module, adapters: Mapping[str, Path | str]) -> None:
+    def __init__(self, model: nn.Module, adapters: Mapping[str, Path | str], *, mixed: bool | None = None) -> None:
         super().__init__()
         if not adapters:
             raise ValueError("AdapterPool: adapters must name one folder or more, got none")
@@ -36,19 +39,9 @@ class AdapterPool(nn.Module):
         self.rows = _Rows()
         model.requires_grad_(False).eval()
         loaded = [load_adapter(_copied(model, Path(folder)), folder).eval() for folder in adapters.values()]
-        own = dict(model.named_modules())
-        others = [dict(one.named_modules()) for one in loaded]
-        for path, module in own.items():
-            versions = [modules[path] for modules in others]
-            pooled: nn.Module | None = None
-            if any(isinstance(version, AdaptedLinear) for version in versions):
-                pooled = _PooledLinear(path, module, versions, self.rows)
-            elif any(_differs(module, version) for version in versions):
-                pooled = _PooledModule(module, versions, self.rows)
-            if pooled is not None:
-                parent, _, name = path.rpartition(".")
-                setattr(own[parent], name, pooled)
-        self.model = model
+        if mixed is None:
+            mixed = any(tensor.is_cuda for tensor in (*model.parameters(), *model.buffers()))
+        self.model = _mixed(model, loaded, self.rows) if mixed else _PooledModule(model, loaded, self.rows)
 
     def index(self, names: list[str | None]) -> Tensor:
         """The index, ``(len(names),)``, of samples that are to use these adapters; None for none."""
@@ -80,6 +73,23 @@ def _copied(model: nn.Module, folder: Path) -> nn.Module:
     own = stored_names(folder)
     shared = {id(t): t for name, t in (*model.named_parameters(), *model.named_buffers()) if name not in own}
     return copy.deepcopy(model, shared)
+
+
+def _mixed(model: nn.Module, loaded: list[nn.Module], rows: "_Rows") -> nn.Module:
+    """``model`` with every module that the adapters change replaced by one that serves them all."""
+    own = dict(model.named_modules())
+    others = [dict(one.named_modules()) for one in loaded]
+    for path, module in own.items():
+        versions = [modules[path] for modules in others]
+        pooled: nn.Module | None = None
+        if any(isinstance(version, AdaptedLinear) for version in versions):
+            pooled = _PooledLinear(path, module, versions, rows)
+        elif any(_differs(module, version) for version in versions):
+            pooled = _PooledModule(module, versions, rows)
+        if pooled is not None:
+            parent, _, name = path.rpartition(".")
+            setattr(own[parent], name, pooled)
+    return model
 
 
 class _Rows:
@@ -157,6 +167,8 @@ def _adapted(layer: Any) -> bool:
 
 class _PooledModule(nn.Module):
     """A module of which each adapter has its own version."""
+
+    input_dependent = True
 
     def __init__(self, own: nn.Module, versions: list[nn.Module], rows: _Rows) -> None:
         super().__init__()
