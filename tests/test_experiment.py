@@ -194,7 +194,11 @@ def test_a_file_plans_every_combination_once(tmp_path):
         ("seeds = [0, 4]", "seeds = [0.5]", r"seeds must be a list of whole numbers, got \[0.5\]"),
         ('["synthetic_a"]', '"synthetic_a"', "targets must be a list of names, got 'synthetic_a'"),
         ('x = "rank"', 'x = "rang"', "x must be a setting of fine-tuning, got 'rang'"),
-        ('"calibration"]', '"colours"]', "show must be some of scores, cost, calibration, pareto, claims; got colours"),
+        (
+            '"calibration"]',
+            '"colours"]',
+            "show must be some of scores, cost, calibration, pareto, advice, claims; got colours",
+        ),
         ('[set]\nprotocol = "subject"', "set = 3", "set must be a table of settings, got 3"),
         ("[set]", "[set", "not a TOML file"),
     ],

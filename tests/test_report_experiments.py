@@ -339,3 +339,31 @@ def test_a_section_may_be_of_claims_alone(tmp_path):
         replace(experiment, targets=()),
     )
     assert "| QLoRA above the probe | SYNTHETIC data: " in synthetic
+
+
+def test_advice_is_the_cheapest_of_those_that_score_nearly_as_well(tmp_path):
+    def made(method, right, seconds, held, **more):
+        cost = {"seconds": seconds, "bytes": {**record()["bytes"], "frozen": held}}
+        return [record(method, target, people=people(right)) | cost | more for target in ("uci_hapt", "motionsense")]
+
+    records = made("full", [10] * 40, 90.0, 9_000_000)
+    records += made("lora", [10] * 39 + [9], 60.0, 8_000_000, adapter_file=800_000)
+    records += made("qlora", [10] * 36 + [9] * 4, 70.0, 1_000_000, adapter_file=700_000)
+    records += made("linear_probe", [5] * 40, 1.0, 500_000)
+    records += made("bitfit", [10] * 40, 2.0, 400_000)[:1]  # not on both
+    experiment = Experiment(
+        "adapters", "Adapters", targets=("uci_hapt", "motionsense"), show=("scores", "advice"),
+        runs=({"protocol": ("subject",), "method": ("full", "lora", "qlora", "linear_probe", "bitfit")},),
+    )  # fmt: skip
+    said = page(tmp_path, records, experiment).partition("### Which to choose, new people")[2].partition("\n## ")[0]
+    assert "The best macro-F1 on MotionSense and UCI HAR (raw signals, HAPT) has full: 1.000." in said
+    assert "| memory held in training | LoRA r=8: 10.00 MB, 0.998 | QLoRA r=8: 3.00 MB, 0.990 |" in said
+    assert "| time to adapt | LoRA r=8: 60 s, 0.998 | LoRA r=8: 60 s, 0.998 |" in said
+    assert "| room on disk for each adapter | LoRA r=8: 0.80 MB, 0.998 | QLoRA r=8: 0.70 MB, 0.990 |" in said
+    assert "BitFit" not in said
+    synthetic = page(
+        tmp_path / "b",
+        [record(target="synthetic_a"), record("lora", target="synthetic_a")],
+        replace(experiment, targets=(), runs=({"protocol": ("subject",), "method": ("lora", "qlora")},)),
+    )
+    assert "SYNTHETIC data: the best macro-F1 on" in synthetic

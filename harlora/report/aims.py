@@ -1,11 +1,12 @@
 """What the standard study was to reach, set before it was run; the report says of each whether it did."""
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 
 from harlora.data.catalog import domain, title
 from harlora.report.paper import SCORES
-from harlora.report.tables import PROTOCOL_TITLES, TITLES, Record, as_preset, groups, plain, trained_on
+from harlora.report.tables import PROTOCOL_TITLES, TITLES, Record, as_preset, groups, plain, pooled, trained_on
 from harlora.train.experiment import PRESETS
 
 # Macro-F1 by domain, protocol and method.
@@ -22,14 +23,12 @@ _RANK = PRESETS["standard"].finetune.rank
 
 
 def rows(records: Sequence[Record]) -> Iterator[list[str]]:
-    """The aim, what was reached, and the verdict, of the results of the standard preset on real recordings.
-
-    records: pooled over seeds.
-    """
-    for members in groups(r for r in records if r["preset"] == "standard" and not r["synthetic"]):
+    """The aim, what was reached, and the verdict, of the results of the standard preset on real recordings."""
+    real = [record for record in records if record["preset"] == "standard" and not record["synthetic"]]
+    for members, runs in zip(groups(pooled(real)), groups(real), strict=True):
         first = members[0]
         where = f"{title(first['target'])}, {PROTOCOL_TITLES[first['config']['protocol']].partition(' (')[0]}"
-        for what, reached, least in _scores(members):
+        for what, reached, least in (*_scores(members), *_ranks(runs)):
             verdict = "reached" if reached >= least else f"**missed by {least - reached:.4f}**"
             yield [f"{where}: {what}", f"{reached:.4f}", verdict]
         for what, seconds, most in _times(members):
@@ -54,11 +53,22 @@ def _scores(members: Sequence[Record]) -> Iterator[tuple[str, float, float]]:
         if protocol == "paper" and {method, "full"} <= f1.keys():
             what = f"macro-F1 of {name} at most {BELOW_FULL} below that of full fine-tuning"
             yield f"{what} ({f1['full']:.4f})", f1[method], f1["full"] - BELOW_FULL
-        by_rank = {r["config"]["rank"]: _f1(r) for r in members if r["config"]["method"] == method and as_preset(r)}
-        if {LOW_RANK, HIGH_RANK} <= by_rank.keys():
-            what = f"macro-F1 of {name} with rank {LOW_RANK} at most {LOST_TO_RANK} below that with rank {HIGH_RANK}"
-            yield f"{what} ({by_rank[HIGH_RANK]:.4f})", by_rank[LOW_RANK], by_rank[HIGH_RANK] - LOST_TO_RANK
         yield from _above_probe(members, method)
+
+
+def _ranks(runs: Sequence[Record]) -> Iterator[tuple[str, float, float]]:
+    """As `_scores`, what a low rank loses to a high one on the same splits."""
+    for method in ("lora", "qlora"):
+        found: dict[int, dict[int, float]] = {LOW_RANK: {}, HIGH_RANK: {}}
+        for run in runs:
+            config = run["config"]
+            if config["method"] == method and config["rank"] in found and as_preset(run):
+                found[config["rank"]][config["seed"]] = _f1(run)
+        seeds = found[LOW_RANK].keys() & found[HIGH_RANK].keys()
+        if seeds:
+            low, high = (statistics.fmean(found[rank][seed] for seed in seeds) for rank in (LOW_RANK, HIGH_RANK))
+            what = f"macro-F1 of {TITLES[method]} with rank {LOW_RANK} at most {LOST_TO_RANK} below that with rank"
+            yield f"{what} {HIGH_RANK} ({high:.4f})", low, high - LOST_TO_RANK
 
 
 def _above_probe(members: Sequence[Record], method: str) -> Iterator[tuple[str, float, float]]:

@@ -77,7 +77,7 @@ def build_report(results: Path, out: Path, readme: Path | None = None, experimen
     else:
         parts += [_section(members, images, out) for members in groups(main)]
     parts.append(_bytes_section(main, images, out))
-    parts.append(_aims(shown))
+    parts.append(_aims(records))
     if not experiments:
         parts.append(_sweeps(shown, images, out))
     parts.append(_how(records))

@@ -8,7 +8,7 @@ from typing import Any
 from harlora.data.catalog import domain, title
 from harlora.data.splits import TEST_FRACTION
 from harlora.files import write_text
-from harlora.report import claims, plots
+from harlora.report import advice, claims, plots
 from harlora.report.compare import compare
 from harlora.report.paper import LABEL_SHARE_ACCURACY, RANK_MACRO_F1, SCORES
 from harlora.report.tables import (
@@ -54,7 +54,21 @@ def section(experiment: Experiment, records: Sequence[Record], images: Path, out
         differences = _differences(members)
         if differences:
             lines += [markdown(_DIFFERENCES, differences)]
+    if "advice" in experiment.show:
+        lines += _advice(chosen)
     return "\n".join(lines)
+
+
+def _advice(records: Sequence[Record]) -> list[str]:
+    """Which method to choose, for each protocol."""
+    lines = []
+    for protocol, what in PROTOCOL_TITLES.items():
+        same = [members for members in groups(records) if members[0]["config"]["protocol"] == protocol]
+        shown = {members[0]["target"]: pooled(members) for members in same}
+        said, rows = advice.rows({name: list(zip(_names(all_), all_, strict=True)) for name, all_ in shown.items()})
+        if rows:
+            lines += [f"### Which to choose, {what}", "", said, "", markdown(advice.HEADER, rows)]
+    return lines
 
 
 def unfinished(experiments: Sequence[Experiment], records: Sequence[Record]) -> str:

@@ -46,7 +46,7 @@ MEASURES = (
 )  # fmt: skip
 AT_RANK = ("cut", "squeezed")
 SHOWN = ("scores", "cost")
-_ALSO_SHOWN = ("calibration", "pareto", "claims")
+_ALSO_SHOWN = ("calibration", "pareto", "advice", "claims")
 _ADAPTER = ("options", "rank", "alpha", "adapter_dropout", "rslora", "train_norms", "target_modules", "rank_pattern")
 _RANKED = ("rank", "alpha", "rank_pattern")
 _QUANTISED = ("quant_type", "blocksize", "double_quant")
