@@ -90,6 +90,17 @@ def test_several_seeds_become_one_row_with_their_spread(tmp_path):
     assert "from the 3 JSON files" in page
 
 
+def test_the_headline_compares_means_over_the_same_splits(tmp_path):
+    made = [record(method, protocol="subject", seed=seed, f1=0.9) for method in ("lora", "qlora") for seed in (0, 1)]
+    made += [record("bitfit", protocol="subject", seed=0, f1=0.95), record("full", "dsa", protocol="subject", f1=0.8)]
+    page = build_report(written(tmp_path, made), tmp_path / "page.md").read_text()
+    headline = page.partition("| macro-F1 on new people")[2].partition("\n\n")[0]
+    assert "BitFit" not in headline
+    assert headline.count("0.900 ± 0.000") == 2
+    assert "0.800" in headline
+    assert "| BitFit |" in page.partition(headline)[2]
+
+
 def test_main_tables_take_rank_8_or_else_the_lowest():
     made = [record("lora", rank=rank) for rank in (2, 8, 32)] + [record("qlora", rank=rank) for rank in (16, 4)]
     assert [(r["config"]["method"], r["config"]["rank"]) for r in plain(made)] == [("lora", 8), ("qlora", 4)]

@@ -19,6 +19,7 @@ from harlora.report.tables import (
     TITLES,
     Record,
     as_preset,
+    comparable,
     groups,
     has_memory,
     heading,
@@ -99,7 +100,7 @@ def _fill(readme: Path, records: Sequence[Record]) -> None:
 
 def _headline(records: Sequence[Record]) -> str:
     """The macro-F1 of every method on new people, and what is held for it in training."""
-    chosen = [members for members in groups(records) if _protocol(members) == "subject"]
+    chosen = [members for members in groups(comparable(records)) if _protocol(members) == "subject"]
     methods = [m for m in TITLES if any(r["config"]["method"] == m for g in chosen for r in g)]
     rows = []
     for members in chosen:
@@ -193,7 +194,7 @@ def _bytes_section(records: Sequence[Record], images: Path, out: Path) -> str:
     chosen = [members for members in groups(records) if _protocol(members) == "subject"] or groups(records)
     if not chosen:
         return ""
-    panels = [(_title(members), members) for members in chosen]
+    panels = [(_title(members), comparable(members)) for members in chosen]
     plots.by_bytes(panels, images / "macro-f1-by-bytes.png")
     members = chosen[0]
     rows = []

@@ -201,6 +201,18 @@ def plain(records: Iterable[Record]) -> list[Record]:
     return chosen
 
 
+def comparable(records: Iterable[Record]) -> list[Record]:
+    """Of each target and protocol the results of the most seeds: on other splits a method may score otherwise.
+
+    records: pooled over seeds.
+    """
+    chosen = []
+    for members in groups(records):
+        seeds = [len(record.get("seeds", (0,))) for record in members]
+        chosen += [record for record, count in zip(members, seeds, strict=True) if count == max(seeds)]
+    return chosen
+
+
 def score_text(record: Record, key: str) -> str:
     """A score with three decimals, and its standard deviation over seeds if there are several."""
     spread = record.get("spread")
