@@ -119,6 +119,8 @@ def test_what_cannot_be_pooled_is_refused(folders, tmp_path):
         pool(X, INDEX[:3])
     with pytest.raises(ValueError, match="index must be from -1 to 2"):
         pool(X, INDEX + 1)
+    with pytest.raises(ValueError, match="names must be None or of hip, wrist, ankle, got chest"):
+        pool.index(["hip", "chest", None])
     for one in (pool, AdapterPool(base(True), folders, mixed=False)):
         with pytest.raises(ValueError, match="depends on its input"):
             merge_adapters(one)

@@ -44,7 +44,13 @@ class AdapterPool(nn.Module):
         self.model = _mixed(model, loaded, self.rows) if mixed else _PooledModule(model, loaded, self.rows)
 
     def index(self, names: list[str | None]) -> Tensor:
-        """The index, ``(len(names),)``, of samples that are to use these adapters; None for none."""
+        """The index, ``(len(names),)``, of samples that are to use these adapters; None for none.
+
+        Raises: ValueError if the pool has no adapter of such a name.
+        """
+        unknown = sorted({name for name in names if name is not None} - {*self.names})
+        if unknown:
+            raise ValueError(f"AdapterPool: names must be None or of {', '.join(self.names)}, got {', '.join(unknown)}")
         return torch.tensor([-1 if name is None else self.names.index(name) for name in names])
 
     @torch.no_grad()
