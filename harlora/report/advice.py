@@ -8,15 +8,18 @@ from harlora.report.tables import Record, held, megabytes, total
 
 _WITHIN = (0.005, 0.02)  # of the best macro-F1: hardly told from it; and what some would give for the rest
 
+
+def _mb(value: float) -> str:
+    return f"{megabytes(round(value))} MB"
+
+
 _SCARCE: Mapping[str, tuple[Callable[[Record], float | None], Callable[[float], str]]] = {
-    "memory held in training": (held, lambda value: f"{megabytes(round(value))} MB"),
-    "memory at the fullest moment of a step": (total, lambda value: f"{megabytes(round(value))} MB"),
-    "room on disk for each adapter": (
-        lambda record: record.get("adapter_file"), lambda value: f"{megabytes(round(value))} MB"
-    ),
+    "memory held in training": (held, _mb),
+    "memory at the fullest moment of a step": (total, _mb),
+    "room on disk for each adapter": (lambda record: record.get("adapter_file"), _mb),
     "trained parameters": (lambda record: record["parameters"]["trainable"], lambda value: f"{value:,.0f}"),
     "time to adapt": (lambda record: record["seconds"], lambda value: f"{value:.0f} s"),
-}  # fmt: skip
+}
 HEADER = ("what is scarce", *(f"cheapest within {within:g} of the best" for within in _WITHIN))
 
 
