@@ -11,7 +11,7 @@ import pytest
 from harlora.report import plots
 from harlora.report.build import build_report
 from harlora.report.claims import HEADER, measured, rows
-from harlora.report.compare import by_person, compare, macro_f1_of_confusion
+from harlora.report.compare import Comparison, adjusted, by_person, compare, macro_f1_of_confusion
 from harlora.report.experiments import latex, paper, table
 from harlora.report.tables import pooled
 from harlora.train.experiment import PRESETS, Claim, Experiment
@@ -98,6 +98,21 @@ def test_a_difference_is_paired_by_person_and_seed():
     assert compare([record(people=people([9] * 5))], [record("lora", people=people([8] * 5))]).p is None
     assert compare([record(seed=0)], [record("lora", seed=1)]) is None
     assert compare([record()], [{**record("lora"), "confusion_by_subject": {}}]) is None
+
+
+def test_of_many_methods_qlora_is_compared_with_each(tmp_path):
+    names = ("scratch", "bitfit", "full", "lora", "qlora")
+    made = [record(method, people=people([9 - number] * 8)) for number, method in enumerate(names)]
+    experiment = Experiment(name="many", title="Many", runs=({"protocol": ("subject",), "method": names},))
+    text = page(tmp_path, made, experiment).partition("## Aims")[0]
+    assert text.count(" less ") == text.count("| QLoRA less ") == 4
+
+
+def test_p_is_adjusted_for_all_that_are_looked_at():
+    found = [Comparison(9, 0.1, 0.0, 0.2, p) for p in (0.04, None, 0.01, 0.02)]
+    assert adjusted(found) == [pytest.approx(0.04), None, pytest.approx(0.03), pytest.approx(0.03)]
+    assert adjusted([Comparison(5, 0.1, 0.0, 0.2, None)]) == [None]
+    assert adjusted([]) == []
 
 
 # Tables

@@ -1,7 +1,7 @@
 """Whether one method is better than another, person by person."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,3 +62,15 @@ def compare(ones: Sequence[Record], others: Sequence[Record]) -> Comparison | No
     if len(people) >= 6:
         p = 1.0 if not differences.any() else float(wilcoxon(differences, zero_method="zsplit").pvalue)
     return Comparison(len(people), float(differences.mean()), float(low), float(high), p)
+
+
+def adjusted(comparisons: Iterable[Comparison]) -> list[float | None]:
+    """The p of each, adjusted for all of them being looked at (Benjamini and Hochberg, 1995); None where it has none.
+
+    Of the differences with at most 0.05, one in twenty is expected to be chance.
+    """
+    from scipy.stats import false_discovery_control
+
+    all_ = [comparison.p for comparison in comparisons]
+    found = iter(false_discovery_control([p for p in all_ if p is not None]).tolist())
+    return [None if p is None else float(next(found)) for p in all_]

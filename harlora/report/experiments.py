@@ -9,7 +9,7 @@ from harlora.data.catalog import domain, title
 from harlora.data.splits import TEST_FRACTION
 from harlora.files import write_text
 from harlora.report import advice, claims, plots
-from harlora.report.compare import compare
+from harlora.report.compare import adjusted, compare
 from harlora.report.paper import LABEL_SHARE_ACCURACY, RANK_MACRO_F1, SCORES
 from harlora.report.tables import (
     PROTOCOL_TITLES,
@@ -225,29 +225,36 @@ def _reference(x: str, first: Record) -> dict[float, float]:
     )
 
 
-_DIFFERENCES = ("macro-F1, person by person", "people", "difference", "95 % interval", "p")
+_DIFFERENCES = ("macro-F1, person by person", "people", "difference", "95 % interval", "p, adjusted")
+
+_MOST_IN_PAIRS = 4
 
 
 def _differences(members: Sequence[Record]) -> list[list[str]]:
-    """Every method against every other where nothing but the method (and its own settings) differs."""
+    """Methods against each other where nothing but the method (and its own settings) differs.
+
+    Every pair of up to four methods; of more, QLoRA (or the last) against each. p is adjusted for the rows together.
+    """
     methods: dict[str, list[Record]] = {}
     for record in members:
         methods.setdefault(record["config"]["method"], []).append(record)
     if any(len(pooled(same)) > 1 for same in methods.values()):
         return []
-    rows = []
-    names = [name for name in TITLES if name in methods]
-    for one, other in itertools.combinations(reversed(names), 2):
-        found = compare(methods[one], methods[other])
-        if found is not None:
-            p = "too few people" if found.p is None else f"{found.p:.3f}" if found.p >= 0.001 else "< 0.001"
-            rows.append(
-                [
-                    f"{TITLES[one]} less {TITLES[other]}", str(found.people), f"{found.difference:+.4f}",
-                    f"{found.low:+.4f} to {found.high:+.4f}", p,
-                ]
-            )  # fmt: skip
-    return rows
+    names = [name for name in reversed(TITLES) if name in methods]
+    pairs = list(itertools.combinations(names, 2))
+    if len(names) > _MOST_IN_PAIRS:
+        chosen = "qlora" if "qlora" in names else names[0]
+        pairs = [(chosen, other) for other in names if other != chosen]
+    found = {pair: compare(*(methods[name] for name in pair)) for pair in pairs}
+    known = {pair: comparison for pair, comparison in found.items() if comparison is not None}
+    return [
+        [
+            f"{TITLES[one]} less {TITLES[other]}", str(comparison.people), f"{comparison.difference:+.4f}",
+            f"{comparison.low:+.4f} to {comparison.high:+.4f}",
+            "too few people" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001",
+        ]
+        for ((one, other), comparison), p in zip(known.items(), adjusted(known.values()), strict=True)
+    ]  # fmt: skip
 
 
 def latex(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> str:
