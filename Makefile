@@ -60,7 +60,7 @@ study: $(VENV)/.har
 	$(MAKE) report
 
 report: $(VENV)/.har
-	$(BIN)/harlora report --readme README.md --experiments experiments/*.toml
+	$(BIN)/harlora report --readme README.md
 
 bench: $(VENV)/.dev
 	$(BIN)/harlora bench $(ARGS)

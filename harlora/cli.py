@@ -45,7 +45,7 @@ from harlora.report.build import build_report
 from harlora.report.tables import COLUMNS, LEGEND, MEMORY_LEGEND, groups, heading, memory, pooled, row, titled
 from harlora.train.capture import Capture, captures
 from harlora.train.execute import Ledger, Workers, carry_out
-from harlora.train.experiment import PRESETS, Adaptation, load_experiment
+from harlora.train.experiment import PRESETS, Adaptation, Experiment, load_experiment
 from harlora.train.finetune import CHECKPOINT, METHODS, FinetuneConfig, finetune, method_bytes
 from harlora.train.fit import silent
 from harlora.train.lodo import Study
@@ -92,6 +92,8 @@ def _device(name: str, threads: int) -> torch.device:
         raise InputError(f"--device must be cpu, cuda or cuda:0, got {name!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
+    if device.type not in ("cpu", "cuda") or (device.index or 0) >= max(1, torch.cuda.device_count()):
+        raise InputError(f"--device must be cpu or one of {torch.cuda.device_count()} GPUs, as cuda:0, got {name!r}")
     return device
 
 
@@ -462,10 +464,9 @@ class Lodo:
         experiment = self.study.experiment()
         tasks = experiment.plan(root)
         results = self.results or _results(tasks, self.study.preset)
-        records = _carry_out(tasks, Ledger(root, results, device), self.out, self.workers, self.machine)
-        _print_tables(records)
-        page = build_report(results, results / "report" / "results.md")
-        console.print(f"one JSON a run: {results}\ntables and pictures: {page}", highlight=False)
+        records, left_out = _carry_out(tasks, Ledger(root, results, device), self.out, self.workers, self.machine)
+        _show(records, results, results / "report" / "results.md")
+        _all_done(left_out, tasks)
 
 
 def _is_synthetic(tasks: Sequence[Adaptation]) -> bool:
@@ -479,7 +480,8 @@ def _results(tasks: Sequence[Adaptation], preset: str) -> Path:
 
 def _carry_out(
     tasks: Sequence[Adaptation], ledger: Ledger, runs: Path, workers: Workers, machine: Machine
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The results, and the titles of those runs that their datasets do not allow."""
     if _is_synthetic(tasks):
         console.print(
             f"SYNTHETIC data: no dataset under {ledger.root}. The numbers show that the program works and nothing "
@@ -487,8 +489,32 @@ def _carry_out(
             style="bold red",
             highlight=False,
         )
+    if workers.on != "process" and machine.threads:
+        raise InputError(f"--threads {machine.threads}: with --on {workers.on} give --threads-each")
+    left_out: list[str] = []
     with Bars(console) as bars:
-        return carry_out(tasks, ledger, runs, workers=workers, capture=machine.capture, progress=bars)
+
+        def impossible(task: Adaptation, error: InputError) -> None:
+            bars.say(f"{task.title}: not possible: {error}")
+            left_out.append(task.title)
+
+        records = carry_out(
+            tasks, ledger, runs, workers=workers, capture=machine.capture, progress=bars, impossible=impossible
+        )
+    return records, left_out
+
+
+def _show(records: Sequence[dict[str, Any]], results: Path, page: Path, experiments: Sequence[Experiment] = ()) -> None:
+    if records:
+        _print_tables(records)
+        build_report(results, page, experiments=experiments, records=records)
+        console.print(f"one JSON a run: {results}\ntables and pictures: {page}", highlight=False)
+
+
+def _all_done(left_out: Sequence[str], tasks: Sequence[Adaptation]) -> None:
+    """Raise InputError if runs were left out."""
+    if left_out:
+        raise InputError(f"{len(left_out)} of {len(tasks)} runs were not possible, as said above; all others are done")
 
 
 @dataclass(frozen=True)
@@ -510,8 +536,7 @@ class Run:
     results: Path | None = None
     """Folder for one JSON a run; by default bench/results/lodo/PRESET, with -synthetic behind it where data is."""
     report: Path | None = None
-    """The page to write; by default docs/results.md, or report/results.md in the folder of results that are not those
-    of the standard study on real recordings."""
+    """The page on these runs; by default report/results.md in the folder of results."""
     machine: tyro.conf.OmitArgPrefixes[Machine] = field(default_factory=Machine)
     workers: tyro.conf.OmitArgPrefixes[Workers] = field(default_factory=Workers)
 
@@ -535,12 +560,9 @@ class Run:
         if self.plan:
             _print_plan(tasks, ledger)
             return
-        records = _carry_out(tasks, ledger, self.out, self.workers, self.machine)
-        _print_tables(records)
-        committed = results == RESULTS / "standard"
-        page = self.report or (Path("docs/results.md") if committed else results / "report" / "results.md")
-        build_report(results, page, experiments=experiments)
-        console.print(f"one JSON a run: {results}\ntables and pictures: {page}", highlight=False)
+        records, left_out = _carry_out(tasks, ledger, self.out, self.workers, self.machine)
+        _show(records, results, self.report or results / "report" / "results.md", experiments)
+        _all_done(left_out, tasks)
 
     def _wanted(self, task: Adaptation) -> bool:
         return (not self.targets or task.target in self.targets) and (
@@ -622,11 +644,15 @@ class Report:
     """The page; pictures go to the folder images beside it."""
     readme: Path | None = None
     """A file in which the lines between <!-- results --> and <!-- /results --> become the headline table."""
-    experiments: tuple[Path, ...] = ()
-    """TOML files, each of which gets a section of its own."""
+    experiments: tuple[Path, ...] | None = None
+    """TOML files, each of which gets a section of its own; by default, on the standard results, all of the folder
+    experiments."""
 
     def run(self) -> None:
-        experiments = [load_experiment(file) for file in self.experiments]
+        files = self.experiments
+        if files is None:
+            files = tuple(sorted(Path("experiments").glob("*.toml"))) if self.results == RESULTS / "standard" else ()
+        experiments = [load_experiment(file) for file in files]
         console.print(f"{build_report(self.results, self.out, self.readme, experiments)}", highlight=False)
 
 
@@ -842,7 +868,7 @@ def _print_facts(facts: imported.Facts) -> None:
     _print_table("Windows that come out, by subject and class", heads, body)
 
 
-def _print_tables(records: list[dict[str, object]]) -> None:
+def _print_tables(records: Sequence[dict[str, Any]]) -> None:
     everything = range(len(COLUMNS))
     # Scores and costs below each other where they do not fit side by side.
     parts = [everything] if console.width >= 145 else [everything[:5], (0, *everything[5:])]

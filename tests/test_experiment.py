@@ -18,6 +18,7 @@ from harlora.errors import InputError
 from harlora.train import execute
 from harlora.train.execute import Ledger, Workers, carry_out
 from harlora.train.experiment import PRESETS, Experiment, Preset, load_experiment
+from harlora.train.finetune import FinetuneConfig
 from harlora.train.lodo import Study
 from harlora.train.runs import open_run
 from small import FINETUNE, PRETRAIN
@@ -248,6 +249,30 @@ def test_a_missing_file_is_named(tmp_path):
         load_experiment(tmp_path / "none.toml")
 
 
+def test_settings_that_would_be_overlooked_are_refused():
+    with pytest.raises(InputError, match=r"seed is no setting of a run; write seeds = "):
+        Experiment(name="x", title="x", runs=({"seed": (1, 2)},)).check()
+    with pytest.raises(InputError, match="test_people must be a list of values, got '12'; in a file a list within"):
+        Experiment(name="x", title="x", runs=({"test_people": ("12",)},)).check()
+    for model, message in (({"window": 64}, "model.window must be 128"), ({"channels": 3}, "model.channels must be 6")):
+        grid = {f"pretrain.model.{key}": (value,) for key, value in model.items()}
+        with pytest.raises(InputError, match=message):
+            Experiment(name="x", title="x", runs=(grid,)).check()
+    with pytest.raises(InputError, match="rotated must be from 0 to 1"):
+        Experiment(name="x", title="x", runs=({"pretrain.rotated": (2.0,)},)).check()
+
+
+def test_drawing_by_quality_is_one_run_however_it_is_written():
+    short, long = FinetuneConfig(method="tsqlora"), FinetuneConfig(method="tsqlora", sampler="quality", sampled=0.5)
+    assert short.for_dataset("uci_hapt") == long.for_dataset("uci_hapt")
+    assert FinetuneConfig().for_dataset("uci_hapt").values().keys().isdisjoint({"sampler", "sampled"})
+
+
+def test_rslora_scales_by_the_root_of_the_rank_at_every_rank():
+    grid = {"method": ("lora",), "rank": (8, 32), "rslora": (True,)}
+    assert [c.alpha for _, c in Experiment(name="x", title="x", runs=(grid,)).configurations(0)] == [16, 16]
+
+
 def test_one_encoder_may_serve_all_seeds():
     shared = Experiment(name="x", title="x", seeds=(0, 1), runs=({"pretrain.seed": (5,)},))
     ((before, config),) = shared.configurations(1)
@@ -389,11 +414,37 @@ def test_workers_find_the_same(tmp_path, undisturbed, on, killed):
     assert len(quiet.lines) == len(tasks)
 
 
+@pytest.mark.parametrize("on", ["process", "cores", "ray"])
+def test_a_run_that_its_data_do_not_allow_is_left_out(tmp_path, on):
+    runs = (
+        "[[runs]]\nmethod = 'linear_probe'\nwindows_per_class = [100000, 2]\nepochs = 1\nmax_windows = 200\n"
+        "[runs.pretrain]" + SMALL.partition("[runs.pretrain]")[2]
+    )
+    tasks = load_experiment(written(tmp_path, SMALL.partition("[[runs]]")[0] + runs)).plan(tmp_path)
+    assert len(tasks) == 2
+    ledger = Ledger(tmp_path, tmp_path / "results", CPU)
+    workers = Workers(on=on, jobs=on != "process", address="local")
+    told = []
+    records = carry_out(
+        tasks, ledger, tmp_path / "runs", workers=workers, progress=Quiet(),
+        impossible=lambda task, error: told.append((task, str(error))),
+    )  # fmt: skip
+    assert [record["config"]["windows_per_class"] for record in records] == [2]
+    ((task, error),) = told
+    assert task == tasks[0]
+    assert error.startswith("synthetic_a: ")
+    assert error.endswith("fewer than the 100000 windows per class asked for")
+    with pytest.raises(InputError, match="^synthetic_a: "):
+        carry_out(tasks, ledger, tmp_path / "runs", workers=workers, progress=Quiet())
+
+
 def test_wrong_workers_are_refused(tmp_path):
     for options, message in (
         ({"on": "slurm"}, "on must be one of process, cores, ray; got 'slurm'"),
         ({"jobs": -1}, "jobs must be at least 0, got -1"),
         ({"threads_each": 0}, "threads_each must be at least 1, got 0"),
+        ({"jobs": 2}, "jobs and threads_each are of runs that go at a time, got 2 and 1 with on process"),
+        ({"on": "ray", "jobs": 2}, "jobs: a Ray cluster takes as many runs as it has cores for, got 2"),
     ):
         with pytest.raises(InputError, match=message):
             carry_out([], Ledger(tmp_path, tmp_path, CPU), tmp_path, workers=Workers(**options), progress=Quiet())

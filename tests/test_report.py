@@ -2,14 +2,14 @@
 
 import copy
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from harlora.errors import InputError
 from harlora.report.build import build_report, read_results
 from harlora.report.paper import SCORES
-from harlora.report.tables import COLUMNS, groups, has_memory, held, markdown, memory, plain, pooled, row, total
+from harlora.report.tables import COLUMNS, groups, has_memory, held, markdown, memory, plain, pooled, row, timed, total
 from harlora.train.experiment import PRESETS
 from harlora.train.finetune import METHODS
 
@@ -31,7 +31,7 @@ def record(method="qlora", target="uci_hapt", protocol="paper", rank=8, f1=0.9, 
         "windows": {"train": 60, "validation": 20, "test": 20},
         "test_subjects": ["1", "2"],
         "config": {**replace(FINETUNE, method=method, protocol=protocol).for_dataset(target).values(),
-                   "rank": rank, **config},
+                   "rank": rank, "alpha": 2.0 * rank, **config},
         "learning_rate": 0.002,
         "preset": "standard",
         "target": target,
@@ -63,6 +63,41 @@ def test_a_row_has_what_the_columns_say():
     assert cells["seconds"] == "13"
     assert held(record()) == 3_000_000
     assert total(record()) == 9_500_000  # gradients are part of the step, not counted twice
+
+
+def test_seconds_are_compared_of_runs_made_alike():
+    made = [record("full"), record("lora"), record("qlora")]
+    made[1]["provenance"]["threads"] = 1
+    assert list(map(timed(made), made)) == [12.6, None, 12.6]
+    made[0]["provenance"]["device_type"] = made[2]["provenance"]["device_type"] = "cuda"
+    assert list(map(timed(made[:2]), made[:2])) == [12.6, None]  # as many of both: that with more threads
+
+
+def test_seeds_are_pooled_and_nothing_else():
+    made = [record(seed=seed, f1=0.9 + 0.01 * seed) for seed in (0, 1)]
+    made[0]["seconds"], made[0]["provenance"]["threads"] = 99.0, 1
+    (one,) = pooled(made)
+    assert one["seeds"] == (0, 1)
+    assert one["scores"]["macro_f1"] == pytest.approx(0.905)
+    assert (one["seconds"], one["provenance"]["threads"]) == (12.6, 2)
+    gpu = record(seed=0)
+    gpu["provenance"]["device_type"] = "cuda"
+    assert sorted(len(found.get("seeds", (0,))) for found in pooled([*made, gpu])) == [1, 2]
+    with pytest.raises(
+        InputError, match=r"uci_hapt, paper, QLoRA r=8, seed 0, have the same settings: 0123.* and other"
+    ):
+        pooled([*made, {**record(seed=0), "identity": "other"}])
+
+
+def test_main_tables_are_of_the_presets_pretraining_and_scaling_and_of_the_same_sources():
+    made = [record(m, protocol="subject") for m in ("lora", "qlora")]
+    usual = json.loads(json.dumps(asdict(PRESETS["standard"].pretrain)))
+    unlike = record("qlora", protocol="subject", f1=0.1)
+    unlike["pretrained"] = {**unlike["pretrained"], "config": {**usual, "rotated": 0.0}}
+    for other in (unlike, record("qlora", protocol="subject", f1=0.1, alpha=64.0)):
+        assert plain([*made, other]) == made
+    alone = {**record("qlora", protocol="subject", f1=0.1), "sources": ["dsa"]}
+    assert [len(members) for members in groups([*made, alone])] == [2, 1]
 
 
 def test_groups_are_sorted():

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from harlora.errors import InputError
 from harlora.report import plots
 from harlora.report.build import build_report
 from harlora.report.claims import HEADER, measured, rows
@@ -175,6 +176,29 @@ SUBJECTS = Experiment(
 RANK = Experiment(
     name="rank", title="Rank", x="rank", runs=({"protocol": ("paper",), "method": ("lora",), "rank": (8, 64)},)
 )
+
+
+def test_rows_tell_what_they_differ_in():
+    unlike = record()
+    unlike["pretrained"]["config"] = {**unlike["pretrained"]["config"], "rotated": 0.0}
+    header, rows = table([record(), unlike], ("scores",))
+    assert [row[header.index("pretrain.rotated")] for row in rows] == ["0.5", "0.0"]
+    header, rows = table([record(), record(alpha=64.0), record("full")], ("scores",))
+    assert [row[header.index("alpha / rank")] for row in rows] == ["–", "2.0", "8.0"]
+    header, _ = table([record("lora", rank=rank, alpha=2.0 * rank) for rank in (8, 64)], ("scores",))
+    assert header == ["method", "accuracy", "macro-F1", "seeds"]
+
+
+def test_the_papers_figure_is_of_one_rank():
+    made = [record("qlora", protocol="paper", rank=rank, alpha=2.0 * rank) for rank in (8, 64)]
+    assert [paper(one) for one in made] == ["0.953", ""]
+
+
+def test_results_of_other_experiments_are_left_out(tmp_path):
+    text = page(tmp_path, [record("lora", protocol="paper", rank=8), record("full")], RANK)
+    assert "from the 1 JSON files" in text
+    with pytest.raises(InputError, match="no results of the experiments rank"):
+        page(tmp_path / "none", [record("full")], RANK)
 
 
 def test_an_experiment_has_its_section(tmp_path):

@@ -17,6 +17,7 @@ from harlora.models import MAE
 from harlora.nn import QLoRALinear, adapted_layers, apply_adapter
 from harlora.nn.adapters import Statistics
 from harlora.nn.apply import penalty, schedule
+from harlora.report.compare import macro_f1_of_confusion
 from harlora.report.tables import has_memory
 from harlora.train import memory
 from harlora.train.federated import aggregate
@@ -197,8 +198,12 @@ def test_scores_by_hand():
     assert macro_f1(truth[:4], predicted[:4]) == pytest.approx((2 * (2 / 3) / (5 / 3) + 2 * 0.5 / 1.5) / 2)
 
 
-def test_a_label_that_never_occurs_still_counts_in_the_score():
-    assert scores(np.array([0, 0]), np.array([0, 0]), ["a", "b"])["macro_f1"] == 0.5
+def test_scores_are_over_the_labels_that_occur():
+    truth, predicted = np.array([0, 0, 0]), np.array([0, 0, 1])
+    found = scores(truth, predicted, ["a", "b"])
+    assert found["macro_f1"] == macro_f1(truth, predicted) == macro_f1_of_confusion(found["confusion"])
+    assert found["macro_f1"] == pytest.approx(0.8)
+    assert (found["precision"], found["recall"]) == (1, pytest.approx(2 / 3))
 
 
 def test_held_bytes_are_those_of_the_tensors():
@@ -642,6 +647,13 @@ def test_fewer_labels_train_on_fewer_windows(data, pretrained, tmp_path):
         ({"method": "qlra"}, "unknown method 'qlra'; required one of zero_shot"),
         ({"protocol": "random"}, "unknown protocol 'random'"),
         ({"rank": 0}, "rank must be at least 1"),
+        ({"batch_size": 1}, "batch_size must be at least 2"),
+        ({"alpha": -1.0}, "alpha must be above 0"),
+        ({"adapter_dropout": 1.0}, "adapter_dropout must be at least 0 and below 1"),
+        ({"label_smoothing": 2.0}, "label_smoothing must be from 0 to 1, got 2"),
+        ({"label_fraction": 0.0}, "label_fraction must be above 0"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"max_windows": -5}, "max_windows must be at least 0"),
         ({"blocksize": 7}, "blocksize one of"),
         ({"flipped": 1.5}, "flipped must be from 0 to 1, got 1.5"),
         ({"warp": 0.0}, "warp must be above 0 and at most 1, got 0.0"),
@@ -682,6 +694,30 @@ def test_the_same_people_are_never_on_both_sides(data, pretrained, tmp_path):
         pretrain(PRETRAIN, twice, tmp_path, device=CPU)
     with pytest.raises(InputError, match="are the same recordings"):
         Study(targets=("synthetic_a",), sources=("uci_har", "uci_hapt")).experiment().plan(tmp_path)
+
+
+def test_zero_shot_trains_on_all_of_the_sources_unless_validated(data, pretrained, tmp_path):
+    config = replace(FINETUNE, method="zero_shot")
+    few = data[1].take(np.flatnonzero(data[1].subjects < 2))  # of too few people to hold any back
+    found = finetune(config, data[0], pretrained, tmp_path, sources=[few, data[2]], device=CPU)
+    assert found["windows"]["validation"] == 0
+    assert found["best_epoch"] == len(found["history"]) == 2
+    held_back = finetune(replace(config, validated=True), data[0], pretrained, tmp_path, sources=data[1:], device=CPU)
+    assert held_back["windows"]["validation"] > 0
+
+
+def test_parameters_are_counted_once_where_some_layers_are_adapted(data, pretrained, tmp_path):
+    totals = {
+        method: finetune(
+            replace(FINETUNE, method=method, target_modules=("q", "v"), epochs=1),
+            data[0],
+            pretrained,
+            tmp_path,
+            device=CPU,
+        )["parameters"]["total"]
+        for method in ("lora", "qlora")
+    }
+    assert totals["lora"] == totals["qlora"]
 
 
 def test_zero_shot_needs_sources(data, pretrained, tmp_path):

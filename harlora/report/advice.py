@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from harlora.data.catalog import title
-from harlora.report.tables import Record, held, megabytes, total
+from harlora.report.tables import Record, held, megabytes, timed, total
 
 _WITHIN = (0.005, 0.02)  # of the best macro-F1: hardly told from it; and what some would give for the rest
 
@@ -13,12 +13,12 @@ def _mb(value: float) -> str:
     return f"{megabytes(round(value))} MB"
 
 
-_SCARCE: Mapping[str, tuple[Callable[[Record], float | None], Callable[[float], str]]] = {
+_Cost = Callable[[Record], float | None]
+_SCARCE: Mapping[str, tuple[_Cost, Callable[[float], str]]] = {
     "memory held in training": (held, _mb),
     "memory at the fullest moment of a step": (total, _mb),
     "room on disk for each adapter": (lambda record: record.get("adapter_file"), _mb),
     "trained parameters": (lambda record: record["parameters"]["trainable"], lambda value: f"{value:,.0f}"),
-    "time to adapt": (lambda record: record["seconds"], lambda value: f"{value:.0f} s"),
 }
 HEADER = ("what is scarce", *(f"cheapest within {within:g} of the best" for within in _WITHIN))
 
@@ -39,7 +39,8 @@ def rows(groups: Mapping[str, Sequence[tuple[str, Record]]]) -> tuple[str, list[
     scores = {name: statistics.fmean(r["scores"]["macro_f1"] for r in same) for name, same in everywhere.items()}
     best = max(scores, key=lambda name: scores[name])
     lines = []
-    for what, (cost, text) in _SCARCE.items():
+    seconds = timed([record for same in everywhere.values() for record in same])
+    for what, (cost, text) in {**_SCARCE, "time to adapt": (seconds, lambda value: f"{value:.0f} s")}.items():
         costs: dict[str, float] = {}
         for name, same in everywhere.items():
             values = [value for value in map(cost, same) if value is not None]

@@ -57,14 +57,27 @@ def read_results(folder: Path) -> list[Record]:
     return records
 
 
-def build_report(results: Path, out: Path, readme: Path | None = None, experiments: Sequence[Experiment] = ()) -> Path:
+def build_report(
+    results: Path,
+    out: Path,
+    readme: Path | None = None,
+    experiments: Sequence[Experiment] = (),
+    records: Sequence[Record] = (),
+) -> Path:
     """Write the report on the results in a folder to ``out``, its pictures to ``images`` beside it.
 
-    experiments: each has a section of its own, instead of one for every target and split.
+    experiments: each has a section of its own, instead of one for every target and split; other results are left out.
     readme: a file in which the lines between ``<!-- results -->`` and ``<!-- /results -->`` become the headline table.
-    Raises: InputError as `read_results`, or if ``readme`` has no such lines.
+    records: those results of the folder that the report is to be on; by default all.
+    Raises: InputError as `read_results` and `pooled`, if none is of the experiments, or ``readme`` has no such lines.
     """
-    records = read_results(results)
+    records = records or read_results(results)
+    if experiments:
+        chosen = [id(record) for experiment in experiments for record in experiment.select(records)]
+        records = [record for record in records if id(record) in chosen]
+        if not records:
+            names = ", ".join(experiment.name for experiment in experiments)
+            raise InputError(f"{results}: has no results of the experiments {names}; `harlora run` makes them")
     shown = pooled(records)
     main = plain(shown)
     if readme is not None:

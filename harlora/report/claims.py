@@ -8,7 +8,7 @@ from typing import Any
 
 from harlora.data.catalog import title
 from harlora.report.compare import compare
-from harlora.report.tables import PROTOCOL_TITLES, Record, groups
+from harlora.report.tables import PROTOCOL_TITLES, Record, groups, pretraining
 from harlora.train.experiment import Claim
 from harlora.train.finetune import FinetuneConfig
 
@@ -67,6 +67,7 @@ def _pairs(claim: Claim, records: Sequence[Record]) -> list[tuple[Record, Record
             has = _settings(record)
             if all(has[key] == value for key, value in json.loads(json.dumps(wanted)).items()):
                 rest = {key: value for key, value in has.items() if key not in named}
+                rest["pretraining"] = pretraining(record)
                 # Of two results that differ in what was scored alone, that with more.
                 key = json.dumps(rest, sort_keys=True)
                 if key not in chosen or "by_rank" in record:

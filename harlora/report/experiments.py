@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,16 @@ from harlora.report.tables import (
     order,
     pooled,
     preset_of,
+    pretraining,
+    scaling,
     score_text,
+    timed,
 )
-from harlora.train.experiment import Experiment
+from harlora.train.experiment import PRESETS, Experiment
+from harlora.train.finetune import METHODS
 
 _NOT_COLUMNS = ("method", "protocol", "seed", "alpha", "by_rank")
+_SCALING = "alpha / rank"
 
 
 def section(experiment: Experiment, records: Sequence[Record], images: Path, out: Path) -> str:
@@ -90,12 +96,10 @@ def _planned(experiment: Experiment, chosen: Sequence[Mapping[str, Any]]) -> int
 def _settings(records: Sequence[Record]) -> list[str]:
     """What all runs have in common and the preset has not; what varies is in the tables."""
     found = []
-    for key in _settings_of(records):
-        values = [record["config"].get(key) for record in records]
-        if all(value == values[0] for value in values):
-            usual = [preset_of(record).values().get(key) for record in records]
-            if all(value != values[0] for value in usual):
-                found.append(f"{key} {_value(values[0])}")
+    all_, usual = [_settings_of(record) for record in records], [_usual(record) for record in records]
+    for key, value in all_[0].items():
+        if all(settings.get(key) == value for settings in all_) and all(preset.get(key) != value for preset in usual):
+            found.append(f"{key} {_value(value)}")
     return [f"Settings of all runs: {', '.join(found)}.", ""] if found else []
 
 
@@ -126,12 +130,13 @@ def _title(members: Sequence[Record]) -> str:
 
 def _varied(records: Sequence[Record]) -> list[str]:
     """The settings in which the results differ, beside method, protocol and seed, and what methods do by default."""
-    usual = [preset_of(record).values() for record in records]
+    all_ = [_settings_of(record) for record in records]
+    usual = [_usual(record) for record in records]
     return [
         key
-        for key in _settings_of(records)
-        if len({str(record["config"].get(key)) for record in records}) > 1
-        and any(record["config"].get(key) != preset.get(key) for record, preset in zip(records, usual, strict=True))
+        for key in dict.fromkeys(key for settings in all_ for key in settings)
+        if len({str(settings.get(key)) for settings in all_}) > 1
+        and any(settings.get(key) != preset.get(key) for settings, preset in zip(all_, usual, strict=True))
     ]
 
 
@@ -140,16 +145,31 @@ def _names(records: Sequence[Record]) -> list[str]:
     varied = [key for key in _varied(records) if key != "rank"]
     names = []
     for record in records:
-        told = [f"{key.replace('_', ' ')} {_value(value)}" for key in varied if (value := record["config"].get(key))]
+        settings = _settings_of(record)
+        told = [f"{key.replace('_', ' ')} {_value(value)}" for key in varied if (value := settings.get(key))]
         names.append(", ".join([method_title(record), *told]))
     return names
 
 
-def _settings_of(records: Sequence[Record]) -> list[str]:
-    """Every setting that one of the results has, beside method, protocol and seed."""
-    return [
-        key for key in dict.fromkeys(key for record in records for key in record["config"]) if key not in _NOT_COLUMNS
-    ]
+def _settings_of(record: Record) -> dict[str, Any]:
+    """Every setting of a result beside method, protocol and seeds: of fine-tuning, and of pretraining."""
+    return _flat(record["config"], pretraining(record))
+
+
+def _usual(record: Record) -> dict[str, Any]:
+    """As `_settings_of`, what the preset has."""
+    return _flat(preset_of(record).values(), asdict(PRESETS[record["preset"]].pretrain))
+
+
+def _flat(config: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    found = {key: value for key, value in config.items() if key not in _NOT_COLUMNS}
+    if METHODS[config["method"]].ranked:
+        found[_SCALING] = scaling(config)
+    if METHODS[config["method"]].pretrained:
+        model = before.get("model", {})
+        found |= {f"pretrain.{key}": value for key, value in before.items() if key not in ("seed", "model")}
+        found |= {f"pretrain.model.{key}": value for key, value in model.items()}
+    return found
 
 
 _COLUMNS: Mapping[str, Mapping[str, Callable[[Record], str]]] = {
@@ -166,7 +186,6 @@ _COLUMNS: Mapping[str, Mapping[str, Callable[[Record], str]]] = {
         "trainable": lambda record: f"{record['parameters']['trainable']:,}",
         "held, MB": lambda record: megabytes(held(record)),
         "file, MB": lambda record: megabytes(record["adapter_file"]) if "adapter_file" in record else "",
-        "seconds": lambda record: f"{record['seconds']:.0f}",
     },
 }
 
@@ -175,9 +194,12 @@ def table(records: Sequence[Record], show: Sequence[str]) -> tuple[list[str], li
     """Header and rows of results that are pooled over their seeds; ``show`` as in `Experiment`."""
     varied = [key for key in _varied(records) if key != "rank"]  # rank stands with the method
     columns: dict[str, Callable[[Record], str]] = {"method": method_title}
-    columns |= {key: lambda record, key=key: _value(record["config"].get(key)) for key in varied}  # type: ignore[misc]
+    columns |= {key: lambda record, key=key: _value(_settings_of(record).get(key)) for key in varied}  # type: ignore[misc]
     for part in show:
         columns |= _COLUMNS.get(part, {})
+    if "cost" in show:
+        seconds = timed(records)
+        columns["seconds"] = lambda record: "" if (spent := seconds(record)) is None else f"{spent:.0f}"
     columns["seeds"] = lambda record: str(len(record.get("seeds", (0,))))
     rows = [[cell(record) for cell in columns.values()] for record in sorted(records, key=order)]
     filled = [number for number in range(len(columns)) if any(row[number] for row in rows)]
@@ -211,6 +233,8 @@ def paper(record: Record) -> str:
         return f"accuracy {near[0]:.3f}" if near else ""
     if method == "lora" and whose == "uci" and config["rank"] in RANK_MACRO_F1:
         return f"{RANK_MACRO_F1[config['rank']]:.3f}"
+    if METHODS[method].ranked and config["rank"] != preset_of(record).rank:
+        return ""  # theirs is of one rank
     theirs = SCORES.get(whose, {}).get(method)
     return "" if theirs is None else f"{theirs.macro_f1:.3f}"
 

@@ -2,11 +2,13 @@
 
 import json
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from harlora.data.splits import TEST_FRACTION
+from harlora.errors import InputError
 from harlora.report.paper import MEMORY_MB
 from harlora.train.experiment import PRESETS
 from harlora.train.finetune import METHODS, FinetuneConfig
@@ -129,13 +131,31 @@ def pooled(records: Iterable[Record]) -> list[Record]:
     """Results that differ in the seed alone as one: means, ``spread`` (standard deviations), confusion summed.
 
     Seconds are the mean of those with the most threads.
+    Raises: InputError if two results of one seed differ in nothing but the seed of their pretraining.
     """
-    found: dict[str, list[Record]] = {}
+    found: dict[str, dict[int, Record]] = {}
     for record in sorted(records, key=order):
-        before = record["pretrained"].get("config", {})
-        same = [{key: value for key, value in config.items() if key != "seed"} for config in (record["config"], before)]
-        found.setdefault(json.dumps([record["target"], record["sources"], *same], sort_keys=True), []).append(record)
-    return [members[0] if len(members) == 1 else _pool(members) for members in found.values()]
+        config, seed = record["config"], record["config"]["seed"]
+        same = [
+            {key: value for key, value in entry.items() if key != "seed"} for entry in (config, pretraining(record))
+        ]
+        device = record["provenance"].get("device_type")
+        key = json.dumps([record["target"], record["sources"], device, *same], sort_keys=True)
+        there = found.setdefault(key, {}).setdefault(seed, record)
+        if there is not record:
+            raise InputError(
+                f"two results of {record['target']}, {config['protocol']}, {method_title(record)}, seed {seed}, have "
+                f"the same settings: {there['identity']} and {record['identity']}. Their data differ, or the seed of "
+                "their pretraining; move one to a folder of its own"
+            )
+    return [
+        _pool([*members.values()]) if len(members) > 1 else next(iter(members.values())) for members in found.values()
+    ]
+
+
+def pretraining(record: Record) -> dict[str, Any]:
+    """How the encoder of a result was pretrained; empty if it does not say."""
+    return dict(record["pretrained"].get("config", {}))
 
 
 def _pool(members: Sequence[Record]) -> Record:
@@ -145,6 +165,7 @@ def _pool(members: Sequence[Record]) -> Record:
     confusion = [[sum(cells) for cells in zip(*same, strict=True)] for same in rows]
     means = {key: statistics.fmean(several) for key, several in values.items()}
     calibrated = [member["calibration"] for member in members if "calibration" in member]
+    most = max(map(threads, members))  # the others ran beside each other
     kinds = [kind for kind in ("ece", "mce", "ace", "brier") if all(kind in entry for entry in calibrated)]
     return {
         **first,
@@ -152,21 +173,38 @@ def _pool(members: Sequence[Record]) -> Record:
         "seeds": tuple(member["config"]["seed"] for member in members),
         "scores": {**first["scores"], **means, "confusion": confusion},
         "spread": {key: statistics.stdev(several) for key, several in values.items()},
-        "seconds": statistics.fmean(_seconds(members)),
+        "seconds": statistics.fmean(member["seconds"] for member in members if threads(member) == most),
+        "provenance": {**first["provenance"], "threads": most},
         "epochs": tuple(statistics.fmean(counts) for counts in zip(*map(epochs, members), strict=True)),
     }
 
 
-def _seconds(members: Sequence[Record]) -> list[float]:
-    """Of those results that had the most threads: the others ran beside each other."""
-    most = max(member["provenance"]["threads"] for member in members)
-    return [member["seconds"] for member in members if member["provenance"]["threads"] == most]
+def threads(record: Record) -> int:
+    """With how many CPU threads it was trained."""
+    count: int = record["provenance"]["threads"]
+    return count
+
+
+def timed(records: Sequence[Record]) -> Callable[[Record], float | None]:
+    """Gives the seconds of those of ``records`` whose device and number of threads most of them have, else None."""
+
+    def way(record: Record) -> tuple[str | None, int]:
+        return record["provenance"].get("device_type"), threads(record)
+
+    ways = Counter(map(way, records))
+    usual = max(ways, key=lambda one: (ways[one], one[1]), default=None)
+    return lambda record: record["seconds"] if way(record) == usual else None
 
 
 def epochs(record: Record) -> tuple[float, float]:
     """The epoch whose weights were kept, and how many were trained before training stopped."""
     found: tuple[float, float] = record.get("epochs") or (record["best_epoch"], len(record["history"]))
     return found
+
+
+def scaling(config: Mapping[str, Any]) -> float:
+    """What the low-rank branch is multiplied by, of a fine-tuning configuration."""
+    return float(config["alpha"] / config["rank"])
 
 
 def preset_of(record: Record) -> FinetuneConfig:
@@ -177,9 +215,17 @@ def preset_of(record: Record) -> FinetuneConfig:
 
 
 def as_preset(record: Record, *free: str) -> bool:
-    """Whether fine-tuning was as the record's preset has it, whatever its method, protocol, rank, seed and ``free``."""
+    """Whether training was as the record's preset has it, whatever its method, protocol, rank, seeds and ``free``.
+
+    With another rank alpha is another, so that the scaling is the preset's.
+    """
     config = record["config"]
+    before, usual = pretraining(record), asdict(PRESETS[record["preset"]].pretrain)
+    if any(before[name] != value for name, value in usual.items() if name in before and name != "seed"):
+        return False
     preset = preset_of(record).values()
+    if METHODS[config["method"]].ranked and scaling(config) != scaling(preset):
+        return False
     any_value = {"method", "protocol", "rank", "alpha", "seed", *free}
     if config.keys() - preset.keys() - any_value:  # settings that are left out where they have their default
         return False
@@ -266,10 +312,11 @@ def heading(records: Sequence[Record]) -> str:
 
 
 def groups(records: Iterable[Record]) -> list[list[Record]]:
-    """Results by target and protocol, sorted."""
-    found: dict[tuple[str, str], list[Record]] = {}
+    """Results by target, protocol and sources, sorted."""
+    found: dict[tuple[str, ...], list[Record]] = {}
     for record in sorted(records, key=order):
-        found.setdefault((record["target"], record["config"]["protocol"]), []).append(record)
+        key = record["target"], record["config"]["protocol"], *record["sources"]
+        found.setdefault(key, []).append(record)
     return list(found.values())
 
 

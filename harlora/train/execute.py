@@ -62,6 +62,16 @@ class Workers:
         for name, least in (("jobs", 0), ("threads_each", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.on == "process" and (self.jobs > 1 or self.threads_each != 1):
+            raise InputError(
+                "jobs and threads_each are of runs that go at a time, got "
+                f"{self.jobs} and {self.threads_each} with on process; give on cores or ray, or threads instead"
+            )
+        if self.on == "ray" and self.jobs and self.address != "local":
+            raise InputError(
+                f"jobs: a Ray cluster takes as many runs as it has cores for, got {self.jobs}; leave it out, or give "
+                "address local"
+            )
 
 
 def result_file(record: dict[str, Any]) -> str:
@@ -130,11 +140,15 @@ def carry_out(
     workers: Workers | None = None,
     capture: Capture = "off",
     progress: Progress,
+    impossible: Callable[[Adaptation, InputError], None] | None = None,
 ) -> list[dict[str, Any]]:
     """The results of all ``tasks``, in their order; those that are not there yet are computed and written.
 
     Pretraining is done once for all runs that begin from it. What was interrupted under ``runs`` goes on. A run whose
     worker dies is begun again, up to three times in all; one that raises ends the study, whose other results are kept.
+
+    impossible: called with an adaptation that its dataset does not allow, which is then left out of the results,
+        instead of raising its InputError.
     """
     workers = workers or Workers()
     workers.check()
@@ -154,13 +168,19 @@ def carry_out(
         note = " (SYNTHETIC data)" if record["synthetic"] else ""
         progress.say(f"{tasks[number].title}: macro-F1 {record['scores']['macro_f1']:.3f}{note}")
 
+    def failed(number: int, error: InputError) -> None:
+        if impossible is None:
+            raise error
+        impossible(tasks[number], error)
+
     if missing:
         how = _one_by_one if workers.on == "process" else _at_once
-        how(tasks, missing, ledger, runs, workers, capture, progress, finished)
-    return [records[number] for number in range(len(tasks))]
+        how(tasks, missing, ledger, runs, workers, capture, progress, finished, failed)
+    return [records[number] for number in range(len(tasks)) if number in records]
 
 
 _Finished = Callable[[int, dict[str, Any]], None]
+_Failed = Callable[[int, InputError], None]
 _Missing = dict[tuple[tuple[str, ...], PretrainConfig], list[int]]
 
 
@@ -173,6 +193,7 @@ def _one_by_one(
     capture: Capture,
     progress: Progress,
     finished: _Finished,
+    failed: _Failed,
 ) -> None:
     total = sum(1 + len(numbers) for numbers in missing.values())
     done = 0
@@ -185,11 +206,15 @@ def _one_by_one(
             done += 1
             task = tasks[number]
             report = progress.run(task.title, done, total)
-            metrics = finetune(
-                task.finetune, ledger.windows(task.target), load_pretrained(checkpoint), runs, sources=sources,
-                device=ledger.device, capture=capture, report=report,
-            )  # fmt: skip
-            finished(number, metrics)
+            try:
+                metrics = finetune(
+                    task.finetune, ledger.windows(task.target), load_pretrained(checkpoint), runs, sources=sources,
+                    device=ledger.device, capture=capture, report=report,
+                )  # fmt: skip
+            except InputError as error:
+                failed(number, error)
+            else:
+                finished(number, metrics)
 
 
 @dataclass(frozen=True)
@@ -273,7 +298,8 @@ class _Cluster:
             ) from error
         self._ray = ray
         address = None if workers.address == "local" else workers.address
-        options: dict[str, Any] = {} if address else {"num_cpus": (workers.jobs or os.cpu_count() or 1)}
+        cores = workers.jobs * workers.threads_each or max(os.cpu_count() or 1, workers.threads_each)
+        options: dict[str, Any] = {} if address else {"num_cpus": cores}
         try:
             ray.init(
                 address=address, log_to_driver=False, include_dashboard=False if address is None else None, **options
@@ -310,6 +336,7 @@ def _at_once(
     capture: Capture,
     progress: Progress,
     finished: _Finished,
+    failed: _Failed,
 ) -> None:
     settings = _Settings(workers.threads_each, ledger.device, capture)
     runs = runs.absolute()  # of a worker that was started elsewhere too
@@ -319,10 +346,12 @@ def _at_once(
     with ExitStack() as stack:
         pool = _Cluster(workers, ledger) if workers.on == "ray" else _Pool(workers, ledger.root)
         stack.callback(pool.close)
-        tries: dict[Future[Any], tuple[int, Callable[[], Future[Any]], Callable[[Any], None]]] = {}
+        tries: dict[Future[Any], tuple[int, Callable[[], Future[Any]], Callable[[Any], None], int | None]] = {}
 
-        def begin(submit: Callable[[], Future[Any]], then: Callable[[Any], None], number: int = 1) -> None:
-            tries[submit()] = number, submit, then
+        def begin(
+            submit: Callable[[], Future[Any]], then: Callable[[Any], None], task: int | None = None, number: int = 1
+        ) -> None:
+            tries[submit()] = number, submit, then, task
 
         def adapt(numbers: Iterable[int]) -> Callable[[Pretrained], None]:
             def with_encoder(pretrained: Pretrained) -> None:
@@ -334,6 +363,7 @@ def _at_once(
                             _adapt, task, pretrained, runs, settings, *windows
                         ),
                         lambda metrics, number=number: finished(number, metrics),  # type: ignore[misc]
+                        number,
                     )
 
             return with_encoder
@@ -349,13 +379,23 @@ def _at_once(
         report(0, total, "")
         while tries:
             for future in wait(tries, return_when=FIRST_COMPLETED).done:
-                number, submit, then = tries.pop(future)
+                number, submit, then, which = tries.pop(future)
                 try:
                     result = future.result()
                 except BrokenProcessPool:
                     if number == _TRIES:
                         raise
-                    begin(submit, then, number + 1)
+                    begin(submit, then, which, number + 1)
+                    continue
+                except InputError as error:
+                    # Ray's has the worker's traceback as its text, and the error itself as its cause.
+                    own = getattr(error, "cause", None)
+                    error = own if isinstance(own, InputError) else error
+                    if which is None:
+                        raise error from None
+                    failed(which, error)
+                    done += 1
+                    report(done, total, "")
                     continue
                 done += 1
                 report(done, total, "")

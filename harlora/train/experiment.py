@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from harlora.data.catalog import available, dataset, require_apart
 from harlora.errors import InputError
@@ -47,7 +47,10 @@ MEASURES = (
 AT_RANK = ("cut", "squeezed")
 SHOWN = ("scores", "cost")
 _ALSO_SHOWN = ("calibration", "pareto", "advice", "claims")
-_ADAPTER = ("options", "rank", "alpha", "adapter_dropout", "rslora", "train_norms", "target_modules", "rank_pattern")
+_ADAPTER = (
+    "options", "rank", "alpha", "adapter_dropout", "rslora", "train_norms", "target_modules", "rank_pattern",
+    "adapted_blocks", "adapted_blocks_by",
+)  # fmt: skip
 _RANKED = ("rank", "alpha", "rank_pattern")
 _QUANTISED = ("quant_type", "blocksize", "double_quant")
 _LABELS = ("label_fraction", "windows_per_class")
@@ -140,6 +143,8 @@ class Experiment:
             )
         if self.x is not None and self.x not in PRESETS[self.preset].finetune.values():
             raise InputError(f"x must be a setting of fine-tuning, got {self.x!r}")
+        if any("seed" in grid for grid in self.runs):
+            raise InputError("seed is no setting of a run; write seeds = [0, 1, 2] at the top of the file")
         for before, config in self.configurations(0):
             before.check()
             config.check()
@@ -155,8 +160,8 @@ class Experiment:
                 settings = dict(zip(grid, values, strict=True))
                 model = {key.removeprefix(_MODEL): settings.pop(key) for key in grid if key.startswith(_MODEL)}
                 before = {key.removeprefix(_BEFORE): settings.pop(key) for key in settings.copy() if "." in key}
-                if "rank" in settings and "alpha" not in settings:
-                    # The same scaling at every rank.
+                if "rank" in settings and "alpha" not in settings and not settings.get("rslora"):
+                    # The same scaling at every rank, unless it is to follow the rank.
                     settings["alpha"] = base.finetune.alpha / base.finetune.rank * settings["rank"]
                 pair = (
                     replace(
@@ -243,6 +248,11 @@ def _changed(config: Any, settings: Mapping[str, Any]) -> Any:
         checked[key] = float(value) if expected is float and type(value) is int else value
         if expected in (int, float, bool, str) and type(checked[key]) is not expected:
             raise InputError(f"{key} must be of type {expected.__name__}, got {value!r}")
+        if get_origin(expected) is tuple and not isinstance(value, list | tuple):
+            raise InputError(
+                f'{key} must be a list of values, got {value!r}; in a file a list within a list, [["…", "…"]], since '
+                "a list alone is several runs"
+            )
     return replace(config, **checked)
 
 

@@ -24,6 +24,7 @@ from harlora.kernels.format import BLOCKSIZES, QUANT_TYPES
 from harlora.models.mae import MAE, Classifier, Encoder, MAEConfig
 from harlora.nn import (
     AdaptedLinear,
+    QLoRALinear,
     adapted_layers,
     adapter_options,
     apply_adapter,
@@ -255,7 +256,10 @@ class FinetuneConfig:
         usual = {**(_IN_A_POCKET if in_a_pocket(name) else _WORN_FIRMLY), **schedule}
         if self.protocol == "paper":
             usual |= _AS_THEY_ARE
-        return replace(self, **{key: value for key, value in usual.items() if getattr(self, key) is None})
+        filled = {key: value for key, value in usual.items() if getattr(self, key) is None}
+        if self.takes_by_quality():
+            filled |= {"sampler": "quality", "sampled": self.sampled or 0.5}
+        return replace(self, **filled)
 
     def check(self) -> None:
         """Raise InputError unless every setting has a possible value."""
@@ -263,8 +267,19 @@ class FinetuneConfig:
             raise InputError(f"unknown method {self.method!r}; required one of {', '.join(METHODS)}")
         if self.protocol not in PROTOCOLS:
             raise InputError(f"unknown protocol {self.protocol!r}; required one of {', '.join(PROTOCOLS)}")
-        if self.rank < 1:
-            raise InputError(f"rank must be at least 1, got {self.rank}")
+        for name in ("rank", "blocks"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size < 2:
+            raise InputError(f"batch_size must be at least 2, which the head's BatchNorm needs, got {self.batch_size}")
+        if not self.alpha > 0:
+            raise InputError(f"alpha must be above 0, got {self.alpha}")
+        if not 0 <= self.adapter_dropout < 1:
+            raise InputError(f"adapter_dropout must be at least 0 and below 1, got {self.adapter_dropout}")
+        if not 0 <= self.label_smoothing <= 1:
+            raise InputError(f"label_smoothing must be from 0 to 1, got {self.label_smoothing}")
+        if not 0 < self.label_fraction <= 1:
+            raise InputError(f"label_fraction must be above 0 and at most 1, got {self.label_fraction}")
         self._check_options(METHODS[self.method].adapter)
         for name, rank in self.rank_pattern.items():
             if rank < 1:
@@ -274,16 +289,12 @@ class FinetuneConfig:
             raise InputError(
                 f"target_modules must be some of {', '.join(TARGET_MODULES)}, got {', '.join(unknown) or 'none'}"
             )
-        if self.blocks < 1:
-            raise InputError(f"blocks must be at least 1, got {self.blocks}")
         if not 0 <= (self.dropped or 0) < 1:
             raise InputError(f"dropped must be at least 0 and below 1, got {self.dropped}")
         if not 0 <= (self.flipped or 0) <= 1:
             raise InputError(f"flipped must be from 0 to 1, got {self.flipped}")
         if self.warp is not None and not 0 < self.warp <= 1:
             raise InputError(f"warp must be above 0 and at most 1, got {self.warp}")
-        if self.adapted_blocks < 0:
-            raise InputError(f"adapted_blocks must be at least 0, got {self.adapted_blocks}")
         if self.adapted_blocks_by not in ("change", "chance"):
             raise InputError(f"adapted_blocks_by must be change or chance, got {self.adapted_blocks_by!r}")
         if self.by_rank and METHODS[self.method].adapter not in _CAN_BE_CUT:
@@ -304,7 +315,10 @@ class FinetuneConfig:
             )
         if not 0 <= self.mislabelled < 1:
             raise InputError(f"mislabelled must be at least 0 and below 1, got {self.mislabelled}")
-        for name in ("turned_deg", "rescaled"):
+        for name in (
+            "turned_deg", "rescaled", "learning_rate", "weight_decay", "patience", "adapted_blocks",
+            "windows_per_class", "max_windows", "seed",
+        ):  # fmt: skip
             if not (getattr(self, name) or 0) >= 0:
                 raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
         self.optimisation()
@@ -456,7 +470,10 @@ def _adapt(
     four_bits: dict[str, Any] = {
         "quant_type": config.quant_type, "blocksize": config.blocksize, "double_quant": config.double_quant
     }  # fmt: skip
-    settings["alpha_pattern"] = {key: config.alpha / config.rank * rank for key, rank in config.rank_pattern.items()}
+    grows = 0.5 if config.rslora else 1.0  # so that the scaling stays
+    settings["alpha_pattern"] = {
+        key: config.alpha * (rank / config.rank) ** grows for key, rank in config.rank_pattern.items()
+    }
     if method.adapter == LoRA.name and not config.options:  # written as PEFT does
         settings |= {"rank": config.rank, "alpha": config.alpha, "rslora": config.rslora}
         if method.four_bits:
@@ -531,8 +548,8 @@ def _target_samples(
     )
 
 
-def _source_samples(sources: Sequence[Windows], labels: tuple[str, ...], seed: int) -> _Samples:
-    """The windows of the sources whose label the target has too; 12 % of the subjects validate."""
+def _source_samples(sources: Sequence[Windows], labels: tuple[str, ...], config: FinetuneConfig) -> _Samples:
+    """The windows of the sources whose label the target has too; with ``validated`` 12 % of the subjects validate."""
     index = {VOCABULARY.index(name): position for position, name in enumerate(labels)}
     signals, classes, train, validation, origin, offset = [], [], [], [], [], 0
     normalizers: list[Normalizer] = []
@@ -540,11 +557,11 @@ def _source_samples(sources: Sequence[Windows], labels: tuple[str, ...], seed: i
         kept = source.take(np.flatnonzero(np.isin(source.labels, list(index))))
         if not len(kept):
             continue
-        parts = split(kept, "subject", seed)
+        held_back = split(kept, "subject", config.seed).validation if config.validated else np.array([], dtype=np.int64)
         signals.append(torch.from_numpy(kept.signals))
         classes.append(torch.tensor([index[int(label)] for label in kept.labels]))
-        train.append(torch.from_numpy(np.concatenate([parts.train, parts.test])) + offset)
-        validation.append(torch.from_numpy(parts.validation) + offset)
+        train.append(torch.from_numpy(np.setdiff1d(np.arange(len(kept)), held_back)) + offset)
+        validation.append(torch.from_numpy(held_back) + offset)
         origin.append(torch.full((len(kept),), len(normalizers)))
         normalizers.append(Normalizer.fit(source.signals))
         offset += len(kept)
@@ -677,7 +694,7 @@ def _finetune(
     labels = target.label_names()
     normalizer = Normalizer.fit(target.signals[parts.train])
     if config.method == "zero_shot":
-        samples = _source_samples(used, labels, config.seed)
+        samples = _source_samples(used, labels, config)
     else:
         samples = _target_samples(config, target, parts, labels, normalizer)
     model = build_classifier(config, pretrained.encoder, len(labels), seen=Preview(samples, config)).to(device)
@@ -704,7 +721,10 @@ def _finetune(
         "parameters": {
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
             # Of the 4-bit weights every code counts, not every byte.
-            "total": sum(p.numel() for p in model.parameters()) + (dense // 4 if method.four_bits else 0),
+            "total": sum(p.numel() for p in model.parameters())
+            + sum(
+                layer.in_features * layer.out_features for layer in model.modules() if isinstance(layer, QLoRALinear)
+            ),
         },
         "bytes": {**trained.bytes, "matrices": held, "matrices_float32": dense},
         **_intruders(config, model, pretrained.encoder, paths),
@@ -814,7 +834,7 @@ def _train(
     adapting, raised = schedule(model), penalty(model)
     sampler: Sampler | None = None
     if by_quality:
-        sampler = QualitySampler(samples.train, config.sampled or 0.5, config.quality)
+        sampler = QualitySampler(samples.train, config.sampled or 1.0, config.quality)
     elif config.sampled is not None:
         sampler = Sampler(samples.train, config.sampled)
     tokens = model.encoder.config.tokens

@@ -11,8 +11,9 @@ import numpy as np
 def scores(truth: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
     """Accuracy; precision, recall and F1 as means over the labels; F1 of each label; the confusion matrix.
 
-    truth, predicted: ``(n,)``, indices into ``labels``. Every label counts, predicted or not; one that is never
-    predicted has precision 0. Rows of the confusion matrix are true labels.
+    truth, predicted: ``(n,)``, indices into ``labels``. Means are over the labels that occur in ``truth``: nobody
+    could find one that is not there. One that is never predicted has precision 0. Rows of the confusion matrix are
+    true labels.
     """
     from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
@@ -20,11 +21,12 @@ def scores(truth: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> d
     precision, recall, f1, support = precision_recall_fscore_support(
         truth, predicted, labels=classes, average=None, zero_division=0.0
     )
+    there = support > 0
     return {
         "accuracy": float(accuracy_score(truth, predicted)),
-        "macro_f1": float(np.mean(f1)),
-        "precision": float(np.mean(precision)),
-        "recall": float(np.mean(recall)),
+        "macro_f1": float(np.mean(f1[there])),
+        "precision": float(np.mean(precision[there])),
+        "recall": float(np.mean(recall[there])),
         "labels": list(labels),
         "f1": [float(value) for value in f1],
         "support": [int(value) for value in support],
@@ -80,7 +82,7 @@ def calibration(probabilities: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
 
 
 def macro_f1(truth: np.ndarray, predicted: np.ndarray) -> float:
-    """The mean F1 over the classes that occur in ``truth``; for choosing an epoch on a validation part."""
+    """The mean F1 over the classes that occur in ``truth``, as in `scores`."""
     from sklearn.metrics import precision_recall_fscore_support
 
     present = np.unique(truth)

@@ -10,7 +10,7 @@ import torch
 
 from harlora.data.augment import random_rotations, rescale, rotate
 from harlora.data.catalog import domain, people, require_apart
-from harlora.data.windows import Normalizer, Windows
+from harlora.data.windows import CHANNELS, WINDOW, Normalizer, Windows
 from harlora.errors import InputError
 from harlora.files import load_tensors, save_tensors
 from harlora.models.mae import MAE, Encoder, MAEConfig
@@ -52,6 +52,14 @@ class PretrainConfig:
             self.model.check()
         except ValueError as error:
             raise InputError(str(error)) from error
+        for name, size in (("window", WINDOW), ("channels", len(CHANNELS))):
+            if getattr(self.model, name) != size:
+                raise InputError(f"model.{name} must be {size}, as of all datasets, got {getattr(self.model, name)}")
+        if not 0 <= self.rotated <= 1:
+            raise InputError(f"rotated must be from 0 to 1, got {self.rotated}")
+        for name in ("weight_decay", "rescaled", "max_windows", "seed"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
 
     def optimisation(self) -> Optimisation:
         """The training schedule.
