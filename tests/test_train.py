@@ -504,6 +504,19 @@ def test_what_each_method_trains():
         assert {"encoder.norm.weight", "encoder.blocks.0.attention.q.bias", "encoder.patch_embed.weight"} <= more
 
 
+def test_ranks_of_some_layers():
+    for rslora, scaling in ((False, 2.0), (True, 4 / 2**0.5)):
+        config = replace(FINETUNE, method="lora", rank_pattern={"q|fc1": 8}, rslora=rslora)
+        layers = dict(adapted_layers(build_classifier(config, MAE(MODEL).encoder, 3)))
+        ranks = {path: layer.rank for path, layer in layers.items()}
+        assert {path.rsplit(".", 1)[-1] for path, rank in ranks.items() if rank == 8} == {"q", "fc1"}
+        assert [layer.scaling for layer in layers.values()] == pytest.approx([scaling] * len(layers))
+    for method, modules in (("lora", FINETUNE.target_modules), ("qdora", ("q", "v"))):
+        config = replace(FINETUNE, method=method, rank_pattern={"fc3": 8}, target_modules=modules)
+        with pytest.raises(InputError, match=r"rank_pattern: 'fc3' is no layer with an adapter; they are blocks\.0\."):
+            build_classifier(config, MAE(MODEL).encoder, 3)
+
+
 @pytest.mark.parametrize("method", ["lora", "qpissa"])
 def test_adapters_in_the_blocks_that_change_the_most_alone(data, pretrained, tmp_path, method):
     config = replace(FINETUNE, method=method, adapted_blocks=1)

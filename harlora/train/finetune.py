@@ -39,7 +39,7 @@ from harlora.nn.adapters import ADAPTERS, LoRA
 from harlora.nn.adapters.choose import changes
 from harlora.nn.adapters.matryoshka import aurac
 from harlora.nn.adapters.post import intruders
-from harlora.nn.apply import penalty, read_options, schedule
+from harlora.nn.apply import matched, penalty, read_options, schedule
 from harlora.train.capture import Capture, TrainingStep, captures
 from harlora.train.federated import RIDGE, SERVERS, federate
 from harlora.train.fit import Optimisation, Report, fit, make_optimizer, silent
@@ -466,6 +466,10 @@ def _adapt(
     targets: Sequence[str] = config.target_modules if paths is None else paths
     if start and config.adapted_blocks:
         targets = _in_some_blocks(config, model.encoder, seen)
+    adapted = [path for path, _ in model.encoder.named_modules() if {path, path.rsplit(".", 1)[-1]} & set(targets)]
+    for key in config.rank_pattern:
+        if not any(matched({key: True}, path, False) for path in adapted):
+            raise InputError(f"rank_pattern: {key!r} is no layer with an adapter; they are {', '.join(adapted)}")
     settings: dict[str, Any] = {"dropout": config.adapter_dropout, "rank_pattern": config.rank_pattern}
     four_bits: dict[str, Any] = {
         "quant_type": config.quant_type, "blocksize": config.blocksize, "double_quant": config.double_quant

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def open_run(root: Path, name: str, config: dict[str, Any]) -> Iterator[Run]:
     config: as in `identify`.
     Raises: InputError if the folder is of another run or cannot be written.
     """
+    _source()
     identity = identify(config)
     config = {**config, "harlora": _version("harlora")}
     folder = root / f"{name}-{identity}"
@@ -114,6 +116,13 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
+@cache
+def _source() -> dict[str, Any]:
+    """The commit that runs; what is committed while it does is another."""
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -131,13 +140,11 @@ def _processor() -> str:
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """Where and with what a result was made."""
-    changed = _git("status", "--porcelain", "--untracked-files=no")
     cuda = device.type == "cuda"
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if changed is None else bool(changed),
+        **_source(),
         "versions": {
             "python": platform.python_version(),
             **{name: _version(name) for name in ("harlora", "torch", "numpy", "scipy", "scikit-learn")},
