@@ -198,7 +198,8 @@ def _section(members: Sequence[Record], images: Path, out: Path) -> str:
                     ]
                 )  # fmt: skip
         header = ["method", "accuracy", "paper", "macro-F1", "paper", "difference", "seconds", "paper"]
-        lines += ["Beside the paper's figures (other sources, other machine):", "", markdown(header, rows)]
+        other = "other sources and machine, adapters of a rank that it does not say"
+        lines += [f"Beside the paper's figures ({other}):", "", markdown(header, rows)]
     lines += [_link(heading(members), images / name, out)]
     return "\n".join(lines)
 
