@@ -82,25 +82,45 @@ def test_labels_that_cannot_be_scored_are_counted(tmp_path, classifier):
     assert mapped.scores()["support"][mapped.labels.index("walk")] == 33
 
 
+@pytest.mark.parametrize("rate_hz", [50.02, 49.98, 99.96])
+def test_times_are_those_of_the_table_where_its_rate_is_nearly_a_round_one(tmp_path, classifier, rate_hz, monkeypatch):
+    steps = 2 if rate_hz > 60 else 1
+    one = recording()
+    fast = {key: np.repeat(getattr(one, key), steps, axis=0) for key in ("accel", "gyro")}
+    intervals = [replace(i, start=steps * i.start, stop=steps * i.stop) for i in one.intervals]
+    one = replace(one, rate_hz=rate_hz, intervals=tuple(intervals), **fast)
+    found = predict(classifier, write(tmp_path / "a.csv", rows_of(one)), hop=4, device=CPU)
+    # Its windows are cut as if the rate were 50 or 100 Hz, so sample 4 n of 50 Hz is row 4 n steps of the table.
+    first = 4 * np.arange(1 + (3 * 2250 - 128) // 4)
+    np.testing.assert_allclose(found.starts_s, first * steps / rate_hz, atol=1e-4)
+    np.testing.assert_allclose(found.ends_s, (first + 128) * steps / rate_hz, atol=1e-4)
+    assert found.spans_s[-1, 1] == pytest.approx(len(one.accel) / rate_hz, abs=1e-4)
+    truth = [found.labels[i] if i >= 0 else "" for i in found.truth]
+    kinds = ("sit", "walk", "run")
+    assert truth == [kinds[n // 2250] if n // 2250 == (n + 127) // 2250 else "" for n in first]
+    figure = axes_of(monkeypatch, found, tmp_path / "none.png")
+    assert figure.axes[0].get_xlim()[1] == pytest.approx(len(one.accel) / rate_hz, abs=1e-4)
+
+
 @pytest.mark.parametrize("hop", [16, 64, 128, 400])
 def test_every_moment_is_spoken_for_once(tmp_path, classifier, hop):
     rows = rows_of(recording())
     del rows[2000:2500]  # ten seconds of nothing
     found = predict(classifier, write(tmp_path / "a.csv", rows), hop=hop, device=CPU)
     assert len(found.stretches) == 2
-    assert len(found.starts_s) == sum(1 + (len(trace) - 128) // hop for _, trace in found.stretches)
+    assert len(found.starts_s) == sum(1 + (len(trace) - 128) // hop for *_, trace in found.stretches)
     assert found.starts_s[1 + (2000 - 128) // hop] == pytest.approx(50.0)
     begin, end = found.spans_s.T
     assert (begin[1:] >= end[:-1] - 1e-9).all()
     assert not ((begin < 49.9) & (end > 40.1)).any()  # nothing in the gap
-    measured = sum(len(trace) for _, trace in found.stretches) / 50
+    measured = sum(len(trace) for *_, trace in found.stretches) / 50
     spoken = sum(found.shares().values())
     assert spoken == pytest.approx((end - begin).sum())
     if hop <= 128:
         assert spoken == pytest.approx(measured)
     else:
         assert spoken < 0.6 * measured
-    for (start, trace), expected in zip(found.stretches, (0.0, 50.0), strict=True):
+    for (start, _, trace), expected in zip(found.stretches, (0.0, 50.0), strict=True):
         assert start == expected
         assert np.median(trace) == pytest.approx(9.8, abs=0.5)
 

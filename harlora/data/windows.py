@@ -73,15 +73,23 @@ class Windows:
         return tuple(VOCABULARY[index] for index in np.unique(self.labels))
 
 
+def resampling(rate_hz: float, target_hz: float = RATE_HZ) -> Fraction:
+    """The ratio by which `resample` changes a rate: ``target_hz / rate_hz`` in small numbers, off by up to 0.05 %.
+
+    The rate that it reaches is ``rate_hz`` times this; where moments count, it is that one, not ``target_hz``.
+    """
+    return Fraction(target_hz / rate_hz).limit_denominator(1000)
+
+
 def resample(signal: np.ndarray, rate_hz: float, target_hz: float = RATE_HZ) -> np.ndarray:
-    """``signal`` of one uninterrupted stretch at ``target_hz``, by polyphase filtering.
+    """``signal`` of one uninterrupted stretch at ``target_hz``, as near as `resampling` comes, by polyphase filtering.
 
     The mean is set aside and the signal extended by its end-to-end line, so that gravity, a large constant, leaves no
     ripple, neither at the ends nor, through the filter's own, between the samples.
 
     signal: ``(time, channels)``.
     """
-    ratio = Fraction(target_hz / rate_hz).limit_denominator(1000)
+    ratio = resampling(rate_hz, target_hz)
     if ratio == 1:
         return signal
     from scipy.signal import resample_poly  # see train/metrics.py

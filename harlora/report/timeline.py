@@ -10,7 +10,6 @@ import numpy as np
 
 from harlora.data.labels import VOCABULARY
 from harlora.data.recording import STANDARD_GRAVITY
-from harlora.data.windows import RATE_HZ
 from harlora.report.plots import save, stamp
 from harlora.train.predict import Prediction
 
@@ -40,7 +39,7 @@ Span = tuple[float, float, str]
 
 def draw(prediction: Prediction, title: str, file: Path) -> None:
     """Draw a recording to a PNG, in rows of some minutes where it is long; gaps are hatched."""
-    end = max(start + len(trace) / RATE_HZ for start, trace in prediction.stretches)
+    end = max(start + len(trace) / rate for start, rate, trace in prediction.stretches)
     length = _row_s(end)
     rows = max(1, int(np.ceil(end / length - 1e-9)))
     predicted = _merged(zip(*prediction.spans_s.T, (prediction.labels[i] for i in prediction.classes), strict=True))
@@ -50,7 +49,7 @@ def draw(prediction: Prediction, title: str, file: Path) -> None:
     figure = plt.figure(figsize=(13, rows * height + 1.0))
     top, bottom = 1 - 0.72 / (rows * height + 1.0), 0.42 / (rows * height + 1.0)
     outer = figure.add_gridspec(rows, 1, hspace=0.28, left=0.075, right=0.985, top=top, bottom=bottom)
-    everything = np.concatenate([trace for _, trace in prediction.stretches])
+    everything = np.concatenate([trace for *_, trace in prediction.stretches])
     highest = max(15.0, 1.05 * float(np.quantile(everything, 0.9995)))
     for row in range(rows):
         inner = outer[row].subgridspec(3, 1, height_ratios=[0.28 * len(bands), 0.8, 0.36], hspace=0.16)
@@ -102,7 +101,7 @@ def _merged(spans: Iterable[Span]) -> list[Span]:
 
 
 def _gaps(prediction: Prediction) -> list[tuple[float, float]]:
-    edges = [(start, start + len(trace) / RATE_HZ) for start, trace in prediction.stretches]
+    edges = [(start, start + len(trace) / rate) for start, rate, trace in prediction.stretches]
     between = [(one[1], other[0]) for one, other in itertools.pairwise([(0.0, 0.0), *edges])]
     return [(start, stop) for start, stop in between if stop - start > 0.05]
 
@@ -129,13 +128,13 @@ def _bands(axis: Axes, bands: Sequence[tuple[str, Sequence[Span]]], left: float,
 
 
 def _signal(axis: Axes, prediction: Prediction, left: float, right: float, highest: float) -> None:
-    for start, trace in prediction.stretches:
-        first, last = (int(np.clip((edge - start) * RATE_HZ, 0, len(trace))) for edge in (left, right))
+    for start, rate, trace in prediction.stretches:
+        first, last = (int(np.clip((edge - start) * rate, 0, len(trace))) for edge in (left, right))
         part = trace[first:last]
         if len(part) < 2:
             continue
-        times = start + np.arange(first, last) / RATE_HZ
-        step = int((right - left) * RATE_HZ / _POINTS) + 1
+        times = start + np.arange(first, last) / rate
+        step = int((right - left) * rate / _POINTS) + 1
         if step <= 2:
             axis.plot(times, part, color="#333333", linewidth=0.6)
         else:

@@ -13,7 +13,7 @@ import torch
 
 from harlora.data.labels import VOCABULARY
 from harlora.data.table import Stretch, Units, label_map, read_tables, stretches, table_files
-from harlora.data.windows import HOP, RATE_HZ, Normalizer, resample, sliding_windows
+from harlora.data.windows import HOP, RATE_HZ, Normalizer, resample, resampling, sliding_windows
 from harlora.errors import InputError
 from harlora.files import write_text
 from harlora.train.finetune import load_checkpoint
@@ -32,8 +32,8 @@ class Prediction:
     its neighbours, and up to the edges of its stretch. probabilities: ``(n, labels)``, float32.
     truth: ``(n,)``, int64, index into ``labels`` where the table gives the whole window one of them, or else -1.
     given: start, end and name of every activity in the table, the vocabulary's where it has one.
-    unscored: windows by why they have no truth. stretches: start and magnitude of acceleration in m/s² at 50 Hz of
-    each part without a gap.
+    unscored: windows by why they have no truth. stretches: of each part without a gap its start, its rate in Hz (50, or
+    as near as `harlora.data.windows.resampling` comes) and the magnitude of acceleration in m/s² at that rate.
     """
 
     labels: tuple[str, ...]
@@ -46,7 +46,7 @@ class Prediction:
     truth: np.ndarray
     given: tuple[tuple[float, float, str], ...]
     unscored: Mapping[str, int]
-    stretches: tuple[tuple[float, np.ndarray], ...]
+    stretches: tuple[tuple[float, float, np.ndarray], ...]
 
     @property
     def synthetic(self) -> bool:
@@ -127,9 +127,10 @@ def predict(
 
     signals: list[np.ndarray] = []
     starts: list[np.ndarray] = []
+    ends: list[np.ndarray] = []
     spans: list[np.ndarray] = []
     truths: list[np.ndarray] = []
-    traces: list[tuple[float, np.ndarray]] = []
+    traces: list[tuple[float, float, np.ndarray]] = []
     given: list[tuple[float, float, str]] = []
     unscored: Counter[str] = Counter()
     for part in parts:
@@ -138,15 +139,17 @@ def predict(
         if len(signal) < window:
             continue
         signals.append(sliding_windows(signal, window, hop))
-        first = np.arange(len(signals[-1])) * hop / RATE_HZ
+        rate = one.rate_hz * float(resampling(one.rate_hz))  # at 50.02 Hz it stays: 1.4 s an hour from 50 Hz
+        first = np.arange(len(signals[-1])) * hop / rate
         starts.append(part.start_s + first)
-        spans.append(part.start_s + _spans(first, window / RATE_HZ, len(signal) / RATE_HZ))
-        traces.append((part.start_s, np.linalg.norm(signal[:, :3], axis=1)))
+        ends.append(starts[-1] + window / rate)
+        spans.append(part.start_s + _spans(first, window / rate, len(signal) / rate))
+        traces.append((part.start_s, rate, np.linalg.norm(signal[:, :3], axis=1)))
         given += [
             (part.start_s + i.start / one.rate_hz, part.start_s + i.stop / one.rate_hz,
              mapping.get(i.activity, i.activity)) for i in one.intervals
         ]  # fmt: skip
-        truths.append(_truth(part, first, window / RATE_HZ, mapping, names, unscored))
+        truths.append(_truth(part, first, window / rate, mapping, names, unscored))
     if not signals:
         raise InputError(
             f"{recording}: no part without a gap is as long as one window of {window / RATE_HZ:g} s; record for longer"
@@ -161,13 +164,12 @@ def predict(
                 chances.append(model(batch.to(device)).softmax(dim=1).cpu().numpy())
                 done += len(batch)
                 report(done, total, "windows")
-    begin = np.concatenate(starts)
     return Prediction(
         labels=names,
         target=info["target"],
         origin_s=track.origin_s,
-        starts_s=begin,
-        ends_s=begin + window / RATE_HZ,
+        starts_s=np.concatenate(starts),
+        ends_s=np.concatenate(ends),
         spans_s=np.concatenate(spans),
         probabilities=np.concatenate(chances),
         truth=np.concatenate(truths),
