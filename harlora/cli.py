@@ -260,7 +260,7 @@ class DataImport:
     name: str
     """What the dataset is called from now on, and its folder under the data root."""
     placement: str = "unknown"
-    """Where on the body the device was, for example waist."""
+    """Where on the body the device was, for example waist; of a pocket, training turns windows by more."""
     domain: str = ""
     """A dataset's domain, if these are its people; they are then never trained on for it. By default nobody else's."""
     labels: tuple[str, ...] = ()

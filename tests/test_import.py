@@ -16,7 +16,8 @@ from harlora.data.catalog import known, require_apart
 from harlora.data.recording import STANDARD_GRAVITY, Recording
 from harlora.data.table import Units, read_tables, stretches
 from harlora.errors import InputError
-from harlora.train.finetune import finetune
+from harlora.report.tables import preset_of
+from harlora.train.finetune import adaptation_identity, finetune
 from harlora.train.lodo import Study
 from harlora.train.pretrain import load_pretrained, pretrain
 from small import FINETUNE, PRETRAIN
@@ -547,6 +548,24 @@ def test_it_is_found_beside_the_others(tmp_path, table):
     with pytest.raises(InputError, match="unknown dataset 'mine'"):
         dataset("mine")
     assert load_windows("mine", tmp_path).domain == "mine"
+
+
+def test_its_placement_decides_how_windows_are_turned(tmp_path, table):
+    bring(tmp_path, table, placement="front pocket")
+    first, again = load_windows("mine", tmp_path), load_windows("mine", tmp_path)
+    assert first.placement == again.placement == "front pocket"
+    other = load_windows("synthetic_b", tmp_path)
+    assert other.placement == ""
+    pretrained = load_pretrained(
+        pretrain(replace(PRETRAIN, epochs=1, max_windows=64), [other], tmp_path / "runs", device=CPU)
+    )
+    config = replace(FINETUNE, method="linear_probe", epochs=1, max_windows=100)
+    for windows, turned in ((first, 15.0), (replace(first, placement="waist"), 5.0)):
+        metrics = finetune(config, windows, pretrained, tmp_path / "runs", device=CPU)
+        assert metrics["config"]["turned_deg"] == turned
+        assert preset_of({**metrics, "preset": "quick"}).turned_deg == turned
+        arguments = windows, [], pretrained.identity, pretrained.encoder.config, CPU
+        assert adaptation_identity(config, *arguments) == metrics["identity"]
 
 
 def test_people_of_another_dataset_are_not_trained_on(tmp_path, table):

@@ -472,6 +472,9 @@ def test_how_windows_are_changed_goes_by_where_the_device_was_and_by_the_protoco
         assert (config.warp, config.rescaled) == (0.85, 0.05)
         paper = FinetuneConfig(protocol="paper").for_dataset(name)
         assert (paper.turned_deg, paper.flipped, paper.warp, paper.rescaled) == (0.0, 0.0, 1.0, 0.0)
+    own = FinetuneConfig().for_dataset("my_own", "Pocket, right")
+    assert (own.turned_deg, own.flipped) == (15.0, 0.3)
+    assert FinetuneConfig().for_dataset("uci_hapt", "pocket").turned_deg == 5.0  # the catalogue knows better
     given = replace(FinetuneConfig(), turned_deg=0.0).for_dataset("motionsense")
     assert (given.turned_deg, given.flipped) == (0.0, 0.3)
 

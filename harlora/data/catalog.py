@@ -262,9 +262,13 @@ def title(name: str) -> str:
     return DATASETS[name].title if name in DATASETS else name
 
 
-def in_a_pocket(name: str) -> bool:
-    """Whether the people of a dataset carried the device in a pocket, where it sits as it may."""
-    return name in DATASETS and "pocket" in DATASETS[name].placement
+def in_a_pocket(name: str, placement: str = "") -> bool:
+    """Whether the people of a dataset carried the device in a pocket, where it sits as it may.
+
+    placement: of a dataset that is not in the catalogue, as `Windows.placement`.
+    """
+    where = DATASETS[name].placement if name in DATASETS else placement
+    return "pocket" in where.casefold()
 
 
 def people(windows: Windows) -> str:
@@ -322,7 +326,7 @@ def load_windows(name: str, root: Path, cache: Path | None = None, *, window: in
         return Windows(**fields, **{**info, "subject_names": tuple(info["subject_names"])})
     windows = cut(entry.recordings(root), window=window, hop=hop)
     if name not in DATASETS:
-        windows = replace(windows, domain=entry.domain)
+        windows = replace(windows, domain=entry.domain, placement=entry.placement)
     arrays = {key: value for key, value in vars(windows).items() if isinstance(value, np.ndarray)}
     info = {key: value for key, value in vars(windows).items() if key not in arrays}
     save_tensors(file, {key: torch.from_numpy(array) for key, array in arrays.items()}, kind="windows", info=info)

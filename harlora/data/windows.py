@@ -31,7 +31,8 @@ class Windows:
     dropped: windows left out, by the dataset's own activity name, because it has no label in the vocabulary.
     too_short: stretches of a labelled activity that are shorter than one window.
     left_out: what the reader found but could make no recording of, by reason.
-    domain: whose people they are, as `harlora.data.catalog.Dataset`; empty where that is for the catalogue to say.
+    domain, placement: whose people they are and where the device sat, as `harlora.data.catalog.Dataset`; empty where
+    that is for the catalogue to say.
     """
 
     dataset: str
@@ -45,6 +46,7 @@ class Windows:
     too_short: int
     left_out: dict[str, int] = field(default_factory=dict)
     domain: str = ""
+    placement: str = ""
 
     def __len__(self) -> int:
         return len(self.signals)

@@ -211,7 +211,7 @@ def preset_of(record: Record) -> FinetuneConfig:
     """The settings that the record's preset has for its method, protocol and dataset."""
     config = record["config"]
     usual = replace(PRESETS[record["preset"]].finetune, method=config["method"], protocol=config["protocol"])
-    return usual.for_dataset(record["target"])
+    return usual.for_dataset(record["target"], record.get("placement", ""))
 
 
 def as_preset(record: Record, *free: str) -> bool:

@@ -249,11 +249,14 @@ class FinetuneConfig:
         """Whether windows are drawn by what they teach."""
         return self.sampler == "quality" or (self.sampler == "auto" and METHODS[self.method].adapter == "tsqlora")
 
-    def for_dataset(self, name: str) -> "FinetuneConfig":
-        """The settings with those filled in whose default depends on the dataset, the protocol or the method."""
+    def for_dataset(self, name: str, placement: str = "") -> "FinetuneConfig":
+        """The settings with those filled in whose default depends on the dataset, the protocol or the method.
+
+        placement: of a dataset that is not in the catalogue, as `Windows.placement`.
+        """
         method = METHODS[self.method]
         schedule = _LONG if self.protocol == "paper" and method.learns else _SHORT
-        usual = {**(_IN_A_POCKET if in_a_pocket(name) else _WORN_FIRMLY), **schedule}
+        usual = {**(_IN_A_POCKET if in_a_pocket(name, placement) else _WORN_FIRMLY), **schedule}
         if self.protocol == "paper":
             usual |= _AS_THEY_ARE
         filled = {key: value for key, value in usual.items() if getattr(self, key) is None}
@@ -611,7 +614,7 @@ def finetune(
     possible.
     """
     config.check()
-    config = config.for_dataset(target.dataset)
+    config = config.for_dataset(target.dataset, target.placement)
     captured = captures(capture, device)
     adapter = METHODS[config.method].adapter
     if captured and (
@@ -653,7 +656,7 @@ def adaptation_identity(
 
     pretraining: the identity of the encoder that it begins from, whose sizes are ``model``.
     """
-    config = config.for_dataset(target.dataset)
+    config = config.for_dataset(target.dataset, target.placement)
     target = thinned(target, config.max_windows, config.seed)
     used = [thinned(source, config.max_windows, config.seed) for source in _used(config, sources)]
     return identify(_signature(config, target, used, pretraining, model, device))
@@ -745,6 +748,7 @@ def _finetune(
         # Of the windows drawn in training, the share that had been given a wrong label.
         **({} if trained.drawn_wrong is None else {"drawn_wrong": trained.drawn_wrong}),
         "target": target.dataset,
+        **({"placement": target.placement} if target.placement else {}),
         "sources": list(pretrained.sources),
         "synthetic": target.dataset.startswith("synthetic"),
         "pretrained": {
