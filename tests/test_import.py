@@ -193,6 +193,31 @@ def test_subjects_by_file_or_folder(tmp_path):
     assert found(facts)["subjects"][0] == "1: file1"
 
 
+def test_two_files_or_folders_of_one_name_are_not_one_subject(tmp_path):
+    for subject, day in (("1", "monday"), ("2", "monday")):
+        rows = [row[:-1] for row in rows_of(joined(made_of(subject)))]
+        write(tmp_path / "tables" / subject / day / "walk.csv", rows, header=HEADER[:-1])
+    first, second = tmp_path / "tables" / "1" / "monday", tmp_path / "tables" / "2" / "monday"
+    message = f"--subject-from file: {first / 'walk.csv'} and {second / 'walk.csv'} would both be subject 'walk'; "
+    with pytest.raises(InputError, match=re.escape(message) + ".*--subject-from folder if"):
+        bring(tmp_path, tmp_path / "tables", subject_from="file")
+    message = f"--subject-from folder: {first} and {second} would both be subject 'monday'; required another name"
+    with pytest.raises(InputError, match=re.escape(message)):
+        bring(tmp_path, tmp_path / "tables", subject_from="folder")
+    assert not (tmp_path / "mine").exists()
+
+
+def test_subjects_that_may_be_one_are_reported(tmp_path, table):
+    assert "subjects spelled alike" not in found(bring(tmp_path, table, name="apart"))
+    rows = [
+        [*row[:-1], name] for s, name in zip("123", ("Anna B", "annab", "Ben"), strict=True)
+        for row in rows_of(joined(made_of(s)))
+    ]  # fmt: skip
+    facts = bring(tmp_path, write(tmp_path / "b.csv", rows))
+    assert found(facts)["subjects"][0] == "3: Anna B, annab, Ben"
+    assert found(facts)["subjects spelled alike"][0] == "Anna B/annab"
+
+
 # Irregular times
 
 

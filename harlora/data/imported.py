@@ -261,6 +261,11 @@ def _read_checks(tables: Tables) -> Iterator[Check]:
     subjects = list(dict.fromkeys(track.subject for track in tracks))
     few = "the subject protocol requires 3" if len(subjects) < 3 else ""
     yield "subjects", f"{len(subjects)}: {', '.join(subjects[:12])}{' …' if len(subjects) > 12 else ''}", few
+    alike: dict[str, list[str]] = {}
+    for subject in subjects:
+        alike.setdefault("".join(subject.split()).casefold(), []).append(subject)
+    if doubtful := ["/".join(names) for names in alike.values() if len(names) > 1]:
+        yield "subjects spelled alike", ", ".join(doubtful), "one person? That would be trained on and tested"
     for what, count, meaning in (
         ("incomplete rows", sum(track.incomplete for track in tracks), "left out, as if nothing was measured"),
         ("rows out of order", sum(track.disordered for track in tracks), "sorted by time"),

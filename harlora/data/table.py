@@ -149,8 +149,11 @@ def read_tables(
     subject_from: where one person ends and the next begins; without the column ``subject`` a single file is one person.
     report: called with the files read, their number and the present one.
     Raises: InputError that names file, column and row if a table is not one, a unit cannot be told or differs from
-    file to file, times go backwards, or gravity was removed.
+    file to file, times go backwards, gravity was removed, or subjects are to have names of files or folders and two
+    of these are called alike.
     """
+    if subject_from != "column":
+        _require_names_apart(files, subject_from)
     raws = []
     columns: dict[str, None] = {}
     forms: dict[str, None] = {}
@@ -493,12 +496,27 @@ class _Raw:
     read: int
 
 
+def _require_names_apart(files: Sequence[Path], subject_from: SubjectFrom) -> None:
+    named: dict[str, Path] = {}
+    for file in files:
+        place = file if subject_from == "file" else file.resolve().parent
+        name = _named_by(file, subject_from)
+        if (other := named.setdefault(name, place)) != place:
+            folder = "--subject-from folder if each folder is of another person, " if subject_from == "file" else ""
+            raise InputError(
+                f"--subject-from {subject_from}: {other} and {place} would both be subject {name!r}; required another "
+                f"name for each: {folder}rename one if they are two people, or add the column subject if they are one"
+            )
+
+
+def _named_by(file: Path, subject_from: SubjectFrom) -> str:
+    return file.resolve().parent.name if subject_from == "folder" else file.stem
+
+
 def _subjects(table: _Table, subject_from: SubjectFrom, files: int) -> list[str]:
     """The subject of every row."""
-    if subject_from == "file" or (subject_from == "column" and table.subjects is None and files == 1):
-        return [table.file.stem] * len(table.times)
-    if subject_from == "folder":
-        return [table.file.resolve().parent.name] * len(table.times)
+    if subject_from != "column" or (table.subjects is None and files == 1):
+        return [_named_by(table.file, subject_from)] * len(table.times)
     if table.subjects is None:
         raise InputError(
             f"{table.file}: column subject is missing, and there are {files} files; add it, or say --subject-from file "
