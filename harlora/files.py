@@ -84,15 +84,21 @@ def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _header_checksum(kind: str, info: str) -> str:
+    return hashlib.sha256(json.dumps([kind, info]).encode()).hexdigest()
+
+
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], *, kind: str, info: Any) -> None:
-    """Write tensors and JSON ``info`` to one safetensors file, with a checksum, whole or not at all.
+    """Write tensors and JSON ``info`` to one safetensors file, each with a checksum, whole or not at all.
 
     kind: what the file is, for example ``"checkpoint"``; `load_tensors` refuses another one.
     """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(info, allow_nan=False)
     metadata = {
         "harlora.kind": kind,
-        "harlora.info": json.dumps(info, allow_nan=False),
+        "harlora.info": text,
+        "harlora.info_sha256": _header_checksum(kind, text),
         "harlora.sha256": _checksum(whole),
     }
     with replacing(path) as temporary:
@@ -100,15 +106,21 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], *, kind: str, 
 
 
 @contextmanager
-def _opened(path: Path, kind: str, remedy: str) -> Iterator[tuple[Any, dict[str, str]]]:
-    """A safetensors file of ``kind`` and its metadata."""
+def _opened(path: Path, kind: str, remedy: str) -> Iterator[tuple[Any, dict[str, str], Any]]:
+    """A safetensors file of ``kind``, its metadata and its info."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("harlora.kind") != kind:
                 found = metadata.get("harlora.kind", "a safetensors file of another program")
                 raise InputError(f"{path}: required a harlora {kind} file, found {found}; {remedy}")
-            yield file, metadata
+            text = metadata.get("harlora.info")
+            if text is None:
+                raise InputError(f"{path}: has no harlora.info in its header, the file is damaged; {remedy}")
+            # Files of earlier versions have no checksum of the header.
+            if metadata.get("harlora.info_sha256", found := _header_checksum(kind, text)) != found:
+                raise InputError(f"{path}: checksum does not match its header, the file is damaged; {remedy}")
+            yield file, metadata, json.loads(text)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; {remedy}") from error
     except (SafetensorError, OSError) as error:
@@ -116,12 +128,13 @@ def _opened(path: Path, kind: str, remedy: str) -> Iterator[tuple[Any, dict[str,
 
 
 def read_info(path: Path, *, kind: str, remedy: str) -> Any:
-    """The info alone of a file that `save_tensors` wrote; its tensors are neither read nor compared with the checksum.
+    """The info alone of a file that `save_tensors` wrote; its tensors are neither read nor checked.
 
-    Raises: InputError that names the file and ends in ``remedy`` if it is missing, no such file, or of another kind.
+    Raises: InputError that names the file and ends in ``remedy`` if it is missing, no such file, or of another kind, or
+    the info is damaged.
     """
-    with _opened(path, kind, remedy) as (_, metadata):
-        return json.loads(metadata["harlora.info"])
+    with _opened(path, kind, remedy) as (_, _, info):
+        return info
 
 
 def load_tensors(path: Path, *, kind: str, remedy: str) -> tuple[dict[str, torch.Tensor], Any]:
@@ -129,8 +142,8 @@ def load_tensors(path: Path, *, kind: str, remedy: str) -> tuple[dict[str, torch
 
     Raises: InputError that names the file and ends in ``remedy`` if it is missing, damaged, or of another kind.
     """
-    with _opened(path, kind, remedy) as (file, metadata):
+    with _opened(path, kind, remedy) as (file, metadata, info):
         tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     if metadata.get("harlora.sha256") != _checksum(tensors):
         raise InputError(f"{path}: checksum does not match its contents, the file is damaged; {remedy}")
-    return tensors, json.loads(metadata["harlora.info"])
+    return tensors, info

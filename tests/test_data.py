@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from harlora.data import DATASETS, available, data_root, dataset, fewer_labels, load_windows, split, synthetic
 from harlora.data import catalog as catalog_module
@@ -10,6 +12,7 @@ from harlora.data.augment import half_turns, rotate
 from harlora.data.inspect import draw, hours
 from harlora.data.windows import HOP, WINDOW
 from harlora.errors import InputError
+from harlora.files import load_tensors, read_info, save_tensors
 from harlora.report.paper import SCORES
 
 
@@ -70,6 +73,29 @@ def test_a_corrupt_cache_file_is_named(tmp_path, damage):
         load_windows("synthetic_a", tmp_path, tmp_path / "cache")
     file.unlink()
     load_windows("synthetic_a", tmp_path, tmp_path / "cache")
+
+
+def test_the_header_of_a_file_has_a_checksum_too(tmp_path):
+    file = tmp_path / "a.safetensors"
+    tensors, info = {"a": torch.ones(3)}, {"labels": {"x": "walk"}, "std": [1.5]}
+    save_tensors(file, tensors, kind="recordings", info=info)
+    assert load_tensors(file, kind="recordings", remedy="")[1] == info
+    content = file.read_bytes()
+    for old, new in ((b"walk", b"lieb"), (b"1.5", b"1.6")):
+        assert content.count(old) == 1
+        file.write_bytes(content.replace(old, new))
+        for read in (read_info, load_tensors):
+            with pytest.raises(InputError, match="a.safetensors: checksum does not match its header.*; make it again"):
+                read(file, kind="recordings", remedy="make it again")
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    # Files that were written before headers had one are read as they were.
+    save_file(tensors, file, {k: v for k, v in metadata.items() if k != "harlora.info_sha256"})
+    assert load_tensors(file, kind="recordings", remedy="")[1]["std"] == [1.6]
+    save_file(tensors, file, {k: v for k, v in metadata.items() if k != "harlora.info"})
+    for read in (read_info, load_tensors):
+        with pytest.raises(InputError, match="has no harlora.info in its header, the file is damaged; make it again"):
+            read(file, kind="recordings", remedy="make it again")
 
 
 def test_the_cache_follows_the_code_that_cuts_windows(tmp_path, monkeypatch):
