@@ -267,11 +267,24 @@ def test_a_gap_splits_and_a_short_one_does_not(tmp_path):
     facts = bring(tmp_path, irregular(tmp_path, times[kept]), units=RAD)
     checks = found(facts)
     assert checks["gaps"] == ("1, the longest 2.0 s", "split there; nothing is interpolated across")
-    assert checks["single samples missing"] == ("3", "interpolated")
+    assert checks["samples missing in short gaps"] == ("3", "interpolated")
     assert checks["duration"][0] == "38.0 s in 2 stretches"
     one, other = dataset("mine", tmp_path).recordings(tmp_path)
     np.testing.assert_allclose(one.accel, smooth(times[:1000])[0], atol=0.02)
     np.testing.assert_allclose(other.accel, smooth(times[1100:])[0], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rate_hz", "missing", "pieces"),
+    [(200, 1, 1), (200, 19, 1), (200, 20, 2), (50, 4, 1), (50, 5, 2), (25, 1, 1), (25, 2, 2), (10, 1, 1), (10, 2, 2)],
+)
+def test_a_gap_is_a_matter_of_time_and_not_of_steps(tmp_path, rate_hz, missing, pieces):
+    times = np.delete(1.7e9 + np.arange(20 * rate_hz) / rate_hz, slice(10 * rate_hz, 10 * rate_hz + missing))
+    facts = bring(tmp_path, irregular(tmp_path, times), units=RAD)
+    assert len(list(dataset("mine", tmp_path).recordings(tmp_path))) == pieces
+    checks = found(facts)
+    assert checks["gaps"][0].split(",")[0] == str(pieces - 1)
+    assert checks["samples missing in short gaps"][0] == str(missing if pieces == 1 else 0)
 
 
 def test_missing_values_are_as_if_nothing_was_measured(tmp_path):
@@ -285,7 +298,7 @@ def test_missing_values_are_as_if_nothing_was_measured(tmp_path):
     file.write_text("\n".join(lines))
     checks = found(bring(tmp_path, file, units=RAD))
     assert checks["incomplete rows"][0] == "62"
-    assert checks["single samples missing"][0] == "2"
+    assert checks["samples missing in short gaps"][0] == "2"
     assert checks["gaps"][0] == "1, the longest 1.2 s"
 
 

@@ -21,13 +21,13 @@ from harlora.data.labels import LABEL_INDEX, VOCABULARY
 from harlora.data.recording import Interval, Recording
 from harlora.data.table import (
     AXES,
-    LONGEST_GAP,
     Stretch,
     SubjectFrom,
     Tables,
     Track,
     Units,
     label_map,
+    longest_gap_s,
     read_tables,
     stretches,
     table_files,
@@ -291,14 +291,14 @@ def _time_checks(tables: Tables, pieces: Pieces) -> Iterator[Check]:
         f"{low:.4g} to {high:.4g} ms in 9 of 10",
         f"{uneven} of {len(stretched)} stretches interpolated onto an even clock" if uneven else "",
     )
-    gaps = np.concatenate([each[each > LONGEST_GAP / one] for each, one in zip(steps, rates, strict=True)])
+    gaps = np.concatenate([each[each > longest_gap_s(one)] for each, one in zip(steps, rates, strict=True)])
     longest = f", the longest {duration(float(gaps.max()))}" if len(gaps) else ""
     yield "gaps", f"{len(gaps)}{longest}", "split there; nothing is interpolated across" if len(gaps) else ""
     missing = sum(
-        int((np.round(each[each <= LONGEST_GAP / one] * one) - 1).clip(0).sum())
+        int((np.round(each[each <= longest_gap_s(one)] * one) - 1).clip(0).sum())
         for each, one in zip(steps, rates, strict=True)
     )
-    yield "single samples missing", str(missing), "interpolated" if missing else ""
+    yield "samples missing in short gaps", str(missing), "interpolated" if missing else ""
     kept = sum(len(stretch.recording.accel) / stretch.recording.rate_hz for stretch in stretched)
     measured = sum(len(track.times) / track.rate_hz for track in tracks)
     lost = max(measured - kept, 0.0)

@@ -18,7 +18,7 @@ import numpy as np
 
 from harlora.data.labels import LABEL_INDEX, VOCABULARY
 from harlora.data.recording import STANDARD_GRAVITY, Interval, Recording
-from harlora.data.streams import align
+from harlora.data.streams import LONGEST_GAP_S, align
 from harlora.data.windows import RATE_HZ, WINDOW
 from harlora.errors import InputError
 
@@ -43,7 +43,8 @@ _GYRO = {"rad/s": 1.0, "deg/s": np.pi / 180}
 _PLAUSIBLE_STEP_S = (0.002, 0.1)  # the units lie a factor of 1000 apart, so no step is plausible in two of them
 _RATES_HZ = (10.0, 1000.0)
 _BLOCK_S = 2.56
-LONGEST_GAP = 5  # steps; up to here values are interpolated, beyond the recording is split
+_ONE_MISSING = 2.5  # steps: of slow sensors a single sample may be missing
+_ROUNDING_S = 1e-6  # of times since 1970, so that a gap of exactly 0.1 s is none
 _UNEVEN = 0.1  # of a step; below, samples count as evenly spaced and are taken as they stand
 _BACK_S = 1.0  # a time so much earlier is not a row out of order but another recording
 _REPEATED = 0.1  # share of rows with another row's time and other values, from which on they are another device's
@@ -176,14 +177,22 @@ def read_tables(
     return Tables(scaled, time_unit, accel_unit, gyro_unit, tuple(columns), tuple(forms))
 
 
+def longest_gap_s(rate_hz: float) -> float:
+    """The longest silence that values are interpolated across, seconds: `LONGEST_GAP_S`, or one sample that is missing.
+
+    Beyond, the recording is split.
+    """
+    return max(LONGEST_GAP_S, _ONE_MISSING / rate_hz) + _ROUNDING_S
+
+
 def stretches(track: Track, *, dataset: str, placement: str) -> Iterator[Stretch]:
     """A track's uninterrupted parts of at least one window, with the activities in the table's own words.
 
-    A part ends where nothing was measured for longer than five steps. Where its times lie on an even clock, up to a
-    tenth of a step, its samples are taken as they stand; others are interpolated onto an even clock of the track's own
-    rate. That keeps what the sensor measured above 25 Hz for the filter that brings every recording to 50 Hz.
+    A part ends where nothing was measured for longer than `longest_gap_s`. Where its times lie on an even clock, up to
+    a tenth of a step, its samples are taken as they stand; others are interpolated onto an even clock of the track's
+    own rate. That keeps what the sensor measured above 25 Hz for the filter that brings every recording to 50 Hz.
     """
-    longest = LONGEST_GAP / track.rate_hz
+    longest = longest_gap_s(track.rate_hz)
     for part in np.split(np.arange(len(track.times)), np.flatnonzero(np.diff(track.times) > longest) + 1):
         times = track.times[part]
         if len(part) < 2:
