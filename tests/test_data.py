@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from harlora.data import DATASETS, available, data_root, dataset, fewer_labels, load_windows, split, synthetic
 from harlora.data import catalog as catalog_module
 from harlora.data.augment import half_turns, rotate
+from harlora.data.download import present
 from harlora.data.inspect import draw, hours
 from harlora.data.windows import HOP, WINDOW
 from harlora.errors import InputError
@@ -130,9 +131,43 @@ def test_uci_is_one_domain(tmp_path):
     for name in ("uci_hapt", "uci_har"):
         (tmp_path / name).mkdir()
     assert all(entry.is_synthetic for entry in available(tmp_path))  # empty folders hold no dataset
-    for name in ("uci_hapt", "uci_har"):
-        (tmp_path / name / "file.txt").write_text("x")
+    for name, file in (("uci_hapt", "acc_exp01_user01.txt"), ("uci_har", "subject_train.txt")):
+        (tmp_path / name / file).write_text("x")
     assert [entry.name for entry in available(tmp_path)] == ["uci_hapt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("motionsense", "A_DeviceMotion_data/dws_1/sub_1.csv"),
+        ("uci_hapt", "RawData/acc_exp01_user01.txt"),
+        ("uci_har", "UCI HAR Dataset/train/subject_train.txt"),
+        ("uci_har", "inside/UCI HAR Dataset.zip"),
+        ("dsa", "data/a01/p1/s01.txt"),
+        ("hhar", "Activity recognition exp/Phones_accelerometer.csv"),
+        ("hhar", "inside/Activity recognition exp.zip"),
+        ("realworld", "proband1/data/acc_walking_csv.zip"),
+        ("realworld", "proband1/data/acc_walking_csv/acc_walking_waist.csv"),
+        ("pamap2", "PAMAP2_Dataset/Protocol/subject101.dat"),
+    ],
+)
+def test_a_folder_counts_where_it_has_what_is_read(tmp_path, name, read):
+    entry = DATASETS[name]
+    strays = "LICENSE.txt", f"{entry.file}.crdownload", f"{entry.file}.part", ".hidden.zip", "__MACOSX/._a.zip", "r.md"
+    for stray in strays:
+        file = tmp_path / name / stray
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("x")
+    assert entry.find(tmp_path) is None
+    assert present(entry, tmp_path) is None
+    with pytest.raises(InputError, match="no archive in"):
+        load_windows(name, tmp_path)
+    file = tmp_path / name / read
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("x")
+    assert entry.find(tmp_path) == tmp_path / name
+    (tmp_path / name / "B.zip").write_text("x")
+    assert entry.find(tmp_path) == tmp_path / name / "B.zip"
 
 
 @pytest.mark.parametrize("protocol", ["paper", "subject"])

@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from harlora.files import load_tensors, save_tensors
 
 ROOT_VARIABLE = "HARLORA_DATA"
 CACHE_VARIABLE = "HARLORA_CACHE"
-_BESIDE = (".part", ".part.json", ".sha256")  # files of a download, which are no recordings
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Dataset:
 
     domain: datasets of the same domain are the same people; never count them as two.
     folder: under the data root. download: the authors' address. licence: as found there.
-    read: the reader, or None for synthetic data.
+    read: the reader, or None for synthetic data. files: what it reads in a folder is called, in small letters.
     placement: where the device sat; of a dataset with several, the one that is used.
     size: bytes of what ``download`` delivers, or None. checksum: ``sha256:`` or ``git:`` (the content's name in the
     authors' git repository) and hexadecimal digits, or None where none is known.
@@ -45,6 +45,7 @@ class Dataset:
     download: str
     licence: str
     read: Callable[[Archive], Iterator[Recording | LeftOut]] | None
+    files: str = ""
     size: int | None = None
     checksum: str | None = None
 
@@ -63,17 +64,22 @@ class Dataset:
         return root / self.folder / self.file
 
     def find(self, root: Path) -> Path | None:
-        """Its archive or extracted folder under ``root``, or None. Of several archives the authors' comes first."""
+        """Its archive or extracted folder under ``root``, or None. Of several archives the authors' comes first.
+
+        Other files alone, such as a licence or half a download, are no dataset.
+        """
         folder = root / self.folder
         if self.is_synthetic or not folder.is_dir():
             return None
         if self.target(root).is_file():
             return self.target(root)
-        archives = sorted(folder.glob("*.zip"))
+        archives = sorted(entry for entry in folder.glob("*.zip") if entry.is_file() and not entry.name.startswith("."))
         if archives:
             return archives[0]
-        files = (entry for entry in folder.rglob("*") if not entry.name.endswith(_BESIDE))
-        return folder if any(entry.is_file() for entry in files) else None
+        # A zip archive further down is one inside the authors', which readers open.
+        wanted = (entry for entry in folder.rglob("*") if fnmatchcase(entry.name.lower(), self.files)
+                  or entry.suffix.lower() == ".zip")  # fmt: skip
+        return folder if any(entry.is_file() and not entry.name.startswith(".") for entry in wanted) else None
 
     def recordings(self, root: Path) -> Iterator[Recording | LeftOut]:
         """Its recordings, at the one placement that is used.
@@ -107,6 +113,7 @@ DATASETS = {
             download="https://github.com/mmalekzadeh/motion-sense/raw/master/data/A_DeviceMotion_data.zip",
             licence="MIT / ODbL; cite Malekzadeh et al. 2018",
             read=motionsense.read,
+            files="sub_*.csv",
             checksum="git:78f9957d9f4d0a4b6457461009e1f2e0453a872d",
         ),
         Dataset(
@@ -119,6 +126,7 @@ DATASETS = {
             "smartphone+based+recognition+of+human+activities+and+postural+transitions.zip",
             licence="as is, no commercial use; cite Reyes-Ortiz et al. 2015",
             read=uci_hapt.read,
+            files="acc_exp*.txt",
             # UCI publishes no checksums. These two are what several independent public projects found at the address.
             size=79_596_192,
             checksum="sha256:4ac4ae064227c07045a99551876b54d204837e995e298b6488559e209b3deb09",
@@ -132,6 +140,7 @@ DATASETS = {
             download="https://archive.ics.uci.edu/static/public/240/human+activity+recognition+using+smartphones.zip",
             licence="as is, no commercial use; cite Anguita et al. 2013",
             read=uci_har.read,
+            files="subject_t*.txt",
             size=61_005_872,
             checksum="sha256:c00b803081a5c797cd5e4b83700a9810b38d53d9d84e01917e090e1fdbc81031",
         ),
@@ -144,6 +153,7 @@ DATASETS = {
             download="https://archive.ics.uci.edu/static/public/256/daily+and+sports+activities.zip",
             licence="UCI repository; cite Altun et al. 2010",
             read=dsa.read,
+            files="s??.txt",
         ),
         Dataset(
             name="hhar",
@@ -154,6 +164,7 @@ DATASETS = {
             download="https://archive.ics.uci.edu/static/public/344/heterogeneity+activity+recognition.zip",
             licence="UCI repository; cite Stisen et al. 2015",
             read=partial(hhar.read, placements=("waist",)),
+            files="phones_*.csv",
         ),
         Dataset(
             name="realworld",
@@ -165,6 +176,7 @@ DATASETS = {
             "realworld2016_dataset.zip",
             licence="no open licence found; cite Sztyler and Stuckenschmidt 2016",
             read=partial(realworld.read, placements=("waist",)),
+            files="acc_*",
         ),
         Dataset(
             name="pamap2",
@@ -175,6 +187,7 @@ DATASETS = {
             download="https://archive.ics.uci.edu/static/public/231/pamap2+physical+activity+monitoring.zip",
             licence="UCI repository; cite Reiss and Stricker 2012",
             read=pamap2.read,
+            files="subject*.dat",
         ),
         *(
             Dataset(
@@ -230,6 +243,7 @@ def known(root: Path | None) -> dict[str, Dataset]:
             download="",
             licence="your own",
             read=imported.read,
+            files=imported.FILE,
         )
         for facts in imported.find(root)
         if facts.name not in DATASETS
