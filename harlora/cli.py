@@ -106,21 +106,28 @@ class DataList:
 
     def run(self) -> None:
         root = data_root(self.data)
-        used = {entry.name for entry in available(root)}
+        wrong: dict[str, InputError] = {}
+        entries = known(root, wrong)
+        used = {entry.name for entry in available(root, wrong)}
         table = Table(title=f"Datasets under {root}", title_justify="left", show_lines=True)
         for column in ("dataset", "found", "subjects", "hours", "windows", "of each class", "dropped", "licence"):
             table.add_column(column, overflow="fold")
-        for entry in known(root).values():
+        for name in wrong:
+            table.add_row(name, "cannot be read", "", "", "", "", "", "your own")
+        missing = []
+        for entry in entries.values():
             path = entry.find(root)
             if path is None and not entry.is_synthetic:
-                found = (
-                    f"no; `harlora data download {entry.name}`, or put the archive into {root / entry.folder}: "
-                    f"{entry.download}"
-                )
-                table.add_row(entry.name, found, "", "", "", "", "", entry.licence)
+                missing.append(entry)
+                table.add_row(entry.name, "no", "", "", "", "", "", entry.licence)
                 continue
-            with console.status(f"reading {entry.title}"):
-                windows = load_windows(entry.name, root)
+            try:
+                with console.status(f"reading {entry.title}"):
+                    windows = load_windows(entry.name, root)
+            except InputError as error:
+                wrong[entry.name] = error
+                table.add_row(entry.name, "cannot be read", "", "", "", "", "", entry.licence)
+                continue
             classes = ", ".join(
                 f"{label} {int((windows.labels == VOCABULARY.index(label)).sum())}" for label in windows.label_names()
             )
@@ -129,7 +136,7 @@ class DataList:
             dropped += [f"{count} {reason}" for reason, count in windows.left_out.items()]
             table.add_row(
                 entry.name + ("" if entry.name in used else " (not used)"),
-                "SYNTHETIC, made on the fly" if path is None else str(path),
+                "SYNTHETIC, made on the fly" if path is None else str(path.relative_to(root)),
                 str(len(windows.subject_names)),
                 f"{hours(windows):.1f}",
                 str(len(windows)),
@@ -138,6 +145,15 @@ class DataList:
                 entry.licence,
             )
         console.print(table)
+        for name, error in wrong.items():
+            console.print(f"{name} cannot be read: {error}", style="bold red", highlight=False, soft_wrap=True)
+        for entry in missing:
+            by_hand = f"put {entry.download} at {entry.target(root)}"
+            console.print(
+                f"{entry.name} is missing: `harlora data download {entry.name}`, or {by_hand}",
+                highlight=False,
+                soft_wrap=True,
+            )
         console.print(
             "Windows of 128 samples at 50 Hz with 50 % overlap. Dropped: windows whose activity has no label in the "
             "vocabulary, stretches shorter than a window, and what lacks one of the sensors. Not used by "

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from harlora import __main__ as program
 from harlora import cli
+from harlora.data import DATASETS
 from harlora.train.experiment import PRESETS, Preset
 from small import FINETUNE, PRETRAIN
 
@@ -79,9 +80,36 @@ def test_data_list_and_inspect(capsys, tmp_path):
     said = capsys.readouterr().out
     assert "motionsense" in said
     assert "synthetic_e" in said
-    assert "no; `harlora data download" in said
+    assert "motionsense is missing: `harlora data download motionsense`, or put https://github.com/mma" in said
     run("data", "inspect", "synthetic_a")
     assert (tmp_path / "synthetic_a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_data_list_can_be_read_where_the_terminal_is_narrow(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "console", Console(width=100))
+    run("data", "list", "--data", tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    for entry in (DATASETS["uci_hapt"], DATASETS["pamap2"]):
+        (line,) = [line for line in lines if entry.download in line]  # whole
+        assert line.endswith(str(tmp_path / entry.folder / entry.file))
+    top = next(i for i, line in enumerate(lines) if "pamap2" in line)
+    assert not any("pamap2" in line for line in lines[top + 1 : top + 5])
+    assert "├" in "".join(lines[top + 1 : top + 6])
+
+
+def test_data_list_shows_what_cannot_be_read_and_goes_on(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "console", Console(width=160))
+    zipfile.ZipFile(tmp_path / "x.zip", "w").close()
+    for name in ("dsa", "mine"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    (tmp_path / "x.zip").rename(tmp_path / "data" / "dsa" / "x.zip")
+    (tmp_path / "data" / "mine" / "recordings.safetensors").write_bytes(b"x")
+    run("data", "list")
+    said = capsys.readouterr().out
+    assert "dsa cannot be read: data/dsa/x.zip: no files named like a01/p1/s01.txt" in said
+    assert "mine cannot be read: data/mine/recordings.safetensors: not a complete safetensors file" in said
+    assert sum("cannot be read │" in " ".join(line.split()) for line in said.splitlines()) == 2
+    assert "synthetic_e" in said
 
 
 def test_data_list_shows_what_was_left_out(capsys, tmp_path, monkeypatch):

@@ -567,6 +567,7 @@ def test_what_is_there_is_replaced_on_request_alone(tmp_path, table):
 
 def test_a_damaged_dataset_is_named(tmp_path, table):
     bring(tmp_path, table)
+    bring(tmp_path, table, name="other")
     file = tmp_path / "mine" / imported.FILE
     content = bytearray(file.read_bytes())
     content[-1000] ^= 255
@@ -576,6 +577,9 @@ def test_a_damaged_dataset_is_named(tmp_path, table):
     file.write_bytes(content[:100])
     with pytest.raises(InputError, match="recordings.safetensors: not a complete safetensors file"):
         known(tmp_path)
+    with pytest.raises(InputError, match="recordings.safetensors: not a complete safetensors file"):
+        dataset("mine", tmp_path)
+    assert dataset("other", tmp_path).name == "other"  # which others do not miss
 
 
 def test_it_is_found_beside_the_others(tmp_path, table):

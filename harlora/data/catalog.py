@@ -231,8 +231,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "harlora"
 
 
-def known(root: Path | None) -> dict[str, Dataset]:
-    """Every dataset by name: those of the catalogue, and those that `harlora data import` wrote under ``root``."""
+def known(root: Path | None, wrong: dict[str, InputError] | None = None) -> dict[str, Dataset]:
+    """Every dataset by name: those of the catalogue, and those that `harlora data import` wrote under ``root``.
+
+    wrong: takes what is wrong with imported ones that are damaged, by name; without it that is raised.
+    """
     own = {
         facts.name: Dataset(
             name=facts.name,
@@ -245,7 +248,7 @@ def known(root: Path | None) -> dict[str, Dataset]:
             read=imported.read,
             files=imported.FILE,
         )
-        for facts in imported.find(root)
+        for facts in imported.find(root, wrong)
         if facts.name not in DATASETS
     }
     return {**DATASETS, **own}
@@ -254,11 +257,14 @@ def known(root: Path | None) -> dict[str, Dataset]:
 def dataset(name: str, root: Path | None = None) -> Dataset:
     """The dataset called ``name``, of the catalogue or imported under ``root``.
 
-    Raises: InputError that lists the names if there is none.
+    Raises: InputError that lists the names if there is none, or says that it is damaged.
     """
     if name in DATASETS:
         return DATASETS[name]
-    names = known(root)
+    wrong: dict[str, InputError] = {}
+    names = known(root, wrong)
+    if name in wrong:
+        raise wrong[name]
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {near[0]}?" if near else ";"
@@ -302,10 +308,13 @@ def require_apart(domains: Mapping[str, str]) -> None:
             raise InputError(f"{other} and {name} are the same recordings of the same people; use one of them")
 
 
-def available(root: Path) -> list[Dataset]:
-    """The real datasets under ``root``, one of each domain; the synthetic ones if there is none."""
+def available(root: Path, wrong: dict[str, InputError] | None = None) -> list[Dataset]:
+    """The real datasets under ``root``, one of each domain; the synthetic ones if there is none.
+
+    wrong: as for `known`.
+    """
     found: dict[str, Dataset] = {}
-    for entry in known(root).values():
+    for entry in known(root, wrong).values():
         if entry.find(root) is not None:
             found.setdefault(entry.domain, entry)
     return list(found.values()) or [entry for entry in DATASETS.values() if entry.is_synthetic]

@@ -56,14 +56,23 @@ class Facts:
     windows: Mapping[str, Mapping[str, int]]
 
 
-def find(root: Path | None) -> list[Facts]:
+def find(root: Path | None, wrong: dict[str, InputError] | None = None) -> list[Facts]:
     """The imported datasets under a data root, by name.
 
-    Raises: InputError if one of them is damaged.
+    wrong: takes what is wrong with those that are damaged, by name.
+    Raises: InputError if one of them is damaged, without ``wrong``.
     """
     if root is None or not root.is_dir():
         return []
-    return [facts(file.parent) for file in sorted(root.glob(f"*/{FILE}"))]
+    found = []
+    for file in sorted(root.glob(f"*/{FILE}")):
+        try:
+            found.append(facts(file.parent))
+        except InputError as error:
+            if wrong is None:
+                raise
+            wrong[file.parent.name] = error
+    return found
 
 
 def facts(folder: Path) -> Facts:
