@@ -55,8 +55,9 @@ from harlora.train.pretrain import PretrainConfig, load_pretrained, pretrain
 RESULTS = Path("bench/results/lodo")
 SHOWN = 20  # problems that the doctor prints: one wrong kernel has many
 
-# A terminal says how wide it is; a log file does not, and a table broken into slivers helps nobody.
-console = Console(width=None if sys.stdout.isatty() else 160)
+# A terminal says how wide it is; a log file does not, and a table broken into slivers helps nobody. Names and paths of
+# users' files may have square brackets, which are no markup, in tables neither.
+console = Console(width=None if sys.stdout.isatty() else 160, markup=False)
 
 
 @dataclass(frozen=True)
@@ -716,7 +717,7 @@ class Memory:
         for config in configs:  # all of them before the first is measured
             config.check()
         columns = []
-        with Bars(Console(stderr=True)) as bars:
+        with Bars(Console(stderr=True, markup=False)) as bars:
             progress = bars.run("one training step each", 1, 1)
             for done, config in enumerate(configs):
                 progress(done, len(configs), config.method)
@@ -764,7 +765,7 @@ class Bench(Options):
             command=" ".join(["harlora", *map(shlex.quote, sys.argv[1:])]),
         )
         folder = self.out or Path("runs/bench") / time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        result = measure(options, folder / RESULT, Console(stderr=True))
+        result = measure(options, folder / RESULT, Console(stderr=True, markup=False))
         for text in (report.setting(result), *report.summary(result)):
             console.print(text, highlight=False, markup=False)
         for table in report.overview(result):
@@ -800,7 +801,7 @@ class Doctor:
             command="harlora doctor",
         )  # fmt: skip
         device = options.checked_device()
-        status = Console(stderr=True)
+        status = Console(stderr=True, markup=False)
         found: dict[str, Any] = {}
         with Bars(status) as bars:
             try:
@@ -918,5 +919,7 @@ def main(arguments: list[str] | None = None) -> None:
         Console(stderr=True, width=10_000).print(f"harlora: {error}", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        Console(stderr=True).print("harlora: stopped; the same command goes on from here", highlight=False)
+        Console(stderr=True, markup=False).print(
+            "harlora: stopped; the same command goes on from here", highlight=False
+        )
         sys.exit(130)

@@ -26,13 +26,13 @@ class Bars:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=console,
             disable=not console.is_terminal,
             transient=True,
@@ -64,7 +64,7 @@ class Bars:
     def say(self, text: str) -> None:
         """One line that stays, with the time since the start where no bar shows it."""
         if self._console.is_terminal:
-            self._console.print(text, highlight=False)
+            self._console.print(text, highlight=False, markup=False)
         else:
             self._console.print(f"[{time.monotonic() - self._began:6.0f} s] {text}", highlight=False, markup=False)
 

@@ -1,6 +1,7 @@
 """A classifier on a recording of one's own, and the whole way from tables to labelled windows."""
 
 import csv
+import io
 import itertools
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -8,12 +9,14 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from harlora import cli
 from harlora.data import cut, load_windows
 from harlora.data.labels import VOCABULARY
 from harlora.errors import InputError
 from harlora.files import load_tensors, save_tensors
+from harlora.progress import Bars
 from harlora.report import timeline
 from harlora.train.finetune import CHECKPOINT, finetune, load_classifier
 from harlora.train.predict import predict
@@ -250,6 +253,28 @@ def test_from_tables_to_labelled_windows(tmp_path, capsys, monkeypatch):
     rows = (tmp_path / "runs" / "predict" / "05" / "predictions.csv").read_text().splitlines()
     assert len(rows) == 1 + 1 + (2250 - 128) // 32
     assert (tmp_path / "runs" / "predict" / "05" / "timeline.png").stat().st_size > 10_000
+
+
+def test_square_brackets_in_names_are_shown(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.console, "width", 600)  # nothing is folded
+    names = {"sit": "sit [still]", "walk": "walk [/fast]"}
+    rows = [[*row[:7], names.get(row[7], row[7]), "[bold]", "7"] for row in rows_of(recording())]
+    write(tmp_path / "[red]" / "a.csv", rows, header=(*HEADER, "mag [uT]"))
+    cli.main(["data", "import", "[red]/a.csv", "--name", "mine", "--data", str(tmp_path)])
+    for command in ("list", "inspect mine --out [red]/a.png"):
+        cli.main(["data", *command.split(), "--data", str(tmp_path)])
+        said = " ".join(capsys.readouterr().out.split())
+        assert "walk [/fast]" in said
+        assert "sit [still]" in said
+    for part in ("mag [uT]", "[bold]", "[red]/a.png"):
+        assert part in said
+    shown = io.StringIO()
+    with Bars(Console(file=shown, force_terminal=True, width=200)) as bars:
+        bars.run("[red]/a.csv", 1, 2)(1, 2, "[/b]")
+        bars.say("[/c]")
+    for part in ("[red]/a.csv", "[/b]", "[/c]"):
+        assert part in shown.getvalue()
 
 
 def test_the_command_line_says_what_is_synthetic_and_wrong(tmp_path, classifier, capsys, monkeypatch):

@@ -289,10 +289,11 @@ def _load(file: Path, *, needs_label: bool) -> _Table:
         raise InputError(f"{file}: is empty; required a table with the columns {', '.join(REQUIRED)}")
     try:
         if parquet:
-            scan, form, first_row = pl.scan_parquet(file), "Parquet", 1
+            scan, form, first_row = pl.scan_parquet(file, glob=False), "Parquet", 1
         else:
             separator = _separator(file)
-            scan, form, first_row = pl.scan_csv(file, separator=separator, infer_schema=False), SEPARATORS[separator], 2
+            form, first_row = SEPARATORS[separator], 2
+            scan = pl.scan_csv(file, separator=separator, infer_schema=False, glob=False)
         schema = scan.collect_schema()
         if not parquet:
             # Of columns that are not asked for polars overlooks that a row has too many fields, and so that all others
