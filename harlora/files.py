@@ -92,6 +92,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], *, kind: str, 
     """Write tensors and JSON ``info`` to one safetensors file, each with a checksum, whole or not at all.
 
     kind: what the file is, for example ``"checkpoint"``; `load_tensors` refuses another one.
+    Raises: OSError if it cannot be written.
     """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(info, allow_nan=False)
@@ -102,7 +103,10 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], *, kind: str, 
         "harlora.sha256": _checksum(whole),
     }
     with replacing(path) as temporary:
-        save_file(whole, temporary, metadata=metadata)
+        try:
+            save_file(whole, temporary, metadata=metadata)
+        except SafetensorError as error:  # as which a full disk comes
+            raise OSError(str(error)) from error
 
 
 @contextmanager

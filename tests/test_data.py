@@ -1,11 +1,15 @@
 """The catalogue, the cache, splits and the synthetic datasets."""
 
+import os
+import re
+
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from harlora import files
 from harlora.data import DATASETS, available, data_root, dataset, fewer_labels, load_windows, split, synthetic
 from harlora.data import catalog as catalog_module
 from harlora.data.augment import half_turns, rotate
@@ -74,6 +78,35 @@ def test_a_corrupt_cache_file_is_named(tmp_path, damage):
         load_windows("synthetic_a", tmp_path, tmp_path / "cache")
     file.unlink()
     load_windows("synthetic_a", tmp_path, tmp_path / "cache")
+
+
+def test_without_a_cache_that_can_be_written_it_goes_on(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    folder = tmp_path / "file" / "cache"
+    message = f"windows cannot be cached in {folder} (Not a directory) and are read anew each time; set HARLORA_CACHE"
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        windows = load_windows("synthetic_a", tmp_path, folder)
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.warns(UserWarning, match="No space left on device .* or make room"):
+        assert load_windows("synthetic_a", tmp_path).fingerprint() == windows.fingerprint()
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_windows_of_old_data_or_code_leave_the_cache(tmp_path):
+    names = [f"synthetic_{who}-128-64-{digit * 16}.safetensors" for who, digit in ("a0", "a1", "b2")]
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for name in names:
+        (cache / name).write_text("x")
+    for name in names[1:]:
+        os.utime(cache / name, (0, 0))
+    load_windows("synthetic_a", tmp_path, cache)
+    assert len(list(cache.iterdir())) == 3
+    assert not (cache / names[1]).exists()
 
 
 def test_the_header_of_a_file_has_a_checksum_too(tmp_path):

@@ -3,6 +3,8 @@
 import difflib
 import hashlib
 import os
+import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -23,6 +25,7 @@ from harlora.files import load_tensors, save_tensors
 
 ROOT_VARIABLE = "HARLORA_DATA"
 CACHE_VARIABLE = "HARLORA_CACHE"
+_KEPT_S = 30 * 86400.0  # a dataset's windows of other data or code, which another version or data root may still use
 
 
 @dataclass(frozen=True)
@@ -335,6 +338,8 @@ def _digest(path: Path | None) -> str:
 def load_windows(name: str, root: Path, cache: Path | None = None, *, window: int = WINDOW, hop: int = HOP) -> Windows:
     """All windows of a dataset, from the cache when its files and this code are unchanged.
 
+    Where the cache cannot be written they are read anew each time, with one warning.
+
     Raises: InputError if the dataset is unknown, missing or damaged, or the cached file is.
     """
     entry = dataset(name, root)
@@ -343,7 +348,7 @@ def load_windows(name: str, root: Path, cache: Path | None = None, *, window: in
         next(iter(entry.recordings(root)))  # raises with the remedy
     folder = cache_folder() if cache is None else cache
     file = folder / f"{name}-{window}-{hop}-{_digest(path)}.safetensors"
-    if file.exists():
+    if os.access(file, os.R_OK):
         tensors, info = load_tensors(file, kind="windows", remedy="delete it, it will be made again")
         fields: dict[str, Any] = {key: tensor.numpy() for key, tensor in tensors.items()}
         return Windows(**fields, **{**info, "subject_names": tuple(info["subject_names"])})
@@ -352,5 +357,15 @@ def load_windows(name: str, root: Path, cache: Path | None = None, *, window: in
         windows = replace(windows, domain=entry.domain, placement=entry.placement)
     arrays = {key: value for key, value in vars(windows).items() if isinstance(value, np.ndarray)}
     info = {key: value for key, value in vars(windows).items() if key not in arrays}
-    save_tensors(file, {key: torch.from_numpy(array) for key, array in arrays.items()}, kind="windows", info=info)
+    try:
+        save_tensors(file, {key: torch.from_numpy(array) for key, array in arrays.items()}, kind="windows", info=info)
+        for other in folder.glob(f"{name}-{window}-{hop}-{'?' * 16}.safetensors"):
+            if other.stat().st_mtime < time.time() - _KEPT_S:
+                other.unlink(missing_ok=True)
+    except OSError as error:
+        warnings.warn(
+            f"windows cannot be cached in {folder} ({error.strerror or error}) and are read anew each time; set "
+            f"{CACHE_VARIABLE} to a folder that can be written, or make room",
+            stacklevel=2,
+        )
     return windows
