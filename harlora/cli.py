@@ -279,7 +279,7 @@ class DataImport:
     placement: str = "unknown"
     """Where on the body the device was, for example waist; of a pocket, training turns windows by more."""
     domain: str = ""
-    """A dataset's domain, if these are its people; they are then never trained on for it. By default nobody else's."""
+    """A dataset, if these are its people; they are then never trained on for it. By default nobody else's."""
     labels: tuple[str, ...] = ()
     """own=vocabulary, for each activity that the vocabulary calls otherwise: walking=walk."""
     subject_from: SubjectFrom = "column"

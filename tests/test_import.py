@@ -532,7 +532,8 @@ def test_names_paths_and_labels_that_cannot_be(tmp_path, table):
         ({"name": "dsa"}, "--name dsa is that of a known dataset"),
         ({"name": "synthetic_z"}, "not begin with synthetic, got 'synthetic_z'"),
         ({"name": "../up"}, "--name must be of a to z"),
-        ({"domain": "uc"}, "--domain uc: no dataset has these people; required one of motionsense, uci"),
+        ({"domain": "uc"}, "--domain uc: no dataset has these people; required one of motionsense, uci, dsa"),
+        ({"domain": "mine2"}, "--domain mine2: no dataset has these people"),
         ({"labels": ("walk",)}, "--labels: required own=vocabulary with one of sit"),
         ({"labels": ("walk=wolk",)}, "got 'walk=wolk'; did you mean walk?"),
         ({"labels": ("wak=walk",)}, "'wak=walk' names an activity that the tables do not have; they have sit, walk"),
@@ -563,6 +564,18 @@ def test_what_is_there_is_replaced_on_request_alone(tmp_path, table):
     bring(tmp_path, table, placement="chest", replace=True)
     assert dataset("mine", tmp_path).placement == "chest"
     assert [file.name for file in (tmp_path / "mine").iterdir()] == [imported.FILE]
+
+
+def test_a_dataset_whose_people_another_has_is_replaced_too(tmp_path, table):
+    bring(tmp_path, table)
+    bring(tmp_path, table, name="more", domain="mine")
+    assert bring(tmp_path, table, placement="chest", replace=True).domain == "mine"
+    assert bring(tmp_path, table, domain="mine", replace=True).domain == "mine"
+    message = "--domain uci_hapt: more was imported with --domain mine; .* import more again with --domain uci_hapt"
+    with pytest.raises(InputError, match=message):
+        bring(tmp_path, table, domain="uci_hapt", replace=True)
+    bring(tmp_path, table, name="more", domain="uci_hapt", replace=True)
+    assert bring(tmp_path, table, domain="more", replace=True).domain == "uci"
 
 
 def test_a_damaged_dataset_is_named(tmp_path, table):

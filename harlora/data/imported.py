@@ -122,7 +122,7 @@ def import_tables(
 ) -> Facts:
     """Check the tables that ``paths`` name, write them under ``root`` as the dataset ``name``, and say what was found.
 
-    domain: whose people they are, where another dataset has the same; by default nobody else's.
+    domain: whose people they are, where another dataset has the same: its name or its domain; by default nobody else's.
     labels: ``own=vocabulary`` for activities that the vocabulary calls otherwise.
     taken: the domain of every dataset that is known, by its name.
     Raises: InputError if the name is taken, anything in a table is wrong, or no window would come out; nothing is
@@ -193,26 +193,33 @@ def import_tables(
 
 def _checked_name(name: str, folder: Path, domain: str, replace: bool, taken: Mapping[str, str]) -> str:
     """The domain of a dataset of this name."""
-    others = {other: whose for other, whose in taken.items() if other != name or not (folder / FILE).exists()}
+    there = (folder / FILE).exists()
+    others = {other: theirs for other, theirs in taken.items() if other != name or not there}
+    whose = others.get(domain, domain) or name
     if not _NAME.fullmatch(name) or name.startswith("synthetic"):
         raise InputError(
             f"--name must be of a to z, 0 to 9, _ and -, and not begin with synthetic, got {name!r}; choose another"
         )
-    if name in others or name in others.values():
+    if not there and (name in others or name in others.values()):
         raise InputError(
             f"--name {name} is that of a known dataset or of its people; choose another"
             + ("" if domain else f", and add --domain {name} if they are the same people")
         )
-    if domain and domain != name and domain not in others.values():
+    if whose != name and whose not in others.values():
         raise InputError(
             f"--domain {domain}: no dataset has these people; required one of "
-            f"{', '.join(dict.fromkeys(others.values()))}, or nothing if no other dataset has them"
+            f"{', '.join(dict.fromkeys(others.values()))}, a dataset's name, or nothing if no other dataset has them"
         )
-    if (folder / FILE).exists() and not replace:
+    if whose != name and (sharing := [other for other, theirs in others.items() if theirs == name]):
+        raise InputError(
+            f"--domain {domain}: {', '.join(sharing)} was imported with --domain {name}; required the same people for "
+            f"both: import {sharing[0]} again with --domain {domain} before"
+        )
+    if there and not replace:
         raise InputError(f"{folder / FILE}: is there already; choose another --name, or add --replace")
-    if not (folder / FILE).exists() and folder.exists() and any(folder.iterdir()):
+    if not there and folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder}: is a folder with other files; choose another --name")
-    return domain or name
+    return whose
 
 
 def _hashes(files: Sequence[Path]) -> list[dict[str, Any]]:
