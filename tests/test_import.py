@@ -456,6 +456,7 @@ def test_too_short_a_recording_is_named(tmp_path):
     ("content", "message"),
     [
         (b"", "is empty; required a table with the columns timestamp, ax"),
+        (b"\xef\xbb\xbf", "row 1 reads ''; required the column names"),
         (b"\xff\xfet\0i\0", "is UTF-16 or no text; save it as CSV in UTF-8"),
         (b"0.0,1,2,3,4,5,6\n", "row 1 reads '0.0,1,2,3,4,5,6'; required the column names"),
         (b"timestamp|ax|ay|az|gx|gy|gz|label\n", "row 1 reads 'timestamp|ax"),

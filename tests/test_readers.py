@@ -1,15 +1,18 @@
 """The readers, on small archives in the authors' formats that the tests make, quirks included."""
 
 import io
+import re
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from archives import packed, zipped
 
+from harlora.data import DATASETS, cut, dsa, hhar, motionsense, pamap2, realworld, uci_hapt, uci_har
 from harlora.data import archive as archive_module
-from harlora.data import cut, dsa, hhar, motionsense, pamap2, realworld, uci_hapt, uci_har
 from harlora.data.archive import Archive
+from harlora.data.download import present
 from harlora.data.labels import VOCABULARY
 from harlora.errors import InputError
 
@@ -329,6 +332,35 @@ def test_truncated_and_damaged_archives_are_named(tmp_path):
         list(motionsense.read(Archive(path)))
     with pytest.raises(InputError, match="no such file"):
         Archive(tmp_path / "none.zip")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("encrypted", "a.txt in it cannot be unpacked (File 'a.txt' is encrypted"),
+        ("method", "a.txt in it cannot be unpacked (That compression method is not supported)"),
+        ("lzma", "a.txt in it is damaged ("),
+    ],
+)
+def test_members_that_cannot_be_unpacked_are_named(tmp_path, damage, message):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a.txt", "x" * 1000)
+    content = bytearray(path.read_bytes())
+    local, central = content.find(b"PK\x03\x04"), content.find(b"PK\x01\x02")
+    if damage == "encrypted":
+        content[local + 6] |= 1
+        content[central + 8] |= 1
+    elif damage == "method":
+        content[local + 8] = content[central + 10] = 9
+    else:
+        content[local + 30 + len("a.txt") + 4 + 5 : central] = b"\xff" * (central - local - 44)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(message)):
+        Archive(path).read("a.txt")
+    entry = replace(DATASETS["motionsense"], folder="", download=f"https://example.org/{path.name}", checksum=None)
+    with pytest.raises(InputError, match="not a complete zip archive"):
+        present(entry, tmp_path)
 
 
 @pytest.mark.parametrize("reader", [motionsense, uci_hapt, dsa, uci_har, hhar, realworld, pamap2])

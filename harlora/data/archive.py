@@ -1,6 +1,7 @@
 """Reading the authors' own archives: a zip file, a zip inside a zip, or the extracted folder."""
 
 import io
+import lzma
 import tempfile
 import warnings
 import weakref
@@ -95,8 +96,12 @@ class Archive:
                 yield opened
         except (KeyError, FileNotFoundError) as error:
             raise InputError(f"{self.path}: {name} is missing from it; {_AGAIN}") from error
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
             raise InputError(f"{self.path}: {name} in it is damaged ({error}); {_AGAIN}") from error
+        except RuntimeError as error:  # encrypted, or compressed in a way that Python cannot undo
+            raise InputError(
+                f"{self.path}: {name} in it cannot be unpacked ({error}); {_AGAIN}, or unpack it by other means"
+            ) from error
 
     def numbers(
         self, name: str, *, columns: Sequence[str] | int, delimiter: str | None, header: bool = False

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import ipaddress
+import lzma
 import os
 import re
 import shutil
@@ -431,7 +432,7 @@ def _check(entry: Dataset, path: Path, report: Report) -> str:
                         while member.read(_BLOCK):
                             pass
                     report("checking", min(info.header_offset + info.compress_size, size), size)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError) as error:
         raise _DamagedError(f"not a complete zip archive ({error})") from error
     report("checking", size, size)
     return came

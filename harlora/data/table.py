@@ -332,7 +332,7 @@ def _separator(file: Path) -> str:
         start = opened.read(1 << 16)
     if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
         raise InputError(f"{file}: is UTF-16 or no text; save it as CSV in UTF-8")
-    line = start.decode("utf-8-sig", "replace").splitlines()[0]
+    line = next(iter(start.decode("utf-8-sig", "replace").splitlines()), "")  # a byte order mark may be all
     heads = {separator: next(csv.reader([line], delimiter=separator), []) for separator in SEPARATORS}
     known = {separator: len({name.strip().lower() for name in heads[separator]} & {*REQUIRED}) for separator in heads}
     best = max(known, key=lambda separator: known[separator])
