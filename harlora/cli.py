@@ -146,8 +146,6 @@ class DataList:
                 entry.licence,
             )
         console.print(table)
-        for name, error in wrong.items():
-            console.print(f"{name} cannot be read: {error}", style="bold red", highlight=False, soft_wrap=True)
         for entry in missing:
             by_hand = f"put {entry.download} at {entry.target(root)}"
             console.print(
@@ -160,6 +158,8 @@ class DataList:
             "vocabulary, stretches shorter than a window, and what lacks one of the sensors. Not used by "
             "`harlora lodo`: the same people as another set, or synthetic beside real data."
         )
+        if wrong:
+            raise InputError("\n".join(f"{name} cannot be read: {why}" for name, why in wrong.items()))
 
 
 @dataclass(frozen=True)
