@@ -194,6 +194,14 @@ def test_the_papers_figure_is_of_one_rank():
     assert [paper(one) for one in made] == ["0.953", ""]
 
 
+def test_where_a_device_of_ones_own_was_decides_what_is_selected():
+    mine = record(target="mine")
+    mine["config"] = replace(PRESET.finetune, method="lora").for_dataset("mine", "front pocket").values()
+    experiment = Experiment(name="x", title="x", runs=({"method": ("lora",)},))
+    assert experiment.select([mine]) == []
+    assert len(experiment.select([{**mine, "placement": "front pocket"}])) == 1
+
+
 def test_results_of_other_experiments_are_left_out(tmp_path):
     text = page(tmp_path, [record("lora", protocol="paper", rank=8), record("full")], RANK)
     assert "from the 1 JSON files" in text

@@ -223,7 +223,9 @@ class Experiment:
             target = record["target"]
             if record["preset"] != self.preset or (self.targets and target not in self.targets):
                 continue
-            wanted = [key(before, tuning.for_dataset(target)) for before, tuning in planned.get(config.seed, [])]
+            placement = record.get("placement", "")
+            plans = planned.get(config.seed, [])
+            wanted = [key(before, tuning.for_dataset(target, placement)) for before, tuning in plans]
             if pair in wanted:
                 chosen.append(record)
         return chosen
