@@ -9,7 +9,7 @@ from torch import nn
 import harlora
 from harlora import LoRALinear, QLoRALinear, apply_lora, apply_qlora, merge_adapters
 from harlora.models import MAE, Classifier
-from harlora.nn import adapted_layers
+from harlora.nn import adapted_layers, apply_adapter, load_adapter, save_adapter
 
 
 class Toy(nn.Module):
@@ -76,6 +76,49 @@ def test_a_shared_layer_stays_one_layer():
     apply_qlora(model, ["fc1"])
     assert model.blocks[1]["fc1"] is model.blocks[0]["fc1"]
     assert isinstance(model.blocks[0]["fc1"], QLoRALinear)
+
+
+def test_a_layer_that_one_module_uses_twice_stays_one_layer():
+    linear = nn.Linear(8, 8)
+    model = apply_lora(nn.Sequential(linear, nn.ReLU(), linear), "all-linear")
+    assert isinstance(model[0], LoRALinear)
+    assert model[2] is model[0]
+    merge_adapters(model)
+    assert type(model[0]) is nn.Linear
+    assert model[2] is model[0]
+
+
+def with_a_moved_adapter(apply, **options):
+    """A TransformerEncoder whose feed-forward layers compute something else than before."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = apply(nn.TransformerEncoder(layer, 2), targets := ["linear1", "linear2"], **options).eval()
+    assert len(list(adapted_layers(model))) == 2 * len(targets)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    return model
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "dora"])
+def test_adapters_in_a_transformer_encoder_of_torch_are_not_passed_by(method, tmp_path):
+    apply = {"lora": apply_lora, "qlora": apply_qlora}.get(method, lambda *a: apply_adapter(a[0], method, a[1]))
+    model = with_a_moved_adapter(apply)
+    x, mask = torch.randn(2, 5, 16), torch.arange(5).expand(2, 5) >= torch.tensor([[5], [3]])
+    save_adapter(model, tmp_path)
+    torch.manual_seed(0)
+    fresh = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
+    others = [copy.deepcopy(model), merge_adapters(copy.deepcopy(model))]
+    if method != "qlora":
+        others.append(load_adapter(fresh, tmp_path))
+    for given in ({}, {"src_key_padding_mask": mask}):
+        expected = copy.deepcopy(model).train()(x, **given).detach()
+        for other in (model, *others):
+            for grad in (torch.enable_grad, torch.no_grad):
+                with grad():
+                    found = other.eval()(x, **given)
+                torch.testing.assert_close(found[~mask], expected[~mask], rtol=1e-3, atol=1e-4)
 
 
 class WithMultihead(nn.Module):

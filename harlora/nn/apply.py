@@ -343,9 +343,26 @@ def _replace(
 
 def _swap(model: nn.Module, replacements: dict[int, AdaptedLinear] | dict[int, nn.Linear]) -> None:
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children() has one that is used twice once
             if id(child) in replacements:
                 setattr(parent, name, replacements[id(child)])
+    _run_every_layer(model)
+
+
+def _run_every_layer(model: nn.Module) -> None:
+    """Switch off the fast path of every ``nn.TransformerEncoderLayer`` with a part that is no plain layer any more.
+
+    It reads weights without running the layers that hold them; an ``nn.TransformerEncoder`` prepares its input.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            parts = (module.linear1, module.linear2, module.norm1, module.norm2)
+            if any(type(part) not in (nn.Linear, nn.LayerNorm) for part in parts):
+                module.activation_relu_or_gelu = 0
+    for module in model.modules():
+        layers = module.layers if isinstance(module, nn.TransformerEncoder) else ()
+        if any(getattr(layer, "activation_relu_or_gelu", 1) == 0 for layer in layers):
+            module.use_nested_tensor = False
 
 
 def _matches(path: str, targets: Sequence[str] | str) -> bool:
