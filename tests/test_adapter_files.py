@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import peft
 import pytest
@@ -11,7 +12,8 @@ from torch import nn
 
 from harlora import apply_lora, apply_qlora, load_adapter, save_adapter
 from harlora.errors import InputError
-from harlora.nn import adapted_layers
+from harlora.nn import adapted_layers, apply_adapter
+from harlora.nn.adapters import Statistics
 
 
 class Toy(nn.Module):
@@ -178,6 +180,14 @@ def edit(folder, **settings):
     file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
 
 
+def edited(folder, **options):
+    """The folder of another method's adapter, with other options for the first layer."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    next(iter(config["options"].values())).update(options)
+    edit(folder, **config)
+    return folder
+
+
 def edit_tensors(folder, change):
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -231,6 +241,105 @@ def test_damaged_adapter_is_refused_and_nothing_changes(tmp_path, damage, messag
 def test_another_rank_is_refused(tmp_path):
     with pytest.raises(InputError, match="has rank 3, alpha 6 .* the model has rank 4"):
         load_adapter(apply_qlora(toy(), TARGETS, rank=4), saved(tmp_path))
+
+
+OPTIONS = {  # another than the default, which changes what the stored numbers mean
+    "lora": {"alpha": 5.0},
+    "dora": {"rslora": True},
+    "adalora": {"alpha": 5.0},
+    "paca": {"alpha": 5.0},
+    "one_bit": {"alpha": 5.0},
+    "lora_xs": {"alpha": 5.0},
+    "hydra": {"alpha": 5.0},
+    "uni_lora": {"seed": 1},
+    "ia3": {"inputs": ("q",)},
+}
+
+
+def in_all(model, method, **options):
+    """With a moved adapter at each target."""
+    rank = {} if method == "ia3" else {"rank": 4}
+    apply_adapter(model, method, TARGETS, **{**rank, **options})
+    torch.manual_seed(6)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    return model
+
+
+def refused(model, folder, message):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(InputError, match=message):
+        load_adapter(model, folder)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_an_adapter_with_other_options_than_the_models_is_refused(tmp_path, method):
+    model = in_all(toy(), method, **OPTIONS[method])
+    save_adapter(model, tmp_path)
+    (name, value), *_ = OPTIONS[method].items()
+    value = re.escape(repr(value))
+    refused(in_all(toy(), method), tmp_path, f"{method} with {name} {value}, the model with {name} .*; apply the ada")
+    same = load_adapter(in_all(toy(), method, **OPTIONS[method]), tmp_path)
+    assert torch.equal(same(X), model(X))
+    assert torch.equal(load_adapter(toy(), tmp_path)(X), model(X))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_another_rank_of_any_layer_is_refused_before_anything_changes(tmp_path, method):
+    save_adapter(in_all(toy(), method, rank=1), tmp_path / "all")  # what would be broadcast
+    refused(in_all(toy(), method), tmp_path / "all", "q has .* with rank 1, the model with rank 4")
+    save_adapter(in_all(toy(), method, rank_pattern={"blocks.1.fc1": 2}), tmp_path / "last")
+    refused(in_all(toy(), method), tmp_path / "last", "blocks.1.fc1 has .* with rank 2, the model with rank 4")
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_an_adapter_of_layers_of_another_shape_is_refused(tmp_path, method):
+    targets = ["0"]
+    for shape, others in (((32, 16), [(64, 16), (16, 16), (32, 32)]), ((32, 32), [(16, 16)])):
+        model = apply_adapter(nn.Sequential(nn.Linear(*shape)), method, targets)
+        save_adapter(model, tmp_path)
+        for other in others:
+            refused(
+                nn.Sequential(nn.Linear(*other)), tmp_path, r"0 must be a layer of \(out_features, in_features\) \("
+            )
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    del config["shapes"]  # as files were before
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    load_adapter(nn.Sequential(nn.Linear(32, 32)), tmp_path)
+    if method not in ("paca", "uni_lora"):
+        refused(nn.Sequential(nn.Linear(16, 16)), tmp_path, "shape|size mismatch")
+    if method == "paca":
+        refused(nn.Sequential(nn.Linear(4, 32)), tmp_path, "rank must be from 1 to 4")
+        refused(nn.Sequential(nn.Linear(8, 32)), tmp_path, "index must be from 0 to 7")
+
+
+@pytest.mark.parametrize("method", ["adalora", "tsqlora"])
+def test_a_stored_factor_is_not_broadcast(tmp_path, method):
+    linear = nn.Linear(8, 8)
+    seen = {"0": Statistics(torch.ones(8, 8), torch.ones(8, 8), 1.0)}
+    save_adapter(apply_adapter(nn.Sequential(linear), method, ["0"], rank=4, statistics=seen), tmp_path)
+    name = f"base_model.model.0.adapter.{'P' if method == 'adalora' else 'B'}"
+    edit_tensors(tmp_path, lambda tensors: tensors.update({name: tensors[name][:1].clone()}))
+    refused(nn.Sequential(nn.Linear(8, 8)), tmp_path, r"must have shape \(8, .*got \(1,")
+
+
+def test_one_vector_for_other_layers_than_the_models_is_refused(tmp_path):
+    save_adapter(in_all(toy(), "uni_lora", size=50), tmp_path)
+    other = apply_adapter(toy(), "uni_lora", r"q|blocks\.0.fc1|decoder.*fc1", rank=4, size=50)
+    refused(other, tmp_path, "share something, of q, blocks.0.fc1, blocks.1.fc1, the model of q, .*, decoder")
+    refused(toy(), edited(tmp_path, size=10**6), "size must be from 1 to the")
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "uni_lora"])
+def test_a_loaded_adapter_is_on_the_device_of_its_layer(tmp_path, method):
+    save_adapter(in_all(toy(), method), tmp_path)
+    model = load_adapter(toy().to("meta"), tmp_path)
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
 
 
 def test_a_model_without_adapter_is_refused(tmp_path):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from harlora.errors import InputError
 from harlora.files import read_json, replacing, write_text
 from harlora.nn.adapters import ADAPTERS, Adapter, LowRank, Site
-from harlora.nn.apply import _swap, adapted_layers, adapter_over, matched
+from harlora.nn.apply import _swap, adapted_layers, adapter_options, adapter_over, matched, read_options
 from harlora.nn.linear import AdaptedLinear, LoRALinear, QLoRALinear
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -119,6 +119,7 @@ def save_adapter(model: nn.Module, path: Path | str, *, as_lora: bool = False) -
             "peft_type": OWN_TYPE,
             "method": next(iter(made.values())).name,
             "options": {name: adapter.options for name, adapter in made.items()},
+            "shapes": {name: [layer.out_features, layer.in_features] for name, layer in layers.items()},
         }
     folder = Path(path)
     with replacing(folder / WEIGHTS_FILE) as temporary:
@@ -281,16 +282,43 @@ def _plan_own(
             )
         assert isinstance(old, (AdaptedLinear, nn.Linear))
         sites.append(Site(name, index, len(config["options"]), old.in_features, old.out_features))
-    bank = kind.bank(sites, **next(iter(config["options"].values()), {}))
+        shape = [old.out_features, old.in_features]
+        if (stored_shape := config.get("shapes", {}).get(name, shape)) != shape:  # files had none before
+            raise InputError(
+                f"{file}: {name} must be a layer of (out_features, in_features) {tuple(stored_shape)}, the model's is "
+                f"of {tuple(shape)}; the adapter belongs to another model"
+            )
+    options: dict[str, dict[str, Any]] = {}
+    for name, given in config["options"].items():
+        try:
+            options[name] = read_options(config["method"], given)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise InputError(f"{file}: {name} has options that {kind.name} does not take ({error})") from error
+    try:
+        bank = kind.bank(sites, **next(iter(options.values()), {}))
+    except ValueError as error:
+        raise InputError(f"{file}: is no {kind.name} adapter of this model ({error})") from error
     shared = () if bank is None else (bank,)
-    for site, (name, options) in zip(sites, config["options"].items(), strict=True):
+    held = [
+        (path, layer.adapter.site.index)
+        for path, layer in adapted_layers(model)
+        if layer.adapter is not None and type(layer.adapter) is kind
+    ]
+    if bank is not None and held and held != [(site.path, site.index) for site in sites]:
+        raise InputError(
+            f"{file}: has {kind.name} adapters that share something, of {', '.join(options)}, the model of "
+            f"{', '.join(path for path, _ in held)}; load into a model without adapters"
+        )
+    known = adapter_options(config["method"])
+    for site in sites:
+        name = site.path
         old = modules.get(name)
         start = f"{_PREFIX}{name}.adapter."
         stored = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
         seen |= {start + key for key in stored}
         assert isinstance(old, (AdaptedLinear, nn.Linear))
         try:
-            adapter = kind(site, *shared, **options)
+            adapter = kind(site, *shared, **options[name])
         except (TypeError, ValueError) as error:
             raise InputError(f"{file}: {name} has options that {kind.name} does not take ({error})") from error
         for key, value in adapter.file_state().items():
@@ -300,28 +328,46 @@ def _plan_own(
                 _fitting(file, start + key, value, stored[key])
         try:
             adapter.load_file_state(stored)
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (IndexError, KeyError, RuntimeError, ValueError) as error:
             raise InputError(f"{file}: {name} is no {kind.name} adapter of this model ({error})") from error
+        for key, value in adapter.file_state().items():
+            _fitting(file, start + key, value, stored[key])  # assigning may have broadcast what was stored
+        adapter.to(old.weight.device)
+        adapter.options = options[name]
         if isinstance(old, QLoRALinear) and not old.rank and old.adapter is None:
             if kind.base is not Adapter.base:
                 raise InputError(
                     f"{file}: {kind.name} at {name} is over another weight than the 4-bit one of the model; load into "
                     "a model with dense weights"
                 )
-            adapter.options = dict(options)
             new = old.over_same(rank=0, dropout=config["lora_dropout"])
-            layers[name] = new_layers[id(old)] = new.attach(adapter.to(old.weight.device))
+            layers[name] = new_layers[id(old)] = new.attach(adapter)
         elif isinstance(old, AdaptedLinear):
-            if type(old.adapter) is not kind or not old.adapter.same_base(adapter):
+            mine = old.adapter
+            if type(mine) is kind:
+                held_options, given_options = ({**known, **one.options} for one in (mine, adapter))
+                others = [key for key in known if given_options[key] != held_options[key]]
+                if others:
+                    raise InputError(
+                        f"{file}: {name} has {kind.name} with "
+                        f"{', '.join(f'{key} {given_options[key]!r}' for key in others)}, the model with "
+                        f"{', '.join(f'{key} {held_options[key]!r}' for key in others)}; apply the adapter with the "
+                        "file's options, or load into a model without adapters"
+                    )
+            if type(mine) is not kind or not mine.same_base(adapter):
                 raise InputError(
-                    f"{file}: {name} of the model has {'another base' if type(old.adapter) is kind else 'no'} "
+                    f"{file}: {name} of the model has {'another base' if type(mine) is kind else 'no'} "
                     f"{kind.name} adapter; load into the model that it was saved from, or into one without adapters"
                 )
             layers[name] = old
             read = adapter.state_dict()
-            copies += [(target, read[key]) for key, target in old.adapter.state_dict().items()]
+            copies += [
+                (_fitting(file, start + key, target, read[key]), read[key]) for key, target in mine.state_dict().items()
+            ]
         else:
-            layers[name] = new_layers[id(old)] = adapter_over(old, adapter, options, dropout=config["lora_dropout"])
+            layers[name] = new_layers[id(old)] = adapter_over(
+                old, adapter, options[name], dropout=config["lora_dropout"]
+            )
     for key, value in tensors.items():
         if key not in seen:
             name, _, attribute = key.removeprefix(_PREFIX).rpartition(".")

@@ -1,5 +1,6 @@
 """PaCA: some columns of the weight train, and backward keeps those inputs alone (arXiv 2503.01905)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -45,6 +46,13 @@ class PaCA(Adapter):
             chosen = torch.randperm(self.site.in_features)[: self.rank].to(self.index.device)
         self.index.copy_(chosen.sort().values)
         nn.init.zeros_(self.values)
+
+    def load_file_state(self, state: Mapping[str, Tensor]) -> None:
+        """As `file_state` gave it. Raises: ValueError if a column is not one of the layer's."""
+        index = state["index"]
+        if not 0 <= int(index.min()) <= int(index.max()) < self.site.in_features:
+            raise ValueError(f"PaCA: index must be from 0 to {self.site.in_features - 1}, got {index.tolist()}")
+        super().load_file_state(state)
 
     def delta(self, layer: Layer) -> LowRank:
         """s·V at the chosen columns."""
