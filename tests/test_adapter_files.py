@@ -99,6 +99,31 @@ def test_ours_with_ranks_of_its_own_for_layers(tmp_path):
     torch.testing.assert_close(load_adapter(toy(), tmp_path)(X), model(X))
 
 
+def test_ranks_and_alphas_are_of_whole_paths(tmp_path):
+    torch.manual_seed(4)
+    layers = {"first": nn.Linear(8, 8), "fc": nn.Linear(8, 8), "block": nn.Sequential()}
+    layers["block"].add_module("fc", nn.Linear(8, 8))
+    plain = nn.Sequential()
+    for name, layer in layers.items():
+        plain.add_module(name, layer)
+    model = copy.deepcopy(plain)
+    apply_lora(model, "all-linear", rank=4, alpha=16, rank_pattern={"^fc": 2}, alpha_pattern={"^fc": 64})
+    for _, layer in adapted_layers(model):
+        nn.init.normal_(layer.lora_B)
+    save_adapter(model, tmp_path)
+    again = load_adapter(copy.deepcopy(plain), tmp_path)
+    found = {path: (layer.rank, layer.alpha) for path, layer in adapted_layers(again)}
+    assert found == {"first": (4, 16), "fc": (2, 64), "block.fc": (4, 16)}
+    torch.testing.assert_close(again(X), model(X))
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path).eval()
+    torch.testing.assert_close(theirs(X), model(X))
+    edit(tmp_path, rank_pattern={"fc": 2, "block.fc": 4}, alpha_pattern={"^fc": 64})  # as keys were before
+    with pytest.raises(InputError, match=r"block\.fc\.lora_A\.weight must have shape \(2, 8\)"):
+        load_adapter(copy.deepcopy(plain), tmp_path)
+    edit(tmp_path, rank_pattern={"block.fc": 4, "fc": 2})
+    torch.testing.assert_close(load_adapter(plain, tmp_path)(X), model(X))
+
+
 @pytest.mark.parametrize(
     "options",
     [

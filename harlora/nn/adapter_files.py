@@ -110,8 +110,9 @@ def save_adapter(model: nn.Module, path: Path | str, *, as_lora: bool = False) -
             "use_rslora": first.rslora and first.adapter is None,
             "use_dora": False,
             "fan_in_fan_out": False,
-            "rank_pattern": {name: own for name, own in ranks.items() if own != rank},
-            "alpha_pattern": {name: own for name, own in alphas.items() if own != alpha},
+            # From the beginning of the path, or a key would match every path that ends in it.
+            "rank_pattern": {f"^{re.escape(name)}": own for name, own in ranks.items() if own != rank},
+            "alpha_pattern": {f"^{re.escape(name)}": own for name, own in alphas.items() if own != alpha},
         }
     else:
         made = {name: layer.adapter for name, layer in layers.items() if layer.adapter is not None}
