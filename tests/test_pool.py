@@ -20,11 +20,13 @@ from harlora.nn import (
     QLoRALinear,
     Router,
     apply_adapter,
+    apply_lora,
     apply_qlora,
     load_adapter,
     merge_adapters,
     save_adapter,
 )
+from harlora.nn.linear import AdaptedLinear
 from harlora.train.finetune import load_classifier
 from harlora.train.pretrain import load_mae, load_pretrained, pretrain
 from small import FINETUNE, PRETRAIN
@@ -128,6 +130,93 @@ def test_what_cannot_be_pooled_is_refused(folders, tmp_path):
         save_adapter(apply_adapter(base(False), method, TARGETS, rank=2), tmp_path / method)
         with pytest.raises((ValueError, InputError), match=message):
             AdapterPool(base(True), {"one": tmp_path / method}, mixed=True)
+
+
+class Scaled(nn.Module):
+    """Trains a tensor of its own, around an adapted layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(16))
+        self.q = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.q(x * self.scale)
+
+
+class Twice(nn.Module):
+    """Holds one layer under two names, in one module and in another."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.other = nn.ModuleDict({"q": nn.Linear(16, 16)}), nn.ModuleDict()
+        self.first["again"] = self.other["q"] = self.first["q"]
+
+    def forward(self, x):
+        return self.other["q"](self.first["again"](self.first["q"](x).relu()).relu())
+
+
+MODELS = {
+    "root": Scaled,
+    "within": lambda: nn.Sequential(Scaled(), nn.ReLU(), nn.Linear(16, 4)),
+    "twice": Twice,
+    "torch": lambda: nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("kind", MODELS)
+def test_modules_of_all_kinds_are_pooled(kind, mixed, tmp_path):
+    def plain():
+        torch.manual_seed(2)
+        return MODELS[kind]().eval()
+
+    models = []
+    for seed in range(2):
+        models.append(apply_lora(plain(), ["q"] if kind != "torch" else ["linear1", "linear2"], rank=4))
+        for name, parameter in models[-1].named_parameters():
+            if name.endswith("scale") or "norm" in name:
+                parameter.requires_grad_(True)
+        save_adapter(trained(models[-1], seed).eval(), tmp_path / str(seed))
+    pool = AdapterPool(plain(), {str(seed): tmp_path / str(seed) for seed in range(2)}, mixed=mixed)
+    x = torch.randn(9, 5, 16)
+    index = torch.tensor([0, 1, 1, -1, -1, 0, 0, 1, -1])
+    with torch.no_grad():
+        expected = torch.stack([[*models, plain()][i](row[None])[0] for i, row in zip(index.tolist(), x, strict=True)])
+    torch.testing.assert_close(pool(x, index), expected, atol=2e-5, rtol=2e-5)
+    assert [isinstance(module, AdaptedLinear) for module in pool.modules()].count(True) == {
+        "root": 2, "within": 2, "twice": 0 if mixed else 2, "torch": 0 if mixed else 4
+    }[kind]  # fmt: skip
+
+
+def test_a_model_with_adapters_is_refused(folders):
+    for model in (apply_qlora(base(False), TARGETS, rank=2), apply_adapter(base(False), "dora", TARGETS)):
+        for mixed in (False, True):
+            with pytest.raises(ValueError, match="must be without adapters, got one at encoder.blocks.0.attention.q"):
+                AdapterPool(model, folders, mixed=mixed)
+        assert any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_tensors_with_two_names_are_not_written_to(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.q, self.b = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.q(self.a(x)))
+
+    torch.manual_seed(2)
+    model = Tied().eval()
+    before = copy.deepcopy(model.state_dict())
+    other = apply_lora(copy.deepcopy(model), ["q"], rank=2)
+    other.b.weight = nn.Parameter(torch.ones(16, 16))
+    save_adapter(other, tmp_path)
+    pool = AdapterPool(model, {"one": tmp_path}, mixed=False)
+    x = torch.randn(4, 16)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not torch.equal(pool(x, torch.zeros(4, dtype=torch.int64)), model(x))
 
 
 def test_adapters_of_any_method_take_turns(tmp_path):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from harlora.kernels import lora_pool_linear
 from harlora.nn.adapter_files import load_adapter, lora_change, stored_names
+from harlora.nn.apply import _run_every_layer, adapted_layers
 from harlora.nn.linear import AdaptedLinear, QLoRALinear
 
 
@@ -20,21 +21,27 @@ class AdapterPool(nn.Module):
     model: without adapters, its 4-bit layers `QLoRALinear` of rank 0, or dense; it becomes part of the pool. One set of
         frozen weights serves all adapters. It should be on its device already.
     adapters: folders that `save_adapter` or PEFT wrote, by name. What else they hold, such as a head, norms or biases,
-        is kept once for each and runs on its samples alone.
+        is kept once for each and runs on its samples alone; so does a module that trains tensors of its own with all
+        that is in it.
     mixed: all samples go through a layer together, whatever their adapters, which are of low rank and through one
         operator; or else the samples of each adapter go through the model by themselves, which then gives a tensor. By
         default the former on GPUs, for fewer launches (not timed on one yet), the latter on CPUs, where it is faster.
     names: the adapters, in the order that an index counts them.
 
     For inference: modules such as BatchNorm see the samples of one adapter as their batch.
-    Raises: InputError as `load_adapter`; ValueError if there are no adapters, or one that is to be mixed changes a
-    layer in more than by a low-rank matrix.
+    Raises: InputError as `load_adapter`; ValueError if there are no adapters, the model carries one, or one that is to
+    be mixed changes a layer in more than by a low-rank matrix.
     """
 
     def __init__(self, model: nn.Module, adapters: Mapping[str, Path | str], *, mixed: bool | None = None) -> None:
         super().__init__()
         if not adapters:
             raise ValueError("AdapterPool: adapters must name one folder or more, got none")
+        if found := [path for path, _ in adapted_layers(model)]:
+            raise ValueError(
+                f"AdapterPool: model must be without adapters, got one at {found[0] or 'the model itself'}; give the "
+                "model as it was before"
+            )
         self.names = tuple(adapters)
         self.rows = _Rows()
         model.requires_grad_(False).eval()
@@ -76,25 +83,35 @@ class AdapterPool(nn.Module):
 
 def _copied(model: nn.Module, folder: Path) -> nn.Module:
     """The model once more, all tensors shared but those that the adapter in ``folder`` has its own values of."""
-    own = stored_names(folder)
-    shared = {id(t): t for name, t in (*model.named_parameters(), *model.named_buffers()) if name not in own}
+    stored = stored_names(folder)
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    own = {id(tensor) for name, tensor in tensors if name in stored}  # it may have another name too
+    shared = {id(tensor): tensor for _, tensor in tensors if id(tensor) not in own}
     return copy.deepcopy(model, shared)
 
 
 def _mixed(model: nn.Module, loaded: list[nn.Module], rows: "_Rows") -> nn.Module:
     """``model`` with every module that the adapters change replaced by one that serves them all."""
-    own = dict(model.named_modules())
-    others = [dict(one.named_modules()) for one in loaded]
+    own = dict(model.named_modules(remove_duplicate=False))
+    pooled: dict[int, nn.Module] = {}  # by identity, since a module may be in several places
+    whole: tuple[str, ...] = ()  # beginnings of the paths within modules that each adapter has its own version of
     for path, module in own.items():
-        versions = [modules[path] for modules in others]
-        pooled: nn.Module | None = None
-        if any(isinstance(version, AdaptedLinear) for version in versions):
-            pooled = _PooledLinear(path, module, versions, rows)
-        elif any(_differs(module, version) for version in versions):
-            pooled = _PooledModule(module, versions, rows)
-        if pooled is not None:
-            parent, _, name = path.rpartition(".")
-            setattr(own[parent], name, pooled)
+        if path.startswith(whole):
+            continue
+        versions = [one.get_submodule(path) for one in loaded]
+        if id(module) not in pooled:
+            if any(isinstance(version, AdaptedLinear) for version in versions):
+                pooled[id(module)] = _PooledLinear(path, module, versions, rows)
+            elif any(_differs(module, version) for version in versions):
+                pooled[id(module)] = _PooledModule(module, versions, rows)
+            else:
+                continue
+        whole += (f"{path}.",)
+        if not path:
+            return pooled[id(module)]
+        parent, _, name = path.rpartition(".")
+        setattr(own[parent], name, pooled[id(module)])
+    _run_every_layer(model)
     return model
 
 
