@@ -334,6 +334,20 @@ def test_every_trained_rank_can_be_served(method):
     assert all(not torch.equal(one, other) for one, other in pairwise(outputs))
 
 
+@pytest.mark.parametrize("method", ["matryoshka", "dylora"])
+def test_merging_and_files_of_a_model_in_training_have_what_is_served(method, tmp_path):
+    model = adapted(method, rank=8)
+    train(model)
+    expected = model(windows())
+    for _ in range(4):
+        assert not torch.allclose(model.train()(windows()), expected, atol=1e-4)
+        merged = merge_adapters(copy.deepcopy(model))
+        torch.testing.assert_close(merged.eval()(windows()), expected, atol=2e-5, rtol=2e-5)
+        save_adapter(model, tmp_path, as_lora=True)
+        plain = load_adapter(pretrained(), tmp_path).eval()
+        torch.testing.assert_close(plain(windows()), expected, atol=2e-5, rtol=2e-5)
+
+
 def changes_of(model):
     return [layer.merge().weight - layer.base_weight() for _, layer in adapted_layers(model)]
 

@@ -138,6 +138,10 @@ class Adapter(nn.Module):
         """The change of the weight, differentiable in the adapter's parameters."""
         return None
 
+    def served_delta(self, layer: Layer) -> LowRank | None:
+        """What `delta` is outside of training, whatever the mode."""
+        return self.delta(layer)
+
     def gain(self, layer: Layer, delta: LowRank | None) -> Gain | None:
         """The gains, differentiable in the adapter's parameters."""
         return None
@@ -157,7 +161,7 @@ class Adapter(nn.Module):
         """What the layer's own weight, not that which was frozen, changes by, where that is low-rank; or None."""
         if type(self).base is not Adapter.base or not self._only_low_rank():
             return None
-        return self.delta(layer)
+        return self.served_delta(layer)
 
     def same_base(self, other: "Adapter") -> bool:
         """Whether an adapter of the same method is over the same frozen weight, given the same layer."""
@@ -199,7 +203,7 @@ class Adapter(nn.Module):
         bias: Tensor | None = layer.bias
         wide = torch.promote_types(weight.dtype, torch.float32)
         weight = weight.to(wide)
-        delta = self.delta(layer)
+        delta = self.served_delta(layer)
         gain = self.gain(layer, delta) or Gain()
         if delta is not None:
             weight = weight + delta.dense().to(wide)

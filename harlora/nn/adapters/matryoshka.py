@@ -42,6 +42,10 @@ class Nested(LoRA):
         """In training that of `trained`, otherwise that of ``served``."""
         return self.trained() if self.training else self.cut(self.served)
 
+    def served_delta(self, layer: Layer) -> LowRank:
+        """That of ``served``."""
+        return self.cut(self.served)
+
     def trained(self) -> LowRank:
         """The change in a training step."""
         raise NotImplementedError
