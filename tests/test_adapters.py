@@ -334,13 +334,30 @@ def test_every_trained_rank_can_be_served(method):
     assert all(not torch.equal(one, other) for one, other in pairwise(outputs))
 
 
+def test_dylora_draws_one_rank_for_all_layers(tmp_path):
+    model = adapted("dylora", rank=8, rank_pattern={"fc1": 2})
+    train(model)
+    save_adapter(model, tmp_path)
+    used = []
+    for one in (model, copy.deepcopy(model), load_adapter(pretrained(), tmp_path)):
+        trained = {path: layer.adapter for path, layer in adapted_layers(one.train())}
+        for _ in range(30):
+            one(windows(1)).square().sum().backward()
+            ranks = {path: int(adapter.B.grad.any(dim=0).sum()) for path, adapter in trained.items()}
+            (rank,) = {rank for path, rank in ranks.items() if not path.endswith("fc1")}
+            assert {rank for path, rank in ranks.items() if path.endswith("fc1")} == {1 if rank < 4 else 2}
+            used.append(rank)
+            one.zero_grad()
+    assert set(used) == {1, 2, 4, 8}
+
+
 @pytest.mark.parametrize("method", ["matryoshka", "dylora"])
 def test_merging_and_files_of_a_model_in_training_have_what_is_served(method, tmp_path):
     model = adapted(method, rank=8)
     train(model)
     expected = model(windows())
     for _ in range(4):
-        assert not torch.allclose(model.train()(windows()), expected, atol=1e-4)
+        model.train()(windows())
         merged = merge_adapters(copy.deepcopy(model))
         torch.testing.assert_close(merged.eval()(windows()), expected, atol=2e-5, rtol=2e-5)
         save_adapter(model, tmp_path, as_lora=True)

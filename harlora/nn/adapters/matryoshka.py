@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harlora.nn.adapters.adapter import Layer, LowRank, Site
 from harlora.nn.adapters.lora import LoRA
@@ -66,8 +66,28 @@ class MatryoshkaLoRA(Nested):
         return LowRank(self.factors.sum(dim=0)[:, None] * self.A, self.B)
 
 
+class Draw(nn.Module):
+    """The random number that decides the rank of all layers, until the layer that ran first runs again."""
+
+    number: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("number", torch.zeros(1), persistent=False)
+        self.first: int | None = None
+
+    def of(self, index: int) -> Tensor:
+        """The number, ``(1,)``, from 0 to below 1, for the layer of that index; it is drawn anew for the first one."""
+        if self.first is None:
+            self.first = index
+        if self.first == index:
+            self.number.uniform_()
+        return self.number
+
+
 class DyLoRA(Nested):
-    """In each training step one of the ranks, drawn at random (Valipour et al. 2023, arXiv 2210.07558).
+    """In each pass of training one of the ranks, drawn at random, the same in all layers (Valipour et al. 2023, arXiv
+    2210.07558).
 
     ranks: those that can be served, the highest being ``rank``; by default the powers of 2 up to it.
     """
@@ -75,10 +95,33 @@ class DyLoRA(Nested):
     name = "dylora"
     title = "DyLoRA"
 
+    def __init__(
+        self,
+        site: Site,
+        bank: nn.Module,
+        *,
+        rank: int = 8,
+        alpha: float = 16.0,
+        rslora: bool = False,
+        ranks: Sequence[int] = (),
+    ) -> None:
+        super().__init__(site, rank=rank, alpha=alpha, rslora=rslora, ranks=ranks)
+        self.shared = [bank]  # in a list, so that it is a part of the first layer's adapter alone
+        if site.index == 0:
+            self.draw = bank
+
+    @classmethod
+    def bank(cls, sites: Sequence[Site], **_: object) -> nn.Module:
+        """What the ranks are drawn by."""
+        return Draw()
+
     def trained(self) -> LowRank:
         """One rank, drawn from torch's random numbers; its other rows times zero, so that shapes never change."""
-        drawn = torch.randint(len(self.ranks), (1,), device=self.A.device)
-        return LowRank(self.factors[drawn].view(-1, 1) * self.A, self.B)
+        draw = self.shared[0]
+        assert isinstance(draw, Draw)
+        number = draw.of(self.site.index).to(self.A.device)
+        which = (number * len(self.ranks)).long()
+        return LowRank(self.factors[which].view(-1, 1) * self.A, self.B)
 
 
 def aurac(scores: Sequence[float], ranks: Sequence[int]) -> float:
