@@ -144,6 +144,45 @@ def test_peft_adapter_loads_into_a_plain_model(tmp_path, options):
     assert ours.q.dropout == options.get("lora_dropout", 0.0)
 
 
+def initialised(init, tmp_path):
+    """A trained adapter of PEFT, and the folder of the same before training."""
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, init_lora_weights=init)
+    model = peft.get_peft_model(toy(), config).eval()
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "initial")
+    model.peft_config["default"].init_lora_weights = init
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model, tmp_path / "initial"
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "mica"])
+def test_peft_adapters_over_the_models_own_weight_load(tmp_path, init):
+    theirs, _ = initialised(init, tmp_path)
+    theirs.save_pretrained(tmp_path)
+    torch.testing.assert_close(load_adapter(toy(), tmp_path)(X), theirs(X))
+
+
+@pytest.mark.filterwarnings("ignore:.* changes the base weights of the model:UserWarning")  # PEFT's, converting
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_peft_adapters_over_a_weight_that_peft_changed_are_refused_unless_converted(tmp_path, init):
+    theirs, before = initialised(init, tmp_path)
+    expected = theirs(X)
+    theirs.save_pretrained(tmp_path)
+    refused(toy(), tmp_path, f"init_lora_weights must be True or .*, got '{init}'; .*path_initial_model_for_weight_con")
+    theirs.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=before)
+    torch.testing.assert_close(load_adapter(toy(), tmp_path / "converted")(X), expected)
+
+
+@pytest.mark.parametrize("key", ["velora_config", "monteclora_config", "kasa_config"])
+def test_variants_of_peft_are_refused(tmp_path, key):
+    edit(saved(tmp_path), **{key: {"beta": 1e-4}})
+    refused(toy(), tmp_path, f"{key} must be None, got")
+
+
 def test_peft_adapter_loads_over_a_4_bit_base(tmp_path):
     theirs = in_peft()
     theirs.save_pretrained(tmp_path)
@@ -236,7 +275,7 @@ PREFIX = "base_model.model.q.lora_A.weight"
             ),
             "not a complete safetensors file",
         ),
-        (lambda f: edit(f, use_dora=True), "use_dora must be False, got True"),
+        (lambda f: edit(f, use_dora=True), "use_dora must be False or None, got True"),
         (lambda f: edit(f, peft_type="IA3"), "peft_type must be 'LORA', got 'IA3'"),
         (lambda f: edit_tensors(f, lambda t: t.pop(PREFIX)), "q has no lora_A; the file is incomplete"),
         (lambda f: edit_tensors(f, lambda t: t.update({PREFIX: torch.ones(3, 9)})), r"must have shape \(3, 8\)"),

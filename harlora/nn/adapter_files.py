@@ -39,6 +39,10 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "trainable_token_indices": (None,),
     "use_bdlora": (False, None),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+    "kasa_config": (None,),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),  # others change the base
 }
 
 
@@ -181,7 +185,14 @@ def load_adapter(model: Model, path: Path | str) -> Model:
                 raise InputError(f"{folder / CONFIG_FILE}: has no {key}; {remedy}")
         for key, values in _MUST_BE.items():
             if config.get(key, values[0]) not in values:
-                raise InputError(f"{folder / CONFIG_FILE}: {key} must be {values[0]!r}, got {config[key]!r}")
+                convert = (
+                    "; the adapter is over a weight that PEFT changed: write it with save_pretrained(folder, "
+                    "path_initial_model_for_weight_conversion=...)"
+                )
+                raise InputError(
+                    f"{folder / CONFIG_FILE}: {key} must be {' or '.join(map(repr, values))}, got {config[key]!r}"
+                    f"{convert if key == 'init_lora_weights' else ''}"
+                )
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
     except FileNotFoundError as error:
