@@ -450,6 +450,43 @@ def test_adalora_ends_with_its_budget_and_takes_it_from_a_layer_that_does_nothin
     assert sum(ranks.values()) == 6
 
 
+def test_adalora_goes_on_between_its_last_count_and_its_last_choice():
+    torch.manual_seed(3)
+    model = apply_adapter(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8)), "adalora", ["0", "2"], rank=4)
+    with torch.no_grad():
+        for _, layer in adapted_layers(model):
+            for parameter in layer.adapter.parameters():
+                parameter.normal_(std=0.3)
+
+    def step(model, optimizer, by_step, number):
+        torch.manual_seed(3000 + number)
+        optimizer.zero_grad()
+        F.mse_loss(model(torch.randn(8, 16)), torch.randn(8, 8)).backward()
+        optimizer.step()
+        by_step.after_step(number / 100)
+
+    def adam(model):
+        return torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+    optimizer, by_step = adam(model), schedule(model)
+    for number in range(1, 64):
+        step(model, optimizer, by_step, number)
+    assert int(by_step.kept.sum()) == by_step.number(1.0)  # before end, which is 0.7
+    resumed = copy.deepcopy(model)
+    other_optimizer, other = adam(resumed), schedule(resumed)
+    other_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other.load({name: value.clone() for name, value in by_step.state().items()})
+    moved = False
+    for number in range(64, 101):
+        before = by_step.kept.clone()
+        step(model, optimizer, by_step, number)
+        step(resumed, other_optimizer, other, number)
+        moved |= not torch.equal(by_step.kept, before)
+    assert moved
+    for value, again in zip(model.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(value, again)
+
+
 def test_whole_parts_are_proportional_within_their_limits():
     assert shares([1, 1, 1, 1], 16, 8) == [4, 4, 4, 4]
     assert shares([6, 3, 1], 20, 16) == [12, 6, 2]

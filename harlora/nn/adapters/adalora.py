@@ -99,14 +99,16 @@ class Budget:
         self.final = False
 
     def state(self) -> dict[str, Tensor]:
-        """Which are kept, and what their importance is smoothed from."""
-        return {"kept": self.kept, "sensitivity": self.sensitivity, "uncertainty": self.uncertainty}
+        """Which are kept, whether for good, and what their importance is smoothed from."""
+        smoothed = {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty}
+        return {"kept": self.kept, **smoothed, "final": torch.tensor(self.final)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave."""
-        for name, value in self.state().items():
+        for value, name in ((self.kept, "kept"), (self.sensitivity, "sensitivity"), (self.uncertainty, "uncertainty")):
             value.copy_(state[name])
-        self.final = int(self.kept.sum()) == self.number(1.0)
+        # States of before did not say. The count alone does not: rounded, it is the last one before ``end``.
+        self.final = bool(state["final"]) if "final" in state else int(self.kept.sum()) == self.number(1.0)
 
     @torch.no_grad()
     def after_step(self, done: float) -> None:
