@@ -139,6 +139,26 @@ def test_training_moves_the_adapter_and_nothing_else(method, quantize):
     assert not still
 
 
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_models_of_other_dtypes(method, dtype):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4)).to(dtype)
+    x = torch.randn(5, 16).to(dtype)
+    statistics = {"0": Statistics(torch.randn(12, 16), torch.rand(12, 16), 1.0)}
+    for quantize in (False, True)[: 1 if dtype == torch.float64 else 2]:  # 4 bits are of float32 or less
+        options = {} if method == "ia3" else {"rank": 4}
+        model = apply_adapter(
+            copy.deepcopy(plain), method, ["0"], quantize=quantize, statistics=statistics, **options
+        )  # fmt: skip
+        y = model(x)
+        y.sum().backward()
+        assert y.dtype == dtype
+        merged = merge_adapters(model)(x)
+        assert merged.dtype == dtype
+        torch.testing.assert_close(merged, y, atol=0.05, rtol=0.02)
+
+
 COUNTS = {  # numbers that train at one layer, by rank, in_features and out_features
     "lora": lambda r, i, o: r * (i + o),
     "adalora": lambda r, i, o: r * (i + o + 1),

@@ -148,6 +148,24 @@ def test_casting_the_model_leaves_the_scales_alone():
     assert layer.bfloat16()(torch.randn(2, 96).bfloat16()).dtype == torch.bfloat16
 
 
+@KINDS
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_layer_that_was_cast_merges_to_one_of_that_dtype(kind, bias, dtype):
+    cls = QLoRALinear if kind == "qlora" else LoRALinear
+    layer = cls.from_linear(nn.Linear(96, 40, bias=bias))
+    nn.init.normal_(layer.lora_B, std=0.1)
+    state, x = layer.state_dict(), torch.randn(3, 96).to(dtype)
+    expected = layer(x.float()).to(dtype)
+    for one in (layer.to(dtype), cls.from_linear(nn.Linear(96, 40, bias=bias)).to(dtype)):
+        one.load_state_dict(state)
+        assert {tensor.dtype for tensor in one.merge().state_dict().values()} == {dtype}
+        torch.testing.assert_close(one.merge()(x), expected, atol=0.05, rtol=0.02)
+    again = cls.from_linear(nn.Linear(96, 40, bias=bias))
+    again.load_state_dict(layer.state_dict())
+    assert again.float().merge().weight.dtype == torch.float32
+
+
 def test_half_precision_weights_keep_their_dtype_and_train_float32_adapters():
     layer = QLoRALinear.from_linear(nn.Linear(96, 40).bfloat16())
     assert layer.lora_A.dtype == torch.float32

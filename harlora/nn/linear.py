@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from harlora.kernels import QuantizedWeight, dequantize_4bit, eager, gpu, qlora_linear, quantize_4bit
 from harlora.kernels.dropout import draw_seed
-from harlora.kernels.format import check_format
+from harlora.kernels.format import WEIGHT_DTYPES, check_format
 from harlora.nn.adapters.adapter import Adapter, LowRank
 
 
@@ -308,11 +309,16 @@ class QLoRALinear(AdaptedLinear):
             after = getattr(self, name)
             if value is not None and after.dtype != value.dtype:
                 setattr(self, name, value.to(after.device))
+        # What the weight is decoded to is cast with the rest, of which bias and adapter are in that type then.
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.weight.device)).dtype
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update(self.quantized_weight().state_dict(prefix + "weight"))
+        quantized = self.quantized_weight()
+        if quantized.dtype not in WEIGHT_DTYPES:  # after double(), which the format does not know
+            quantized = replace(quantized, dtype=torch.float32)
+        destination.update(quantized.state_dict(prefix + "weight"))
 
     def _load_from_state_dict(
         self,
@@ -338,7 +344,9 @@ class QLoRALinear(AdaptedLinear):
             error_msgs.append(str(error))
         else:
             copied = {name: tensor.clone() for name, tensor in quantized.to(self.weight.device).tensors().items()}
-            self._hold(QuantizedWeight(**{**vars(quantized), **copied}))
+            # As a parameter keeps its dtype, whatever that of the stored one, unless it is replaced.
+            dtype = quantized.dtype if local_metadata.get("assign_to_params_buffers") else self.weight_dtype
+            self._hold(QuantizedWeight(**{**vars(quantized), **copied, "dtype": dtype}))
 
     def extra_repr(self) -> str:
         """The layer's settings, for ``repr``."""

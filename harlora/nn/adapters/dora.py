@@ -39,8 +39,10 @@ class DoRA(LoRA):
         if quantized is not None:
             return dora_norm(quantized(), self.A, self.B, self.scale)
         weight = layer.base_weight()
-        cross = (self.B * (weight @ self.A.T)).sum(dim=1)
-        gram = (self.B @ (self.A @ self.A.T) * self.B).sum(dim=1)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        weight, A, B = (tensor.to(wide) for tensor in (weight, self.A, self.B))
+        cross = (B * (weight @ A.T)).sum(dim=1)
+        gram = (B @ (A @ A.T) * B).sum(dim=1)
         return (weight.square().sum(dim=1) + 2 * self.scale * cross + self.scale**2 * gram).clamp(min=0).sqrt()
 
     def forward(self, layer: Layer, x: Tensor) -> Tensor:
