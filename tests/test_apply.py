@@ -10,6 +10,7 @@ import harlora
 from harlora import LoRALinear, QLoRALinear, apply_lora, apply_qlora, merge_adapters
 from harlora.models import MAE, Classifier
 from harlora.nn import adapted_layers, apply_adapter, load_adapter, save_adapter
+from harlora.nn.apply import schedule
 
 
 class Toy(nn.Module):
@@ -168,6 +169,33 @@ def test_a_second_adapter_is_refused(apply):
     model = apply(Toy(), ["q"])
     with pytest.raises(ValueError, match="q carries an adapter already"):
         apply(model, ["q"])
+
+
+def test_adapters_of_other_layers_stay_as_they_are():
+    def trained(model):
+        return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    model = apply_lora(Toy(), ["q"])
+    first = {"q.lora_A", "q.lora_B"}
+    apply_adapter(model, "lora", ["blocks.0.fc1"], frozen_A=True)
+    second = first | {"blocks.0.fc1.adapter.B"}
+    assert trained(model) == second
+    model.q.bias.requires_grad_(True)
+    assert trained(apply_qlora(model, ["head"])) == second | {"head.lora_A", "head.lora_B"}
+
+
+def test_of_several_methods_one_may_have_a_schedule():
+    for methods in (["lora", "adalora"], ["adalora", "lora"]):
+        model = Toy()
+        for method, target in zip(methods, ["q", "head"], strict=True):
+            apply_adapter(model, method, [target], rank=2)
+        (adapter,) = schedule(model).adapters
+        assert adapter.name == "adalora"
+    apply_adapter(model, "squeeze", ["blocks.0.fc1"])
+    with pytest.raises(ValueError, match="got adalora and squeeze; train them apart"):
+        schedule(model)
+    assert schedule(apply_adapter(Toy(), "dora", ["q"])) is None
+    assert schedule(Toy()) is None
 
 
 def test_the_model_itself_cannot_be_replaced():

@@ -42,6 +42,7 @@ def apply_lora(
 ) -> Model:
     """``model`` itself, its target layers replaced by `LoRALinear`, all parameters but the adapters frozen.
 
+    Adapters that other layers have already stay as they are.
     target_modules, rank_pattern, alpha_pattern, Raises: as in `apply_qlora`.
     """
 
@@ -73,6 +74,7 @@ def apply_qlora(
 ) -> Model:
     """``model`` itself, its target layers replaced by `QLoRALinear`, all parameters but the adapters frozen.
 
+    Adapters that other layers have already stay as they are.
     target_modules: as in PEFT. A list of names, each matching a layer whose path is it or ends in ``.`` and it; or a
     regular expression that a whole path must match; or ``"all-linear"``.
     rank_pattern, alpha_pattern: as in PEFT, other values for the layers whose path a key matches, as a regular
@@ -114,8 +116,9 @@ def apply_adapter(
     start: bool = True,
     **options: Any,
 ) -> Model:
-    """``model`` itself, its target layers with adapters of ``method``, all other parameters frozen.
+    """``model`` itself, its target layers with adapters of ``method``, all parameters but adapters frozen.
 
+    Adapters that other layers have already stay as they are.
     method: a name in `harlora.nn.adapters.ADAPTERS`. quantize: over weights in 4 bits (quant_type, blocksize,
     double_quant), or else over the dense ones. dropout: on the input of the low-rank branch. statistics: of each target
     layer as `gather_statistics` has them, for the methods that start from data. start: without, new adapters wait for
@@ -152,7 +155,7 @@ def apply_adapter(
         replacements[id(linear)] = adapter_over(
             linear, adapter, chosen, dropout=dropout, four_bits=four_bits if quantize else None
         )
-    model.requires_grad_(False)
+    _freeze(model)
     _swap(model, replacements)
     return model
 
@@ -235,9 +238,20 @@ def penalty(model: nn.Module) -> Callable[[], Tensor] | None:
 
 
 def schedule(model: nn.Module) -> Schedule | None:
-    """What the adapters of ``model`` want done after each step of training, or None."""
-    layers = [layer for _, layer in adapted_layers(model) if layer.adapter is not None]
-    return type(layers[0].adapter).schedule(layers) if layers else None  # type: ignore[union-attr]
+    """What the adapters of ``model`` want done after each step of training, or None.
+
+    Raises: ValueError if those of several methods want something.
+    """
+    layers: dict[type[Adapter], list[AdaptedLinear]] = {}
+    for _, layer in adapted_layers(model):
+        if layer.adapter is not None:
+            layers.setdefault(type(layer.adapter), []).append(layer)
+    wanting = [kind for kind in layers if kind.schedule.__func__ is not Adapter.schedule.__func__]  # type: ignore[attr-defined]
+    if len(wanting) > 1:
+        raise ValueError(
+            f"schedule: one method may have one, got {' and '.join(kind.name for kind in wanting)}; train them apart"
+        )
+    return wanting[0].schedule(layers[wanting[0]]) if wanting else None
 
 
 def adapter_over(
@@ -336,9 +350,20 @@ def _replace(
 ) -> Model:
     # A layer that the model holds under two paths stays one layer.
     replacements = {id(layer): adapt(path, layer) for path, layer in _targets(function, model, target_modules)}
-    model.requires_grad_(False)
+    _freeze(model)
     _swap(model, replacements)
     return model
+
+
+def _freeze(model: nn.Module) -> None:
+    """All parameters but those of adapters that are there already, which stay as they are."""
+    adapters: set[int] = set()
+    for _, layer in adapted_layers(model):
+        own = layer.adapter.parameters() if layer.adapter is not None else (layer.lora_A, layer.lora_B)
+        adapters |= {id(parameter) for parameter in own}
+    for parameter in model.parameters():
+        if id(parameter) not in adapters:
+            parameter.requires_grad_(False)
 
 
 def _swap(model: nn.Module, replacements: dict[int, AdaptedLinear] | dict[int, nn.Linear]) -> None:
