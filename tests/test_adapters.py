@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from harlora.errors import InputError
 from harlora.models import MAEConfig
 from harlora.models.mae import Encoder
 from harlora.nn import adapted_layers, at_rank, gather_statistics, load_adapter, merge_adapters, save_adapter
@@ -22,7 +23,7 @@ from harlora.nn.adapters.matryoshka import aurac
 from harlora.nn.adapters.one_bit import binary
 from harlora.nn.adapters.post import average, intruders, linear_cka, squeeze, without_intruders
 from harlora.nn.adapters.tsqlora import shares
-from harlora.nn.apply import apply_adapter, apply_qlora, schedule
+from harlora.nn.apply import apply_adapter, apply_lora, apply_qlora, schedule
 
 CONFIG = MAEConfig(patch_size=16, width=64, depth=2, heads=2, ffn=96)
 TARGETS = ["q", "k", "v", "o", "fc1", "fc2"]
@@ -285,6 +286,24 @@ def test_squeezing_gives_the_truncated_svd():
         squeeze(before, 7)
 
 
+def test_squeezing_a_change_of_more_ranks_than_its_matrix_has():
+    before = change(rank=9, out=4, into=6)
+    for rank in (4, 5, 9):
+        after = squeeze(before, rank)
+        assert after.A.shape == (4, 6)
+        torch.testing.assert_close(after.dense(), before.dense(), atol=1e-4, rtol=1e-4)
+    layer = apply_adapter(nn.Sequential(nn.Linear(6, 4)), "squeeze", ["0"], rank=1, first_rank=9)[0]
+    nn.init.normal_(layer.adapter.B)
+    whole = layer.adapter.delta(layer).dense()
+    layer.adapter.squeeze(7)
+    torch.testing.assert_close(layer.adapter.delta(layer).dense(), whole, atol=1e-4, rtol=1e-4)
+    model = apply_lora(nn.Sequential(nn.Linear(6, 4)), ["0"], rank=9)
+    nn.init.normal_(model[0].lora_B)
+    merged = model[0].merge().weight
+    with at_rank(model, 8, squeezed=True):
+        torch.testing.assert_close(model[0].merge().weight, merged, atol=1e-4, rtol=1e-4)
+
+
 def test_a_planted_intruder_is_the_only_one_found():
     torch.manual_seed(2)
     U, _, Vt = torch.linalg.svd(torch.randn(40, 30))
@@ -383,6 +402,33 @@ def test_merging_and_files_of_a_model_in_training_have_what_is_served(method, tm
         save_adapter(model, tmp_path, as_lora=True)
         plain = load_adapter(pretrained(), tmp_path).eval()
         torch.testing.assert_close(plain(windows()), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("method", ["matryoshka", "dylora"])
+def test_the_rank_that_is_served_is_in_files_and_never_exceeded(method, tmp_path):
+    model = adapted(method, rank=8)
+    train(model)
+    at_2, squeezed = {}, {}
+    for served in (8, 4):
+        for _, layer in adapted_layers(model):
+            layer.adapter.served = served
+        with at_rank(model, 2):
+            at_2[served] = model(windows())
+        with at_rank(model, 4, squeezed=True):
+            squeezed[served] = model(windows())
+    torch.testing.assert_close(at_2[4], at_2[8])
+    now = model(windows())
+    torch.testing.assert_close(squeezed[4], now, atol=1e-5, rtol=1e-4)
+    with at_rank(model, 8):
+        torch.testing.assert_close(model(windows()), now)
+    save_adapter(model, tmp_path)
+    fresh = load_adapter(pretrained(), tmp_path).eval()
+    assert torch.equal(fresh(windows()), now)
+    assert torch.equal(load_adapter(adapted(method, rank=8, served=4), tmp_path).eval()(windows()), now)
+    with pytest.raises(InputError, match=f"{method} with served 4, the model with served 0"):
+        load_adapter(adapted(method, rank=8), tmp_path)
+    with pytest.raises(ValueError, match="served must be from 1 to rank=8, got 9"):
+        layer.adapter.served = 9
 
 
 def changes_of(model):

@@ -311,17 +311,20 @@ def at_rank(model: nn.Module, rank: int, *, squeezed: bool = False) -> Iterator[
         if adapter is None:
             assert layer.lora_A is not None
             assert layer.lora_B is not None
-            A, B, scale = layer.lora_A, layer.lora_B, layer.scaling
+            A, B = layer.lora_A, layer.lora_B
+            change = LowRank(A, B, layer.scaling)
         elif type(adapter) is LoRA or isinstance(adapter, Nested):
-            A, B, scale = adapter.A, adapter.B, adapter.scale
+            A, B = adapter.A, adapter.B
+            change = adapter.cut(adapter.served) if isinstance(adapter, Nested) else LowRank(A, B, adapter.scale)
         else:
             raise ValueError(f"at_rank: {adapter.name} at {path} cannot be cut; required lora, matryoshka or dylora")
-        least = min(rank, len(A))
-        change = LowRank(A[:least], B[:, :least], scale)
+        least, scale = min(rank, len(change.A)), change.scale
         if squeezed:
-            change = squeeze(LowRank(A, B, scale), least)
+            change = squeeze(change, least)
         elif isinstance(adapter, Nested):
             change = adapter.cut(least)
+        else:
+            change = LowRank(A[:least], B[:, :least], scale)
         lowered.append((A, B, change, scale))
     with torch.no_grad():
         before = [(A.clone(), B.clone()) for A, B, *_ in lowered]

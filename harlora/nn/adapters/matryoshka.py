@@ -13,22 +13,40 @@ class Nested(LoRA):
     """A LoRA whose first q rows and columns, times its own factor for rank q, are an adapter of rank q.
 
     ranks: those it is trained for, the highest being ``rank``; by default the powers of 2 up to it.
-    served: the rank that is used outside of training, ``rank`` at first.
+    served: the rank that is used outside of training, by default ``rank``; it may be set at any time.
     """
 
     factors: Tensor
 
     def __init__(
-        self, site: Site, *, rank: int = 8, alpha: float = 16.0, rslora: bool = False, ranks: Sequence[int] = ()
+        self,
+        site: Site,
+        *,
+        rank: int = 8,
+        alpha: float = 16.0,
+        rslora: bool = False,
+        ranks: tuple[int, ...] = (),
+        served: int = 0,
     ) -> None:
         super().__init__(site, rank=rank, alpha=alpha, rslora=rslora)
         self.ranks = tuple(ranks) or (*(2**k for k in range(rank.bit_length()) if 2**k < rank), rank)
         if sorted(set(self.ranks)) != list(self.ranks) or self.ranks[0] < 1 or self.ranks[-1] != rank:
             raise ValueError(f"{type(self).__name__}: ranks must rise from 1 or more to rank={rank}, got {self.ranks}")
         self.alpha, self.rslora = alpha, rslora
-        self.served = rank
+        self.served = served or rank
         factors = [[self.factor(q) * (row < q) for row in range(rank)] for q in self.ranks]
         self.register_buffer("factors", torch.tensor(factors), persistent=False)  # of each row, by trained rank
+
+    @property
+    def served(self) -> int:
+        """The rank that is used outside of training."""
+        return int(self.options.get("served") or self.rank)
+
+    @served.setter
+    def served(self, rank: int) -> None:
+        if not 1 <= rank <= self.rank:
+            raise ValueError(f"{type(self).__name__}: served must be from 1 to rank={self.rank}, got {rank}")
+        self.options["served"] = 0 if rank == self.rank else rank  # as an option, so that files have it
 
     def factor(self, rank: int) -> float:
         """The scaling at ``rank``."""
@@ -55,7 +73,8 @@ class MatryoshkaLoRA(Nested):
     """ΔW = B·diag(P)·A in training, P_i the sum of the factors of all ranks that have row i: every rank learns in every
     step (IST-DASLab/MatryoshkaLoRA, algorithm 1).
 
-    ranks: those that can be served, the highest being ``rank``; by default the powers of 2 up to it.
+    ranks: those that can be served, the highest being ``rank``; by default the powers of 2 up to it. served: the one
+    that is used outside of training, by default ``rank``.
     """
 
     name = "matryoshka"
@@ -89,7 +108,8 @@ class DyLoRA(Nested):
     """In each pass of training one of the ranks, drawn at random, the same in all layers (Valipour et al. 2023, arXiv
     2210.07558).
 
-    ranks: those that can be served, the highest being ``rank``; by default the powers of 2 up to it.
+    ranks: those that can be served, the highest being ``rank``; by default the powers of 2 up to it. served: the one
+    that is used outside of training, by default ``rank``.
     """
 
     name = "dylora"
@@ -103,9 +123,10 @@ class DyLoRA(Nested):
         rank: int = 8,
         alpha: float = 16.0,
         rslora: bool = False,
-        ranks: Sequence[int] = (),
+        ranks: tuple[int, ...] = (),
+        served: int = 0,
     ) -> None:
-        super().__init__(site, rank=rank, alpha=alpha, rslora=rslora, ranks=ranks)
+        super().__init__(site, rank=rank, alpha=alpha, rslora=rslora, ranks=ranks, served=served)
         self.shared = [bank]  # in a list, so that it is a part of the first layer's adapter alone
         if site.index == 0:
             self.draw = bank

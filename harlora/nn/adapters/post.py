@@ -11,7 +11,8 @@ from harlora.nn.adapters.adapter import LowRank
 def squeeze(change: LowRank, rank: int) -> LowRank:
     """The nearest change of at most ``rank``, by the singular value decomposition of scale·B·A, which is not formed.
 
-    With B = Q_b·R_b and Aᵀ = Q_a·R_a it is that of the small R_b·R_aᵀ. Source: LoRA-Squeeze (arXiv 2602.10993).
+    Of lower rank where the matrix has no more. With B = Q_b·R_b and Aᵀ = Q_a·R_a it is that of the small R_b·R_aᵀ.
+    Source: LoRA-Squeeze (arXiv 2602.10993).
 
     Raises: ValueError unless ``rank`` is from 1 to that of the change.
     """
@@ -20,6 +21,7 @@ def squeeze(change: LowRank, rank: int) -> LowRank:
     Qb, Rb = torch.linalg.qr(change.B.double())
     Qa, Ra = torch.linalg.qr(change.A.double().T)
     U, S, Vt = torch.linalg.svd(change.scale * Rb @ Ra.T)
+    rank = min(rank, len(S))
     root = S[:rank].sqrt()
     A = root[:, None] * (Vt[:rank] @ Qa.T)
     return LowRank(A.to(change.A.dtype), ((Qb @ U[:, :rank]) * root).to(change.B.dtype))

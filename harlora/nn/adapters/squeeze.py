@@ -55,8 +55,8 @@ class LoRASqueeze(LoRA):
         held = int(self.held)
         if rank < held:
             smaller = squeeze(LowRank(self.A[:held], self.B[:, :held]), rank)
-            self.A.zero_()[:rank] = smaller.A
-            self.B.zero_()[:, :rank] = smaller.B
+            self.A.zero_()[: len(smaller.A)] = smaller.A
+            self.B.zero_()[:, : len(smaller.A)] = smaller.B
             self.held.fill_(rank)
 
     def file_state(self) -> dict[str, Tensor]:
