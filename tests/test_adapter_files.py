@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from harlora import apply_lora, apply_qlora, load_adapter, save_adapter
+from harlora import QLoRALinear, apply_lora, apply_qlora, load_adapter, save_adapter
 from harlora.errors import InputError
 from harlora.nn import adapted_layers, apply_adapter
 from harlora.nn.adapters import Statistics
@@ -404,6 +404,74 @@ def test_a_loaded_adapter_is_on_the_device_of_its_layer(tmp_path, method):
     save_adapter(in_all(toy(), method), tmp_path)
     model = load_adapter(toy().to("meta"), tmp_path)
     assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
+
+
+@pytest.mark.parametrize("apply", [apply_lora, apply_qlora])
+def test_trained_weights_and_biases_of_adapted_layers_are_in_the_file(tmp_path, apply):
+    def fresh():
+        return apply(toy(), TARGETS, rank=3, alpha=6, rank_pattern={r"blocks\.1\.fc1": 0})
+
+    model = fresh()
+    last = model.blocks[1]["fc1"]
+    assert len(list(adapted_layers(model))) == 2
+    last.bias.requires_grad_(True)
+    if apply is apply_lora:
+        model.q.weight.requires_grad_(True)
+        last.weight.requires_grad_(True)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    save_adapter(model, tmp_path)
+    assert torch.equal(load_adapter(fresh(), tmp_path)(X), model(X))
+    if apply is apply_lora:
+        assert torch.equal(load_adapter(toy(), tmp_path)(X), model(X))
+        theirs = peft.PeftModel.from_pretrained(toy(), tmp_path).eval()
+        torch.testing.assert_close(theirs(X), model(X))
+        refused(apply_qlora(toy(), TARGETS, rank=3, alpha=6), tmp_path, r"blocks\.1\.fc1\.weight must have shape")
+
+
+def test_a_trained_weight_that_pissa_took_a_part_of(tmp_path):
+    model = in_all(toy(), "pissa")
+    model.q.weight.requires_grad_(True)
+    with torch.no_grad():
+        model.q.weight.add_(1.0)
+    save_adapter(model, tmp_path)
+    assert torch.equal(load_adapter(toy(), tmp_path)(X), model(X))
+    with pytest.raises(ValueError, match="the weight at q trains, which pissa took a part of"):
+        save_adapter(model, tmp_path / "lora", as_lora=True)
+    assert not (tmp_path / "lora").exists()
+
+
+def test_uni_lora_is_written_as_lora(tmp_path):
+    model = in_all(toy(), "uni_lora")
+    save_adapter(model, tmp_path, as_lora=True)
+    for other in (load_adapter(toy(), tmp_path), peft.PeftModel.from_pretrained(toy(), tmp_path).eval()):
+        torch.testing.assert_close(other(X), model(X), atol=1e-4, rtol=1e-4)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] is None
+
+
+def test_a_layer_by_itself_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="model is itself an adapted layer; give a model that holds it"):
+        save_adapter(QLoRALinear(8, 8), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_tied_weights_that_train_are_saved_under_both_names(tmp_path):
+    def tied():
+        model = toy()
+        model.add_module("again", nn.Linear(6, 3, bias=False))
+        model.again.weight = model.head[2].weight
+        return model
+
+    model = apply_lora(tied(), ["q"], rank=2)
+    model.again.weight.requires_grad_(True)
+    nn.init.normal_(model.again.weight)
+    save_adapter(model, tmp_path)
+    other = load_adapter(tied(), tmp_path)
+    assert torch.equal(other(X), model(X))
+    assert other.again.weight is other.head[2].weight
 
 
 def test_a_model_without_adapter_is_refused(tmp_path):

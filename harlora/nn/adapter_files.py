@@ -49,18 +49,21 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
 def save_adapter(model: nn.Module, path: Path | str, *, as_lora: bool = False) -> None:
     """Write everything trained in ``model`` to the folder ``path``.
 
-    That is what the adapters train, the biases of their layers if one of them trains, and, as PEFT's
-    ``modules_to_save``, every other module that holds a trainable parameter; of one that adapted layers lie in, which
-    PEFT cannot keep, its own tensors. PEFT and `load_adapter` read LoRA; an
-    adapter of another method is written as it is, which `load_adapter` reads.
+    That is what the adapters train, the biases of their layers if one of them trains, weights under adapters that
+    train, and, as PEFT's ``modules_to_save``, every other module that holds a trainable parameter; of one that adapted
+    layers lie in, which PEFT cannot keep, its own tensors. PEFT and `load_adapter` read LoRA; an adapter of another
+    method is written as it is, which `load_adapter` reads.
 
     as_lora: write the change that such an adapter makes as the factors of a LoRA, for PEFT.
-    Raises: ValueError if no layer carries an adapter, some are LoRA and some are not, or with ``as_lora`` one changes
-    its weight in more than by a low-rank matrix, or is over another weight than the model's own.
+    Raises: ValueError if no layer carries an adapter or the model is itself the layer, some are LoRA and some are not,
+    or with ``as_lora`` one changes its weight in more than by a low-rank matrix, or is over another weight than the
+    model's own where that is quantised or trains.
     """
     layers = dict(adapted_layers(model))
     if not layers:
         raise ValueError("save_adapter: no layer of the model carries an adapter; apply_qlora or apply_lora first")
+    if "" in layers:
+        raise ValueError("save_adapter: model is itself an adapted layer; give a model that holds it under a name")
     others = [name for name, layer in layers.items() if layer.adapter is not None]
     if others and len({getattr(layer.adapter, "name", None) for layer in layers.values()}) > 1:
         raise ValueError(f"save_adapter: the layers must have one method, got several, one of them at {others[0]}")
@@ -74,12 +77,25 @@ def save_adapter(model: nn.Module, path: Path | str, *, as_lora: bool = False) -
             lora[name] = lora_change(name, layer)
             tensors[f"{_PREFIX}{name}.lora_A.weight"] = lora[name].A
             tensors[f"{_PREFIX}{name}.lora_B.weight"] = lora[name].B
-        if with_bias and layer.bias is not None:
-            tensors[f"{_PREFIX}{name}.base_layer.bias"] = layer.bias
+    within: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLinear):
+            within += (f"{name}.",)
+            owner = f"{_PREFIX}{name}.base_layer" if name in layers else f"{_PREFIX}{name}"
+            if module.bias is not None and (module.bias.requires_grad or (with_bias and name in layers)):
+                tensors[f"{owner}.bias"] = module.bias
+            if isinstance(module, LoRALinear) and module.weight.requires_grad:
+                if name in lora and module.adapter is not None and type(module.adapter).base is not Adapter.base:
+                    raise ValueError(
+                        f"save_adapter: the weight at {name} trains, which {module.adapter.name} took a part of; "
+                        "save_adapter without as_lora, or merge_adapters(model)"
+                    )
+                tensors[f"{owner}.weight"] = module.weight
     whole = [
         name
         for name, module in model.named_modules()
-        if not isinstance(module, (AdaptedLinear, Adapter))
+        if not isinstance(module, AdaptedLinear)
+        and not name.startswith(within)
         and any(p.requires_grad for p in module.parameters(recurse=False))
     ]
     around = [name for name in whole if any(isinstance(m, AdaptedLinear) for m in model.get_submodule(name).modules())]
@@ -128,7 +144,9 @@ def save_adapter(model: nn.Module, path: Path | str, *, as_lora: bool = False) -
         }
     folder = Path(path)
     with replacing(folder / WEIGHTS_FILE) as temporary:
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary)
+        # Clones, since safetensors refuses two names of one tensor, such as tied weights have.
+        stored = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+        save_file(stored, temporary)
     write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
 
