@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import register_parametrization
 
 import harlora
 from harlora import LoRALinear, QLoRALinear
@@ -164,6 +165,20 @@ def test_a_layer_that_was_cast_merges_to_one_of_that_dtype(kind, bias, dtype):
     again = cls.from_linear(nn.Linear(96, 40, bias=bias))
     again.load_state_dict(layer.state_dict())
     assert again.float().merge().weight.dtype == torch.float32
+
+
+@KINDS
+def test_a_layer_can_be_parametrised(kind):
+    class Twice(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    _, layer = adapted(kind, alpha=1)
+    _, other = adapted(kind, alpha=2)
+    other.load_state_dict(layer.state_dict())
+    register_parametrization(layer, "lora_B", Twice())
+    x = torch.randn(3, 96)
+    torch.testing.assert_close(layer(x), other(x), atol=1e-5, rtol=1e-4)
 
 
 def test_half_precision_weights_keep_their_dtype_and_train_float32_adapters():

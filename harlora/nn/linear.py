@@ -268,7 +268,7 @@ class QLoRALinear(AdaptedLinear):
         # nn.Module's attribute lookup takes half a microsecond a tensor; a whole call at HAR size takes six.
         tensors: dict[str, Any] = self._buffers
         parameters = self._parameters
-        if self._modules:
+        if "adapter" in self._modules:  # a parametrised layer has another
             delta = self.adapter.low_rank(self)  # type: ignore[union-attr]
             factors = (delta.A, delta.B, delta.scale)
         else:
@@ -283,7 +283,7 @@ class QLoRALinear(AdaptedLinear):
 
         x: ``(..., in_features)``, float32, bfloat16, float16 or float64.
         """
-        if self._modules:
+        if "adapter" in self._modules:
             return self.adapter(self, x)  # type: ignore[misc]
         dropout: Any = (self.dropout, draw_seed(x.device)) if self.training and self.dropout and self.rank else ()
         try:
