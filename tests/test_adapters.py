@@ -204,6 +204,8 @@ def test_uni_lora_trains_one_vector_that_keeps_lengths():
     torch.testing.assert_close(length, vector.norm())
     with pytest.raises(ValueError, match="size must be from 1 to"):
         adapted("uni_lora", size=10**9)
+    with pytest.raises(ValueError, match="rank must be that of all layers, 8, got 2 at blocks.0.fc1"):
+        adapted("uni_lora", rank_pattern={"fc1": 2})
 
 
 @BOTH
@@ -614,6 +616,21 @@ def test_tsqlora_moves_ranks_to_the_layers_that_matter_and_keeps_their_sum():
     assert ranks[-1][1] == 1
     assert len({tuple(row) for row in ranks}) > 1
     assert max(jumps) == 0
+
+
+def test_ranks_of_loaded_tsqlora_adapters_stay_until_something_is_known(tmp_path):
+    plain = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+    seen = {path: Statistics(torch.ones(1), torch.ones(1), value) for path, value in (("0", 1.0), ("2", 5.0))}
+    model = apply_adapter(copy.deepcopy(plain), "tsqlora", ["0", "2"], statistics=seen, rank=4)
+    schedule(model)
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(plain, tmp_path)
+    by_step = schedule(loaded)
+    ranks = [int(layer.adapter.kept.sum()) for _, layer in adapted_layers(loaded)]
+    assert ranks == [int(layer.adapter.kept.sum()) for _, layer in adapted_layers(model)] == [1, 7]
+    for x in (torch.randn(16), torch.randn(2, 3, 16), torch.randn(0, 16)):  # also without a dimension of samples
+        loaded(x).sum().backward()
+    assert by_step.hooks
 
 
 # Which layers

@@ -105,7 +105,8 @@ class BySensitivity:
         self.adapters = [layer.adapter for layer in self.layers if isinstance(layer.adapter, TsqLoRA)]
         self.steps = self.changed = 0
         self.hooks: list[Any] = []
-        self.share_out()
+        if any(bool(adapter.sensitivity) for adapter in self.adapters):  # loaded ones have none; their ranks stay
+            self.share_out()
         self._observe()
 
     def state(self) -> dict[str, Tensor]:
@@ -179,7 +180,8 @@ class _Watched(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         layer = ctx.layer
-        of_weight = gradient.flatten(0, -2).float().T @ x.flatten(0, -2).float()
+        rows, inputs = (tensor.reshape(-1, tensor.shape[-1]).float() for tensor in (gradient, x))
+        of_weight = rows.T @ inputs
         product = (of_weight * layer.base_weight()).abs().mean()
         layer.adapter.sensitivity.lerp_(product.to(layer.adapter.sensitivity), 1 - _SMOOTHING)
         return gradient, None, None

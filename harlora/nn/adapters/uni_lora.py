@@ -25,6 +25,7 @@ class SharedVector(nn.Module):
         size = size or max(1, total // 32)
         if not 1 <= size <= total:
             raise ValueError(f"Uni-LoRA: size must be from 1 to the {total} numbers of all factors, got {size}")
+        self.rank = rank
         self.counts = counts
         self.values = nn.Parameter(torch.empty(size).uniform_(-0.02, 0.02))
         index = torch.arange(total)[torch.randperm(total, generator=torch.Generator().manual_seed(seed))] % size
@@ -51,6 +52,9 @@ class UniLoRA(Adapter):
         self, site: Site, bank: nn.Module, *, rank: int = 8, alpha: float = 16.0, size: int = 0, seed: int = 0
     ) -> None:
         super().__init__(site)
+        assert isinstance(bank, SharedVector)
+        if rank != bank.rank:
+            raise ValueError(f"Uni-LoRA: rank must be that of all layers, {bank.rank}, got {rank} at {site.path}")
         self.rank = rank
         self.scale = alpha / rank
         self.shared = [bank]  # in a list, so that the vector is a part of the first layer's adapter alone
