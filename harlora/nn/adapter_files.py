@@ -362,6 +362,7 @@ def _plan_own(
             raise InputError(f"{file}: {name} is no {kind.name} adapter of this model ({error})") from error
         for key, value in adapter.file_state().items():
             _fitting(file, start + key, value, stored[key])  # assigning may have broadcast what was stored
+        assert isinstance(old.weight, Tensor)
         adapter.to(old.weight.device)
         adapter.options = options[name]
         if isinstance(old, QLoRALinear) and not old.rank and old.adapter is None:

@@ -388,8 +388,9 @@ def _run_every_layer(model: nn.Module) -> None:
             if any(type(part) not in (nn.Linear, nn.LayerNorm) for part in parts):
                 module.activation_relu_or_gelu = 0
     for module in model.modules():
-        layers = module.layers if isinstance(module, nn.TransformerEncoder) else ()
-        if any(getattr(layer, "activation_relu_or_gelu", 1) == 0 for layer in layers):
+        if isinstance(module, nn.TransformerEncoder) and any(
+            getattr(layer, "activation_relu_or_gelu", 1) == 0 for layer in module.layers
+        ):
             module.use_nested_tensor = False
 
 
