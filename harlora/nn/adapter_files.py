@@ -180,12 +180,12 @@ def stored_names(folder: Path) -> set[str]:
 def load_adapter(model: Model, path: Path | str) -> Model:
     """``model`` itself with the adapter in the folder ``path``, as `save_adapter` or PEFT wrote it.
 
-    A layer that carries an adapter of the method already takes the stored one, whatever its base; a plain ``nn.Linear``
-    becomes a `LoRALinear`, a `QLoRALinear` of rank 0 one with the adapter. Biases and whole modules in the file replace
-    those of the model.
+    A layer that carries an adapter of the method already, with the same options, takes the stored one, whatever its
+    base; a plain ``nn.Linear`` becomes a `LoRALinear`, a `QLoRALinear` of rank 0 one with the adapter. Biases and whole
+    modules in the file replace those of the model.
 
-    Raises: InputError, with the model unchanged, if a file is missing or damaged, a stored layer is not in the model
-    or has another shape, or the adapter is of a kind that is not understood.
+    Raises: InputError, with the model unchanged, if a file is missing or damaged, a stored layer is not in the model,
+    has another shape or an adapter with other options, or the adapter is of a kind that is not understood.
     """
     folder = Path(path)
     remedy = "give the folder that save_adapter or PEFT's save_pretrained wrote"

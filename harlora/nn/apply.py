@@ -80,6 +80,7 @@ def apply_qlora(
     rank_pattern, alpha_pattern: as in PEFT, other values for the layers whose path a key matches, as a regular
     expression for all of the path or for its end after a ``.``.
     The other arguments are those of `QLoRALinear`.
+    The fast path of an ``nn.TransformerEncoderLayer``, which would not run the new layers, is switched off for good.
     Raises: ValueError if nothing matches, a match is no ``nn.Linear``, carries an adapter already, is the model
     itself, or is the ``out_proj`` of an ``nn.MultiheadAttention``, whose weight that module reads without running the
     layer. The model is unchanged then.
