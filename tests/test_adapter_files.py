@@ -87,6 +87,19 @@ def test_ours_with_everything_trained_loads_in_peft(tmp_path):
     torch.testing.assert_close(theirs(X), model(X))
 
 
+def test_of_a_layer_whose_bias_alone_trains_the_bias_alone_is_saved(tmp_path):
+    model = trained(apply_lora)
+    model.head[0].bias.requires_grad_(True)
+    with torch.no_grad():
+        model.head[0].bias.add_(1.0)
+    save_adapter(model, tmp_path)
+    keys = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert {key for key in keys if "lora" not in key} == {"base_model.model.head.0.bias"}
+    torch.testing.assert_close(load_adapter(toy(), tmp_path).eval()(X), model(X))
+    theirs = peft.PeftModel.from_pretrained(toy(), tmp_path).eval()
+    torch.testing.assert_close(theirs(X), model(X))
+
+
 def test_ours_with_ranks_of_its_own_for_layers(tmp_path):
     model = apply_lora(toy(), ["q"], rank=2, alpha=6)
     apply_lora_again = apply_lora(nn.ModuleDict({"blocks": model.blocks}), ["fc1"], rank=4, alpha=2)

@@ -14,7 +14,7 @@ from harlora.report.build import build_report
 from harlora.report.claims import HEADER, measured, rows
 from harlora.report.compare import Comparison, adjusted, by_person, compare, macro_f1_of_confusion
 from harlora.report.experiments import latex, paper, table
-from harlora.report.tables import pooled
+from harlora.report.tables import markdown, pooled
 from harlora.train.experiment import PRESETS, Claim, Experiment
 from harlora.train.metrics import calibration, scores
 
@@ -153,6 +153,10 @@ def test_the_papers_figure_stands_beside_the_run_it_belongs_to():
         assert paper(other) == ""
 
 
+def test_a_bar_in_a_cell_does_not_end_it():
+    assert markdown(["a", "b"], [["q|k=4", "1"]]).splitlines()[2] == r"| q\|k=4 | 1 |"
+
+
 def test_latex_is_what_latex_reads(tmp_path):
     text = latex(["method", "windows_per_class", "95 % interval"], [["a & b", "5", "0.9 ± 0.1"], ["~^\\", "<", "#1"]],
                  "{50 %}")  # fmt: skip
@@ -182,9 +186,11 @@ def test_rows_tell_what_they_differ_in():
     unlike = record()
     unlike["pretrained"]["config"] = {**unlike["pretrained"]["config"], "rotated": 0.0}
     header, rows = table([record(), unlike], ("scores",))
-    assert [row[header.index("pretrain.rotated")] for row in rows] == ["0.5", "0.0"]
+    assert [row[header.index("pretrain.rotated")] for row in rows] == ["0.0", "0.5"]
     header, rows = table([record(), record(alpha=64.0), record("full")], ("scores",))
     assert [row[header.index("alpha / rank")] for row in rows] == ["–", "2.0", "8.0"]
+    header, rows = table([record(blocksize=size) for size in (1024, 64, 256)], ("scores",))
+    assert [row[header.index("blocksize")] for row in rows] == ["64", "256", "1024"]
     header, _ = table([record("lora", rank=rank, alpha=2.0 * rank) for rank in (8, 64)], ("scores",))
     assert header == ["method", "accuracy", "macro-F1", "seeds"]
 

@@ -50,9 +50,9 @@ def save_adapter(model: nn.Module, path: Path | str, *, as_lora: bool = False) -
     """Write everything trained in ``model`` to the folder ``path``.
 
     That is what the adapters train, the biases of their layers if one of them trains, weights under adapters that
-    train, and, as PEFT's ``modules_to_save``, every other module that holds a trainable parameter; of one that adapted
-    layers lie in, which PEFT cannot keep, its own tensors. PEFT and `load_adapter` read LoRA; an adapter of another
-    method is written as it is, which `load_adapter` reads.
+    train, and every other module that holds a trainable parameter: as PEFT's ``modules_to_save`` one of which all
+    trains, of one that adapted layers lie in, or with frozen parameters, the tensors that do. PEFT and `load_adapter`
+    read LoRA; an adapter of another method is written as it is, which `load_adapter` reads.
 
     as_lora: write the change that such an adapter makes as the factors of a LoRA, for PEFT.
     Raises: ValueError if no layer carries an adapter or the model is itself the layer, some are LoRA and some are not,
@@ -91,17 +91,17 @@ def save_adapter(model: nn.Module, path: Path | str, *, as_lora: bool = False) -
                         "save_adapter without as_lora, or merge_adapters(model)"
                     )
                 tensors[f"{owner}.weight"] = module.weight
-    whole = [
-        name
-        for name, module in model.named_modules()
-        if not isinstance(module, AdaptedLinear)
-        and not name.startswith(within)
-        and any(p.requires_grad for p in module.parameters(recurse=False))
-    ]
-    around = [name for name in whole if any(isinstance(m, AdaptedLinear) for m in model.get_submodule(name).modules())]
-    for name in whole:
-        for key, value in model.get_submodule(name).state_dict().items():
-            if name not in around or "." not in key:  # what is within is saved by itself
+    whole = []
+    for name, module in model.named_modules():
+        trains = [p.requires_grad for p in module.parameters(recurse=False)]
+        if isinstance(module, AdaptedLinear) or name.startswith(within) or not any(trains):
+            continue
+        frozen = {key for key, p in module.named_parameters(recurse=False) if not p.requires_grad}
+        # PEFT would copy all that is in it, for a bias that trains the weight too.
+        in_part = bool(frozen) or any(isinstance(part, AdaptedLinear) for part in module.modules())
+        whole += [] if in_part else [name]
+        for key, value in module.state_dict().items():
+            if not in_part or ("." not in key and key not in frozen):  # what is within is saved by itself
                 tensors[f"{_PREFIX}{name}.{key}" if name else f"{_PREFIX}{key}"] = value
     first = next(iter(layers.values()))
     config: dict[str, Any] = {
@@ -112,7 +112,7 @@ def save_adapter(model: nn.Module, path: Path | str, *, as_lora: bool = False) -
         "bias": "lora_only" if with_bias else "none",
         # A list would match any path that ends in one of them, for example the decoder's blocks.
         "target_modules": "|".join(re.escape(name) for name in layers),
-        "modules_to_save": [name for name in whole if name not in around] or None,  # PEFT would copy all within
+        "modules_to_save": whole or None,
     }
     if lora:
         if len({layer.rslora for layer in layers.values()}) > 1:

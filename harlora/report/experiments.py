@@ -201,10 +201,17 @@ def table(records: Sequence[Record], show: Sequence[str]) -> tuple[list[str], li
         seconds = timed(records)
         columns["seconds"] = lambda record: "" if (spent := seconds(record)) is None else f"{spent:.0f}"
     columns["seeds"] = lambda record: str(len(record.get("seeds", (0,))))
-    rows = [[cell(record) for cell in columns.values()] for record in sorted(records, key=order)]
+    told = [(*order(record), *(_rank(_settings_of(record).get(key)) for key in varied)) for record in records]
+    ordered = [record for _, record in sorted(zip(told, records, strict=True), key=lambda pair: pair[0])]
+    rows = [[cell(record) for cell in columns.values()] for record in ordered]
     filled = [number for number in range(len(columns)) if any(row[number] for row in rows)]
     header = list(columns)
     return [header[number] for number in filled], [[row[number] for number in filled] for row in rows]
+
+
+def _rank(value: Any) -> tuple[int, float, str]:
+    """For sorting: numbers by size, others as they are written."""
+    return (0, float(value), "") if isinstance(value, (int, float)) else (1, 0.0, _value(value))
 
 
 def _value(value: Any) -> str:
