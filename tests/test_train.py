@@ -3,7 +3,13 @@
 import gc
 import json
 import math
+import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +25,7 @@ from harlora.nn.adapters import Statistics
 from harlora.nn.apply import penalty, schedule
 from harlora.report.compare import macro_f1_of_confusion
 from harlora.report.tables import has_memory
-from harlora.train import memory
+from harlora.train import memory, runs
 from harlora.train.federated import aggregate
 from harlora.train.finetune import METHODS, FinetuneConfig, build_classifier, finetune, load_classifier, method_bytes
 from harlora.train.fit import Optimisation, fit, make_optimizer
@@ -669,6 +675,7 @@ def test_fewer_labels_train_on_fewer_windows(data, pretrained, tmp_path):
         ({"label_smoothing": 2.0}, "label_smoothing must be from 0 to 1, got 2"),
         ({"label_fraction": 0.0}, "label_fraction must be above 0"),
         ({"seed": -1}, "seed must be at least 0"),
+        ({"patience": 0}, "patience must be at least 1"),
         ({"max_windows": -5}, "max_windows must be at least 0"),
         ({"blocksize": 7}, "blocksize one of"),
         ({"flipped": 1.5}, "flipped must be from 0 to 1, got 1.5"),
@@ -741,7 +748,38 @@ def test_zero_shot_needs_sources(data, pretrained, tmp_path):
         finetune(replace(FINETUNE, method="zero_shot"), data[0], pretrained, tmp_path, device=CPU)
 
 
+@pytest.mark.parametrize("config", [{"method": "full"}, {"method": "lora", "federated": "average"}])
+def test_training_that_diverges_says_so(data, pretrained, tmp_path, config):
+    with pytest.raises(
+        InputError, match=r"training diverged in epoch [12]: the loss is .*; required a lower learning_rate"
+    ):
+        finetune(replace(FINETUNE, learning_rate=1e30, **config), data[0], pretrained, tmp_path, device=CPU)
+    assert not list(tmp_path.glob("*/metrics.json"))
+
+
+def test_steps_of_several_processes_are_not_captured(data, tmp_path, monkeypatch):
+    several = SimpleNamespace(count=2, check=lambda size: None)
+    monkeypatch.setattr("harlora.train.pretrain.captures", lambda *_: True)
+    monkeypatch.setattr("harlora.train.pretrain.Processes", lambda _: several)
+    with pytest.raises(InputError, match="capture: steps of several processes are not captured; use auto or off"):
+        pretrain(PRETRAIN, data[1:], tmp_path, device=CPU, capture="on")
+
+
 # Folders of runs
+
+
+def test_the_commit_is_that_of_harlora_and_of_nothing_around_it(tmp_path):
+    package = tmp_path / "project" / ".venv" / "harlora"
+    package.parent.mkdir(parents=True)
+    shutil.copytree(Path(runs.__file__).resolve().parents[1], package, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "project" / ".gitignore").write_text(".venv\n")
+    for command in ("init -q", "add .gitignore", "-c user.name=a -c user.email=a@b commit -qm a"):
+        subprocess.run(["git", "-C", tmp_path / "project", *command.split()], check=True)
+    monkey = f"import harlora.train.runs as r; r.__file__ = {str(package / 'train' / 'runs.py')!r}; print(r._source())"
+    done = subprocess.run([sys.executable, "-c", monkey], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "{'commit': None, 'dirty': None}"
+    own = runs._source()["commit"]
+    assert own is None or re.fullmatch("[0-9a-f]{40}", own)
 
 
 def test_a_config_that_was_edited_is_refused(data, tmp_path):

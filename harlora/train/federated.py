@@ -12,7 +12,7 @@ from harlora.files import load_tensors, save_tensors
 from harlora.nn.adapters import LowRank
 from harlora.nn.adapters.post import average
 from harlora.train.capture import TrainingStep
-from harlora.train.fit import Fitted, Optimisation, Report, make_optimizer, silent
+from harlora.train.fit import Fitted, Optimisation, Report, finite, make_optimizer, silent
 
 SERVERS = ("average", "fair")
 RIDGE = 1e-2  # of LoRA-FAIR's correction, as in the paper's penalty
@@ -94,7 +94,7 @@ def federate(
             step = TrainingStep(model, loss, optimizer, clip_norm=settings.clip_norm)
             model.train()
             for part in samples[torch.randperm(len(samples))].tensor_split(max(1, len(samples) // settings.batch_size)):
-                summed += step(*batch(part)).item()
+                summed += finite(step(*batch(part)).item(), len(history), settings)
                 steps, done = steps + 1, done + 1
                 report(done, total, f"round {len(history) + 1}, loss {summed / steps:.3f}")
             states.append({name: value.clone() for name, value in model.state_dict().items() if name in names})

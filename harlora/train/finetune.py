@@ -270,7 +270,7 @@ class FinetuneConfig:
             raise InputError(f"unknown method {self.method!r}; required one of {', '.join(METHODS)}")
         if self.protocol not in PROTOCOLS:
             raise InputError(f"unknown protocol {self.protocol!r}; required one of {', '.join(PROTOCOLS)}")
-        for name in ("rank", "blocks"):
+        for name in ("rank", "blocks", "patience"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.batch_size < 2:
@@ -319,7 +319,7 @@ class FinetuneConfig:
         if not 0 <= self.mislabelled < 1:
             raise InputError(f"mislabelled must be at least 0 and below 1, got {self.mislabelled}")
         for name in (
-            "turned_deg", "rescaled", "learning_rate", "weight_decay", "patience", "adapted_blocks",
+            "turned_deg", "rescaled", "learning_rate", "weight_decay", "adapted_blocks",
             "windows_per_class", "max_windows", "seed",
         ):  # fmt: skip
             if not (getattr(self, name) or 0) >= 0:
@@ -924,6 +924,8 @@ def _training_bytes(
 ) -> dict[str, int]:
     """What ``model`` holds and one step of its training allocates."""
     model.train()
+    if not optimizer.state:  # of a run that was stopped after its last step; its state is no work of a step
+        TrainingStep(model, loss, optimizer, clip_norm=settings.clip_norm)(*batch())
     optimizer.zero_grad()
     step = step_bytes(model, optimizer, loss, batch, clip_norm=settings.clip_norm)
     held = held_bytes(model, optimizer)  # with the gradients of that step

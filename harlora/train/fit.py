@@ -4,6 +4,7 @@ All randomness of an epoch comes from the seed and the number of the epoch, so a
 start takes the same steps as one that never stopped.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -168,7 +169,7 @@ def fit(
             rates.step()
             if schedule:
                 schedule.after_step((epoch * steps + step + 1) / total)
-            summed += (processes.mean(value) if processes else value).item()
+            summed += finite((processes.mean(value) if processes else value).item(), epoch, settings)
             report(epoch * steps + step + 1, total, f"epoch {epoch + 1}, loss {summed / (step + 1):.3f}")
         entry = {"loss": summed / steps}
         if validate:
@@ -201,6 +202,16 @@ def fit(
         model.load_state_dict(best)
     model.eval()
     return Fitted(history, best_epoch or len(history), seconds, optimizer)
+
+
+def finite(loss: float, epoch: int, settings: Optimisation) -> float:
+    """``loss`` of a step of the epoch, counted from 0. Raises: InputError if it is no number any more."""
+    if not math.isfinite(loss):
+        raise InputError(
+            f"training diverged in epoch {epoch + 1}: the loss is {loss}; required a lower learning_rate than "
+            f"{settings.learning_rate:g}"
+        )
+    return loss
 
 
 def _mean_score(history: list[dict[str, float]], settings: Optimisation) -> float:

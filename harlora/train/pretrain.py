@@ -126,6 +126,10 @@ def pretrain(
     config.check()
     processes = Processes(device)
     processes.check(config.batch_size)
+    if captured and processes.count > 1:
+        if capture == "on":
+            raise InputError("capture: steps of several processes are not captured; use auto or off")
+        captured = False
     parts = [thinned(windows, config.max_windows, config.seed) for windows in sources]
     with processes.open_run(out, "pretrain", _signature(config, parts, device)) as run:
         file = run.folder / CHECKPOINT

@@ -48,8 +48,8 @@ class Processes:
         """Raise InputError unless a batch can be shared out evenly."""
         if batch_size % self.count:
             raise InputError(
-                f"batch_size must be a multiple of the {self.count} processes, so that each has as many windows, "
-                f"got {batch_size}"
+                f"batch_size, or the number of windows where that is less, must be a multiple of the {self.count} "
+                f"processes, so that each has as many windows, got {batch_size}"
             )
 
     def share(self, *batch: Tensor) -> tuple[Tensor, ...]:

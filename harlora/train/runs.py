@@ -105,7 +105,7 @@ def _git(*arguments: str) -> str | None:
     # The checkout that this code is in, wherever it was started; None when harlora was installed from a wheel.
     try:
         done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments],
+            ["git", "-C", str(Path(__file__).resolve().parent), *arguments],
             capture_output=True,
             text=True,
             check=True,
@@ -119,6 +119,8 @@ def _git(*arguments: str) -> str | None:
 @cache
 def _source() -> dict[str, Any]:
     """The commit that runs; what is committed while it does is another."""
+    if _git("ls-files", "--error-unmatch", Path(__file__).resolve().name) is None:  # within another's repository
+        return {"commit": None, "dirty": None}
     changed = _git("status", "--porcelain", "--untracked-files=no")
     return {"commit": _git("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
 
