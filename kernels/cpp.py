@@ -35,6 +35,8 @@ def load_extension() -> str:
         torch.ops.load_library(path)
     except OSError as error:  # built for another machine or an older torch
         return f"{path} does not load: {error}"
+    # Threads of OpenMP, torch's own too, do not survive a fork: a child that waits for them never ends.
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
     tuned = tuning.table("cpu", path).get("kernels")
     if tuned in KERNELS and not os.environ.get(ENVIRONMENT):
         with contextlib.suppress(RuntimeError):  # another processor of the same name

@@ -13,7 +13,8 @@ Orders and configurations are the tables' here, or what ``harlora doctor --tune`
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import import_module
@@ -553,13 +554,26 @@ def _same(operator: str, backend: Backend, arguments: tuple[Any, ...]) -> bool:
     return all(torch.allclose(one, other, rtol=1e-3, atol=1e-3) for one, other in pairs)
 
 
+@contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Without what the caller's context does to operators: the first call may be under autocast, or traced."""
+    tracing = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
+
+
 @cache
 def agrees(operator: str, backend: Backend, device: torch.device) -> bool:
     """Whether ``backend`` gives the reference's results on a small probe; computed once, with a warning if not."""
     if backend.name == "reference":
         return True
-    if all(_same(operator, backend, arguments) for arguments in _problems(operator, device)):
-        return True
+    with _undisturbed(device):
+        if all(_same(operator, backend, arguments) for arguments in _problems(operator, device)):
+            return True
     warnings.warn(
         f"harlora: backend {backend.name!r} of {operator} disagrees with the reference on {device} and is not used; "
         "please report this with the output of `python -m torch.utils.collect_env`",

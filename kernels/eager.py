@@ -42,13 +42,14 @@ def reset() -> None:
 
 def _compiled(dtype: torch.dtype) -> bool:
     if dtype not in _served:
-        _served[dtype] = dtype in cpp.DTYPES and all(
+        served = dtype in cpp.DTYPES and all(
             dispatch.select(operator, _CPU, dtype) is getattr(cpp, operator)
             for operator in ("qlora_linear", "qlora_linear_backward")
         )
-        if _served[dtype]:
+        if served:
             # _op is what OpOverload.__call__ calls; without its frame a call is 0.2 us shorter.
             _operators["qlora_linear"] = torch.ops.harlora_cpp.qlora_linear.default._op
+        _served[dtype] = served  # last, since another thread goes by it
     return _served[dtype]
 
 
@@ -123,6 +124,7 @@ def _plain(x: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
         and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
         and not torch.is_autocast_enabled("cpu")
     )
 

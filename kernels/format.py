@@ -48,8 +48,8 @@ _FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)  # magnitude of cod
 def code_table(quant_type: str, device: torch.device) -> Tensor:
     """The value of each 4-bit code, ``(16,)``, float32. Not to be written to."""
     if quant_type == "nf4":
-        return torch.tensor(_NF4, device=device)
-    magnitude = torch.tensor(_FP4_TWELFTHS, device=device) / 12.0
+        return torch.tensor(_NF4, dtype=torch.float32, device=device)
+    magnitude = torch.tensor(_FP4_TWELFTHS, dtype=torch.float32, device=device) / 12.0
     negative = -magnitude
     negative[0] = 0.0  # code 8 is +0 as well
     return torch.cat([magnitude, negative])

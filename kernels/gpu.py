@@ -42,6 +42,7 @@ def _plain(x: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
         and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
     )
 
 

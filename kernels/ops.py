@@ -575,7 +575,7 @@ def _pool_backward(ctx: Any, grad: Tensor | None, _grad_t: Tensor | None) -> tup
     if needs_bias:
         results[1] = rows.sum(dim=0)
     if needs_B:
-        results[3] = rows.T @ t.reshape(-1, t.shape[-1])
+        results[3] = rows.T @ t.reshape(len(rows), t.shape[-1])
     for position, result in zip(_POOL_DIFFERENTIABLE, results, strict=True):
         grads[position] = result
     return tuple(grads)

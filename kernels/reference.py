@@ -25,7 +25,7 @@ _FP4_BOUNDS = (0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.58333
 def bounds(quant_type: str, device: torch.device) -> Tensor:
     """What a value must exceed for each further code, float32: of NF4 ``(15,)``; of FP4 ``(7,)``, for magnitudes."""
     if quant_type == "fp4":
-        return torch.tensor(_FP4_BOUNDS, device=device)
+        return torch.tensor(_FP4_BOUNDS, dtype=torch.float32, device=device)
     code = code_table("nf4", device)
     return (code[:-1] + code[1:]) / 2
 
@@ -182,7 +182,7 @@ def qlora_linear_backward(
         grad_A = u.T @ (flat if seed is None else dropped(flat, dropout, seed))
     if want_B:
         assert t is not None
-        grad_B = scaling * (rows.T @ t.reshape(-1, t.shape[-1]))
+        grad_B = scaling * (rows.T @ t.reshape(len(rows), t.shape[-1]))
     return grad_x, grad_bias, grad_A, grad_B
 
 

@@ -24,14 +24,17 @@ FORMAT = 1
 
 
 def path() -> Path | None:
-    """The file of the tables, or None where they are switched off."""
+    """The file of the tables, or None where they are switched off, or the user has no home for them."""
     named = os.environ.get(ENVIRONMENT, "")
-    if named == "0":
+    if named:
+        return None if named == "0" else Path(named)
+    try:
+        cache_folder = os.environ.get("HARLORA_CACHE") or Path(
+            os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "harlora"
+        )
+    except RuntimeError:
         return None
-    cache_folder = os.environ.get("HARLORA_CACHE") or Path(
-        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "harlora"
-    )
-    return Path(named) if named else Path(cache_folder) / "tuning.json"
+    return Path(cache_folder) / "tuning.json"
 
 
 @cache

@@ -118,6 +118,48 @@ def test_a_forked_child_computes_the_same_and_ends(first, tmp_path):
     in_two_threads(code, tmp_path)
 
 
+@needs_extension
+@needs_fork
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_forked_child_may_be_the_first_to_run_a_layer_or_drop(dropout, tmp_path):
+    """Torch's own operators wait for its threads too, in what checks kernels before their first use and in dropout."""
+    code = f"""
+    torch.randn(2_000_000).exp()  # in both threads
+    layer, x, grad = make(64, 512, 512, dropout={dropout})
+    if {dropout}:
+        step(layer, x, grad)
+    child = multiprocessing.get_context("fork").Process(target=step, args=(layer, x, grad))
+    child.start()
+    child.join(40)
+    child.kill()
+    assert child.exitcode == 0, child.exitcode
+    assert torch.get_num_threads() == 2
+    """
+    in_two_threads(code, tmp_path)
+
+
+@pytest.mark.parametrize("backend", ["", "reference"])
+def test_the_first_use_may_be_under_autocast_or_another_default_dtype(backend, tmp_path):
+    code = """
+    import harlora.nn
+    weight = torch.randn(64, 64)
+    torch.set_default_dtype(torch.bfloat16)
+    quantized = harlora.quantize_4bit(weight)
+    torch.set_default_dtype(torch.float32)
+    code = weight.reshape(-1, 64) / weight.reshape(-1, 64).abs().amax(dim=1, keepdim=True)
+    nearest = (code[..., None] - torch.tensor(harlora.kernels.format._NF4)).abs().amin(dim=-1)
+    found = harlora.dequantize_4bit(quantized).reshape(-1, 64) / weight.reshape(-1, 64).abs().amax(dim=1, keepdim=True)
+    assert torch.allclose((found - code).abs(), nearest, atol=1e-6)
+    layer, x, grad = make(4, 64, 48)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x).dtype is torch.bfloat16
+        dora = harlora.nn.apply_adapter(torch.nn.Sequential(torch.nn.Linear(64, 48)), "dora", ["0"], quantize=True)
+        dora(x).sum().backward()
+    assert torch.allclose(layer(x).bfloat16().float(), layer(x), atol=0.1)
+    """
+    in_two_threads(code, tmp_path, HARLORA_BACKEND=backend)
+
+
 @pytest.mark.parametrize("variant", ["avx512bf16", "avx512", "avx2", "portable"])
 @needs_extension
 def test_results_depend_neither_on_the_number_of_threads_nor_on_the_run(variant, tmp_path, use_kernels):
@@ -149,6 +191,56 @@ def test_python_threads_do_not_disturb_each_other():
         for _ in range(5):  # each another
             for result, one in zip(pool.map(lambda job: step(*job), jobs), expected, strict=True):
                 assert same(result, one)
+
+
+@needs_extension
+def test_no_window_of_an_encoder_is_alone_because_of_the_number_of_threads(tmp_path):
+    code = """
+    from harlora.models.mae import Encoder, MAEConfig
+    encoder = Encoder(MAEConfig(window=32, patch_size=8, width=64, depth=1, heads=2, ffn=64)).eval()
+    harlora.apply_qlora(encoder, ["q", "k", "v", "o", "fc1", "fc2"], rank=4, alpha=8)
+    for windows in (1281, 257, 33, 3):
+        x, found = torch.randn(windows, 32, 6), []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            with torch.no_grad():
+                found.append(encoder(x))
+        assert torch.equal(*found), windows
+    """
+    in_two_threads(code, tmp_path)
+
+
+@pytest.mark.usefixtures("way")
+def test_operands_of_another_shape_are_refused_whatever_their_size():
+    weight, x = harlora.quantize_4bit(torch.randn(64, 32)), torch.randn(5, 32)
+    A, B, bias = torch.randn(4, 32), torch.randn(64, 4), torch.randn(64)
+    for wrong in ((bias.view(8, 8), A, B), (bias, A, B.T), (bias, A, B.T.contiguous()), (bias, A.T.contiguous(), B)):
+        for trains in (False, True):
+            with pytest.raises(ValueError, match="must have shape|must be"):
+                harlora.qlora_linear(x.clone().requires_grad_(trains), weight, *wrong)
+
+
+def test_rank_0_trains():
+    x = torch.randn(5, 64, requires_grad=True)
+    for dtype in (torch.float32, torch.float64):
+        weight = harlora.quantize_4bit(torch.randn(32, 64))
+        A, B = (torch.zeros(*shape, dtype=dtype, requires_grad=True) for shape in ((0, 64), (32, 0)))
+        y = harlora.qlora_linear(x.to(dtype), weight, None, A, B)
+        grads = torch.autograd.grad(y.sum(), [x, A, B])
+        assert [grad.shape for grad in grads] == [x.shape, A.shape, B.shape]
+
+
+@needs_extension
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_takes_the_public_operator_and_keeps_gradients():
+    layer, x = make(), torch.randn(3, 96)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, x)
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(traced(leaf), layer(leaf))
+    traced(leaf).sum().backward()
+    assert leaf.grad is not None
+    assert layer.lora_A.grad is not None
 
 
 # Compilation, autocast, transforms ----------------------------------------------------------------------------------

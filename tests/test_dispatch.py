@@ -8,7 +8,7 @@ import pytest
 import torch
 from needs import needs_extension
 
-from harlora.kernels import cpp, dispatch, eager, reference
+from harlora.kernels import cpp, dispatch, eager, reference, tuning
 from harlora.kernels.dispatch import Backend, select
 
 CPU = torch.device("cpu")
@@ -95,6 +95,17 @@ def test_an_unverified_backend_serves_only_on_request(monkeypatch):
     select.cache_clear()
     monkeypatch.setenv("HARLORA_BACKEND", "cpp")
     assert select("dequantize_4bit", CPU, FLOAT) is unverified
+
+
+def test_a_user_without_a_home_has_no_tables(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("HARLORA_TUNING", "HARLORA_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pathlib.Path.home", homeless)
+    assert tuning.path() is None
+    assert tuning.table("cpu", None) == {}
 
 
 @needs_extension

@@ -95,8 +95,15 @@ void make_contiguous(Optional& tensor) {
   if (tensor.has_value() && !tensor->is_contiguous()) tensor = torch::stable::contiguous(*tensor);
 }
 
-int rank_of(const Optional& lora_A) {
-  return lora_A.has_value() && lora_A->dim() == 2 ? static_cast<int>(lora_A->size(0)) : 0;
+// The rank of an adapter, after checking shapes: as many values in another shape would be read as if they fitted.
+int rank_of(const Optional& lora_A, const Optional& lora_B, int64_t in, int64_t out) {
+  STD_TORCH_CHECK(lora_A.has_value() == lora_B.has_value(), "lora_A and lora_B come together");
+  if (!lora_A.has_value()) return 0;
+  STD_TORCH_CHECK(lora_A->dim() == 2 && lora_A->size(1) == in, "lora_A must be (rank, ", in, ")");
+  const int64_t rank = lora_A->size(0);
+  STD_TORCH_CHECK(lora_B->dim() == 2 && lora_B->size(0) == out && lora_B->size(1) == rank, "lora_B must be (", out, ", ",
+                  rank, ")");
+  return static_cast<int>(rank);
 }
 
 // Working memory in float32: the caller's where it has that dtype, else of its own. That comes from torch's allocator, so
@@ -358,11 +365,17 @@ class Layers {
       for (int i = 0; nested != 0 && i < 3; ++i) extra[i] = tensor();
       job.weight = weight_of(packed, absmax, extra[0], extra[1], extra[2], code, blocksize, out, in);
     }
-    if (bias != 0) job.bias = floats("bias", out);
+    if (bias != 0) {
+      const Tensor& given = tensor();
+      STD_TORCH_CHECK(given.dim() == 1, "bias must be (", out, ")");
+      job.bias = static_cast<const float*>(memory("bias", given, ScalarType::Float, out));
+    }
     job.rank = static_cast<int>(rank);
     if (rank > 0) {
-      job.lora_A = floats("lora_A", rank * in);
-      job.lora_B = floats("lora_B", out * rank);
+      const Tensor &lora_A = tensor(), &lora_B = tensor();
+      STD_TORCH_CHECK(rank_of(lora_A, lora_B, in, out) == rank, "encoder: rank is wrong");
+      job.lora_A = static_cast<const float*>(memory("lora_A", lora_A, ScalarType::Float, rank * in));
+      job.lora_B = static_cast<const float*>(memory("lora_B", lora_B, ScalarType::Float, out * rank));
       job.scaling = factor();
     }
     return job;
@@ -516,13 +529,13 @@ Tensor qlora_linear(Tensor x, Tensor packed, Tensor absmax, Tensor code, int64_t
   for (int64_t i = 0; i + 1 < dim; ++i) rows *= sizes[i] = x.size(i);
   sizes[dim - 1] = out;
   job.rows = rows;
-  job.rank = rank_of(lora_A);
+  job.rank = rank_of(lora_A, lora_B, in, out);
+  STD_TORCH_CHECK(!bias.has_value() || bias->dim() == 1, "bias must be (", out, ")");
   job.scaling = static_cast<float>(scaling);
   job.x = memory("x", x, type, total);
   job.bias = memory("bias", bias, type, out);
   job.lora_A = memory("lora_A", lora_A, type, job.rank * in);
   job.lora_B = memory("lora_B", lora_B, type, out * job.rank);
-  STD_TORCH_CHECK(lora_A.has_value() == lora_B.has_value(), "lora_A and lora_B come together");
   Tensor y = empty(x, sizes, dim);
   if (rows == 0 || out == 0) return y;
   job.y = y.mutable_data_ptr();
@@ -554,12 +567,11 @@ void qlora_linear_backward(Tensor grad, Optional x, Optional t, Tensor packed, T
   job.weight = weight_of(packed, absmax, nested_absmax, nested_offset, nested_code, code, blocksize, out, in);
   job.dtype = dtype_of("grad", type);
   job.rows = rows;
-  job.rank = rank_of(lora_A);
+  job.rank = rank_of(lora_A, lora_B, in, out);
   job.scaling = static_cast<float>(scaling);
   job.grad = memory("grad", grad, type, rows * out);
   job.lora_A = memory("lora_A", lora_A, type, job.rank * in);
   job.lora_B = memory("lora_B", lora_B, type, out * job.rank);
-  STD_TORCH_CHECK(lora_A.has_value() == lora_B.has_value(), "lora_A and lora_B come together");
   job.grad_x = writable("grad_x", grad_x, type, rows * in);
   job.grad_bias = writable("grad_bias", grad_bias, type, out);
   job.grad_A = writable("grad_A", grad_A, type, job.rank * in);
@@ -647,11 +659,12 @@ Tensor encoder(Tensor x, int64_t held, int64_t precision) {
   const bool apart = windows * e.tokens >= most * kRowsOfChunk / 4 && windows >= most;
   if (most == 1 || !apart) {
     const int64_t chunks = (windows + chunk - 1) / chunk;
-    const int64_t at_once = most == 1 ? (windows + chunks - 1) / chunks : windows;
+    const int64_t pieces = most == 1 ? chunks : 1, at_once = (windows + pieces - 1) / pieces;
     std::unique_ptr<float[]> scratch(new float[e.floats_of_row() * at_once * e.tokens + most * attention_floats]);
     float* attention = scratch.get() + e.floats_of_row() * at_once * e.tokens;
-    for (int64_t window = 0; window < windows; window += at_once) {
-      encode(k, e, from + window * e.tokens * features, std::min(at_once, windows - window), most > 1, reduced,
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      const int64_t window = share(windows, piece, pieces);
+      encode(k, e, from + window * e.tokens * features, share(windows, piece + 1, pieces) - window, most > 1, reduced,
              scratch.get(), attention, attention_floats, to + window * e.tokens * e.width);
     }
     return y;
@@ -663,9 +676,11 @@ Tensor encoder(Tensor x, int64_t held, int64_t precision) {
       const int64_t at_once = chunks == 0 ? 0 : (last - first + chunks - 1) / chunks;
       std::unique_ptr<float[]> scratch(new float[e.floats_of_row() * at_once * e.tokens + attention_floats]);
       float* attention = scratch.get() + e.floats_of_row() * at_once * e.tokens;
-      for (int64_t window = first; window < last; window += at_once) {
-        encode(k, e, from + window * e.tokens * features, std::min(at_once, last - window), false, reduced,
-               scratch.get(), attention, attention_floats, to + window * e.tokens * e.width);
+      for (int64_t piece = 0; piece < chunks; ++piece) {
+        // Evenly: a last piece of few rows would be rounded otherwise than with another number of threads.
+        const int64_t window = first + share(last - first, piece, chunks);
+        encode(k, e, from + window * e.tokens * features, first + share(last - first, piece + 1, chunks) - window,
+               false, reduced, scratch.get(), attention, attention_floats, to + window * e.tokens * e.width);
       }
     }
   });
@@ -738,9 +753,9 @@ Backward backward_of(const Forward& layer, const Tensor& like, int64_t rows, con
   const bool adapted = layer.rank > 0;
   grads.push_back((wanted & 1) != 0 ? empty(like, bias, 1) : empty(like, none, 1));
   if ((wanted & 1) != 0) job.grad_bias = floats_of(grads.back());
-  grads.push_back(adapted && (wanted & 2) != 0 ? empty(like, A, 2) : empty(like, none, 1));
+  grads.push_back((wanted & 2) != 0 ? empty(like, A, 2) : empty(like, none, 1));
   if (adapted && (wanted & 2) != 0) job.grad_A = floats_of(grads.back());
-  grads.push_back(adapted && (wanted & 4) != 0 ? empty(like, B, 2) : empty(like, none, 1));
+  grads.push_back((wanted & 4) != 0 ? empty(like, B, 2) : empty(like, none, 1));
   if (adapted && (wanted & 4) != 0) job.grad_B = floats_of(grads.back());
   return job;
 }
