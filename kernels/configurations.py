@@ -160,3 +160,11 @@ def choose(
         for rule in rules
         if rule.fits(rows, weights) and (rule.use.way in WAYS or (can is not None and can(rule.use)))
     )
+
+
+def tf32_allowed() -> bool:
+    """Whether torch may multiply float32 in TF32 on GPUs, by whichever of its two interfaces that was said."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # reading the older name raises once the newer was set
+        return bool(matmul.fp32_precision == "tf32")
+    return bool(matmul.allow_tf32)

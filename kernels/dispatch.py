@@ -358,6 +358,8 @@ def _proven(probe: _Probe) -> bool:
         try:
             with torch.autocast(probe.device.type, enabled=False):  # it would round the reference
                 _wrong[probe] = _disagreement(probe)
+        except torch.OutOfMemoryError:
+            raise  # which says nothing of the configuration
         except Exception as error:  # what a compiler or a driver may raise is not for us to know
             _wrong[probe] = f"fails ({type(error).__name__}: {error})"
         if _wrong[probe]:
@@ -381,7 +383,7 @@ def _disagreement(probe: _Probe) -> str:
     found = launcher(probe.operator, probe.configuration)(*given)
     # Sums of products rounded to the dtype: an error of several units in its last place. A wrong index is of order 1.
     allowed = 1e-3 if probe.dtype == torch.float32 else 16 * torch.finfo(probe.dtype).eps
-    if probe.dtype == torch.float32 and probe.shape and torch.backends.cuda.matmul.allow_tf32:
+    if probe.dtype == torch.float32 and probe.shape and configurations.tf32_allowed():
         allowed = 16 * torch.finfo(torch.float16).eps  # whose precision TF32 has, through all products in a row
     for which, (one, other) in enumerate(zip(expected, found, strict=True)):
         error = float((other.float() - one).abs().max() / one.abs().max()) if one.numel() else 0.0
@@ -571,6 +573,11 @@ def agrees(operator: str, backend: Backend, device: torch.device) -> bool:
     """Whether ``backend`` gives the reference's results on a small probe; computed once, with a warning if not."""
     if backend.name == "reference":
         return True
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"harlora: {operator} is captured into a CUDA graph before it ran once on {device}, and cannot be checked; "
+            "run the model once before capturing"
+        )
     with _undisturbed(device):
         if all(_same(operator, backend, arguments) for arguments in _problems(operator, device)):
             return True

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from harlora.kernels import dispatch, eager, replay
+from harlora.kernels.configurations import tf32_allowed
 from harlora.kernels.reference import Block, BlockWanted, Layer, Norm
 
 _Quantized = tuple[Tensor, Tensor, Tensor | None, Tensor | None, str, int]
@@ -67,7 +68,7 @@ def _readable(dtype: torch.dtype, bias: Tensor | None, A: Tensor | None, B: Tens
 
 def _arithmetic(x: Tensor) -> tuple[Hashable, ...]:
     """The dtype, and whether products of float32 are TF32, which may be switched between calls."""
-    return x.dtype, x.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return x.dtype, x.dtype is torch.float32 and tf32_allowed()
 
 
 def _adapter(A: Tensor | None) -> Hashable:

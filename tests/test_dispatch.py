@@ -97,6 +97,29 @@ def test_an_unverified_backend_serves_only_on_request(monkeypatch):
     assert select("dequantize_4bit", CPU, FLOAT) is unverified
 
 
+@pytest.mark.parametrize(
+    ("said", "allowed"),
+    [
+        ("pass", False),
+        ("torch.backends.cuda.matmul.allow_tf32 = True", True),
+        ("torch.set_float32_matmul_precision('high')", True),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", True),
+        ("torch.backends.fp32_precision = 'ieee'", False),
+    ],
+)
+def test_tf32_is_allowed_by_either_interface(said, allowed):
+    code = f"import torch; {said}; from harlora.kernels.configurations import tf32_allowed; print(tf32_allowed())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(allowed)
+
+
+def test_what_never_ran_is_not_checked_while_it_is_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    backend = Backend("triton", reference.qlora_linear, "cuda")
+    with pytest.raises(RuntimeError, match="qlora_linear is captured .* run the model once before capturing"):
+        dispatch.agrees("qlora_linear", backend, torch.device("cuda"))
+
+
 def test_a_user_without_a_home_has_no_tables(monkeypatch):
     def homeless():
         raise RuntimeError("Could not determine home directory.")

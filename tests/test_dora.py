@@ -1,6 +1,5 @@
 """DoRA: the norms without B·A, the layer in each way of Triton's kernels, and the public function against PEFT."""
 
-import peft
 import pytest
 import torch
 from torch import nn
@@ -209,6 +208,7 @@ def test_equals_peft(with_bias):
         model[0].weight.copy_(harlora.dequantize_4bit(weight))
         if with_bias:
             model[0].bias.copy_(arrays["bias"])
+    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=3, lora_alpha=6, use_dora=True, target_modules=["0"], bias="all")
     model = peft.get_peft_model(model, config)
     theirs = dict(model.named_parameters())

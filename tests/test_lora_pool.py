@@ -259,14 +259,15 @@ def test_strides_reach_the_kernel():
 def test_no_value_is_read_on_the_host(monkeypatch):
     """What would wait for a device, and what a CUDA graph could not capture: a tensor's value in Python."""
     weight, arrays, pool = problem((9, 64, 20, "nf4", 64, False), [3, 5])
-    lora_pool_linear(weight=weight, **arrays, **pool)  # the comparison with the reference reads values, once
+    leaves = {name: value.requires_grad_() for name, value in arrays.items()}
+    # The comparison with the reference reads values, once.
+    lora_pool_linear(weight=weight, **leaves, **pool).sum().backward()
 
     def refuse(*_):
         raise AssertionError("a value was read")
 
     for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
-    leaves = {name: value.requires_grad_() for name, value in arrays.items()}
     lora_pool_linear(weight=weight, **leaves, **pool).sum().backward()
 
 

@@ -341,6 +341,7 @@ def test_the_ways_of_cuda_repeat_on_a_gpu(way, options, monkeypatch):
     x = torch.randn(5, 128, device="cuda", dtype=torch.bfloat16)
     if not cuda.serves("qlora_linear", way, x, *layers[0].operands()):
         pytest.skip(f"{way} does not serve here")
+    dispatch.served_by_triton(x.device, x.dtype)  # which compares configurations of its own, once
     monkeypatch.setattr(dispatch, "configuration", lambda *_: Configuration(way))
     eager.reset()
     with torch.no_grad():
@@ -360,6 +361,7 @@ def test_the_backward_of_cuda_repeats_on_a_gpu(options, monkeypatch):
     size = (torch.device("cuda"), torch.bfloat16, 70, 128, 192, 8, "nf4", 64, False)
     if not cuda.serves("qlora_linear_backward", "dx", *dispatch.problem("qlora_linear_backward", *size)):
         pytest.skip("dx does not serve here")
+    dispatch.served_by_triton(torch.device("cuda"), torch.bfloat16)  # which compares configurations of its own, once
     monkeypatch.setattr(
         dispatch,
         "configuration",

@@ -166,7 +166,7 @@ def test_the_page_says_which_aims_were_missed_and_by_how_much(tmp_path):
         ["macro-F1 of LoRA at most 0.002 below that of full fine-tuning (0.9800)", "0.9850", "reached |"],
         ["macro-F1 of LoRA less that of the linear probe above 0", "0.0850", "reached |"],
         [
-            "macro-F1 of LoRA less that of the linear probe above 0, closest of 2 with fewer labels: 1 windows a class",
+            "macro-F1 of LoRA less that of the linear probe above 0, closest of 2 with fewer labels: 1 window a class",
             "-0.1000", "**missed by 0.1000** |",
         ],
         ["macro-F1 of QLoRA at most 0.002 below that of full fine-tuning (0.9800)", "0.9000", "**missed by 0.0780** |"],

@@ -308,6 +308,8 @@ def test_on_a_gpu_the_trace_agrees_with_the_allocators_own_peak():
     size = method_bytes(FinetuneConfig(method="full"), torch.device("cuda"))  # which warms up what allocates once
     model = build_classifier(FinetuneConfig(method="full"), MAE().encoder, 6).cuda().train()
     optimizer = make_optimizer(model, FinetuneConfig().optimisation())
+    gc.collect()
+    torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     x = torch.randn(64, 128, 6)

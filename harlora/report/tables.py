@@ -284,7 +284,7 @@ def trained_on(record: Record) -> str:
     """How many of the labels a result is trained on; the test part is a fixed share of all windows."""
     count = record["config"]["windows_per_class"]
     share = record["windows"]["train"] / record["windows"]["test"] * TEST_FRACTION
-    return f"{count} windows a class" if count else f"{share:.0%} of all windows"
+    return f"{count} window{'s' * (count > 1)} a class" if count else f"{share:.0%} of all windows"
 
 
 def order(record: Record) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from harlora.errors import InputError
+from harlora.nn.linear import QLoRALinear
 
 Capture = Literal["auto", "on", "off"]
 
@@ -196,7 +197,9 @@ def unchanged(
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     # Buffers of all kinds: BatchNorm writes its statistics without counting up their version.
-    kept = [(tensor, tensor.detach().clone()) for tensor in (*parameters, *model.buffers())]
+    # Weights in 4 bits, which nothing writes, are buffers too, and copies of all of them would be a second model.
+    buffers = [b for m in model.modules() if not isinstance(m, QLoRALinear) for b in m.buffers(recurse=False)]
+    kept = [(tensor, tensor.detach().clone()) for tensor in (*parameters, *buffers)]
     before = {
         id(value): value.clone()
         for entry in optimizer.state.values()

@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from harlora.kernels.configurations import Configuration
+from harlora.kernels.configurations import Configuration, tf32_allowed
 from harlora.kernels.dropout import limit as dropout_limit
 from harlora.kernels.dropout import rescale as dropout_rescale
 from harlora.kernels.format import nested_code_table
@@ -668,7 +668,7 @@ def multiprocessors(device: torch.device) -> int:
 
 def precision(dtype: torch.dtype) -> str:
     """How float32 is multiplied: in three TF32 products, about as exact as float32, or one, where torch may as well."""
-    return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32" if dtype != torch.float32 or tf32_allowed() else "tf32x3"
 
 
 def flattened(tensor: Tensor) -> Tensor:
