@@ -15,6 +15,7 @@ as this repository's own builds do. HARLORA_SANITIZE=1 compiles the CPU part wit
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -72,9 +73,9 @@ def ninja_program() -> str:
 
 
 def cxx_program() -> str:
-    """The C++ compiler."""
+    """The C++ compiler, a command."""
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and shutil.which(name):
+        if name and shutil.which(shlex.split(name)[0]):  # such as ccache g++
             return name
     raise UnavailableError("no C++ compiler was found: install g++ or clang, or set CXX")
 
@@ -125,7 +126,10 @@ def ninja_file(torch: Path, cxx: str, cuda: Path | None, gencode: list[str], tar
     def quoted(path: Path | str) -> str:  # as a path in a ninja file
         return re.sub(r"([$ :])", r"$\1", str(path))
 
-    common = f"-std=c++20 -O3 {STABLE_ABI} -I{SOURCES} -isystem {torch / 'include'}"
+    def flag(path: Path) -> str:  # as a word of a command in a ninja file
+        return shlex.quote(str(path)).replace("$", "$$")
+
+    common = f"-std=c++20 -O3 {STABLE_ABI} -I{flag(SOURCES)} -isystem {flag(torch / 'include')}"
     # Scales are a product and a sum, each rounded, as in the format's definition: no contraction.
     warnings = "-Wall -Wextra -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized"  # GCC 12 about its own headers
     libraries = "-ltorch_cpu -lc10 -ldl"
@@ -134,7 +138,7 @@ def ninja_file(torch: Path, cxx: str, cuda: Path | None, gencode: list[str], tar
         f"cxxflags = {common} -fPIC -ffp-contract=off {warnings} -fvisibility=hidden"
         + " -DHARLORA_X86" * X86
         + sanitizers,
-        f"ldflags = -shared -L{torch / 'lib'} {libraries}{sanitizers}",
+        f"ldflags = -shared -L{flag(torch / 'lib')} {libraries}{sanitizers}",
         f"rule cxx\n command = {cxx} $cxxflags $more -MMD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc",
         f"rule link\n command = {cxx} $in $ldflags $cuda -o $out",
     ]
@@ -151,8 +155,8 @@ def ninja_file(torch: Path, cxx: str, cuda: Path | None, gencode: list[str], tar
     if cuda:
         strict = "-Werror all-warnings " if os.environ.get("HARLORA_WERROR") == "1" else ""
         lines.append(
-            f"rule nvcc\n command = {cuda / 'bin' / 'nvcc'} {common} -DUSE_CUDA {' '.join(gencode)} -Xcompiler -fPIC "
-            f"{strict}-Xptxas -v -MD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc"
+            f"rule nvcc\n command = {flag(cuda / 'bin' / 'nvcc')} {common} -DUSE_CUDA {' '.join(gencode)} "
+            f"-Xcompiler -fPIC {strict}-Xptxas -v -MD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc"
         )
         for source in sorted((SOURCES / "cuda").glob("*.cu")):
             objects.append(f"cuda_{source.stem}.o")
@@ -160,7 +164,7 @@ def ninja_file(torch: Path, cxx: str, cuda: Path | None, gencode: list[str], tar
     lines.append(f"build {quoted(target)}: link {' '.join(objects)}")
     if cuda:
         lib = next((cuda / name for name in ("lib64", "lib") if (cuda / name).is_dir()), cuda / "lib64")
-        lines.append(f" cuda = -L{lib} -lcudart_static -ldl -lrt -lpthread")
+        lines.append(f" cuda = -L{flag(lib)} -lcudart_static -ldl -lrt -lpthread")
     return "\n".join(lines) + "\n"
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -148,6 +149,22 @@ def test_the_gpus_that_are_built_for(given, expected, tmp_path, monkeypatch):
             build_file["architectures"](tmp_path)
     else:
         assert build_file["architectures"](tmp_path) == [f"-gencode=arch=compute_{each}" for each in expected]
+
+
+def test_paths_may_have_blanks(tmp_path, monkeypatch):
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.setenv("CXX", f"env {sys.executable}")
+    build_file = runpy.run_path(str(ROOT / "setup.py"))
+    assert build_file["cxx_program"]() == f"env {sys.executable}"
+    folder = tmp_path / "my $ project"
+    text = build_file["ninja_file"](folder, "c++", folder, [], folder / "_C.so")
+    lines = {line.partition(" = ")[0].strip(): shlex.split(line.replace("$$", "$")) for line in text.splitlines()
+             if line.startswith(("cxxflags", "ldflags", " cuda"))}  # fmt: skip
+    assert str(folder / "include") in lines["cxxflags"]
+    assert f"-L{folder / 'lib'}" in lines["ldflags"]
+    assert f"-L{folder / 'lib64'}" in lines["cuda"]
+    (command,) = [line for line in text.splitlines() if "nvcc" in line and "command" in line]
+    assert str(folder / "bin" / "nvcc") in shlex.split(command.replace("$$", "$"))
 
 
 def test_what_is_for_hopper_alone_is_offered_where_its_machine_code_is(tmp_path, monkeypatch):

@@ -294,9 +294,15 @@ inline F set_rows(float a, float) { return set(a); }
 inline F load_repeated(const float* p) { return load(p); }
 inline void store_eight(float* p, F v) { store(p, v); }
 inline I bytes(const uint8_t* p) { return I{p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]}; }
+// Lanes of a and then of b, by number. GCC has clang's builtin since version 12.
+#if defined(__clang__) || __GNUC__ >= 12
+#define HARLORA_LANES(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define HARLORA_LANES(a, b, ...) __builtin_shuffle(a, b, I{__VA_ARGS__})
+#endif
 inline void interleave(F even, F odd, F* first, F* second) {
-  *first = __builtin_shufflevector(even, odd, 0, 8, 1, 9, 2, 10, 3, 11);
-  *second = __builtin_shufflevector(even, odd, 4, 12, 5, 13, 6, 14, 7, 15);
+  *first = HARLORA_LANES(even, odd, 0, 8, 1, 9, 2, 10, 3, 11);
+  *second = HARLORA_LANES(even, odd, 4, 12, 5, 13, 6, 14, 7, 15);
 }
 inline F gather(const float* table, I index) {
   F v;
@@ -306,15 +312,15 @@ inline F gather(const float* table, I index) {
 
 #define HARLORA_I2F(v) reinterpret_cast<F>(v)
 #define HARLORA_F2I(v) reinterpret_cast<I>(v)
-inline F unpack_low(F a, F b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13); }
-inline F unpack_high(F a, F b) { return __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15); }
+inline F unpack_low(F a, F b) { return HARLORA_LANES(a, b, 0, 8, 1, 9, 4, 12, 5, 13); }
+inline F unpack_high(F a, F b) { return HARLORA_LANES(a, b, 2, 10, 3, 11, 6, 14, 7, 15); }
 template <int mask>
 inline F shuffle(F a, F b) {
   constexpr int i = mask & 3, j = mask >> 2 & 3, k = mask >> 4 & 3, l = mask >> 6 & 3;
-  return __builtin_shufflevector(a, b, i, j, 8 + k, 8 + l, 4 + i, 4 + j, 12 + k, 12 + l);
+  return HARLORA_LANES(a, b, i, j, 8 + k, 8 + l, 4 + i, 4 + j, 12 + k, 12 + l);
 }
-inline F low_fours(F a, F b) { return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11); }
-inline F high_fours(F a, F b) { return __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15); }
+inline F low_fours(F a, F b) { return HARLORA_LANES(a, b, 0, 1, 2, 3, 8, 9, 10, 11); }
+inline F high_fours(F a, F b) { return HARLORA_LANES(a, b, 4, 5, 6, 7, 12, 13, 14, 15); }
 
 inline F load(const BFloat16* p) {
   F v;
