@@ -249,8 +249,10 @@ def test_memory_is_told_by_category_of_the_results_that_have_it(tmp_path):
     old, new = record("lora"), {**record("qlora"), "bytes": SIZE}
     assert has_memory(SIZE)
     assert not has_memory(old["bytes"])
+    del old["config"]["validated"]  # which was no setting then
     page = build_report(written(tmp_path / "old", [old]), tmp_path / "page.md").read_text()
     assert "saved activations" not in page
+    assert "chosen on a validation part" in page
     page = build_report(written(tmp_path / "new", [old, new]), tmp_path / "page.md").read_text()
     assert "| MB | QLoRA r=8 |" in page
     assert "| saved activations | 50.00 |" in page

@@ -304,7 +304,7 @@ def _how(records: Sequence[Record]) -> str:
         f"learning rates {_rates(usual)}; "
         + (
             "the epoch that is kept is chosen on a validation part that is neither trained on nor tested on."
-            if all(c["validated"] for c in configs)
+            if all(c.get("validated", True) for c in configs)  # as all were before it was a setting
             else "all but the test part is trained on, and the last epoch is kept."
         ),
         *_recipes(usual),
