@@ -113,7 +113,7 @@ def _fill(readme: Path, records: Sequence[Record]) -> None:
 
 def _headline(records: Sequence[Record]) -> str:
     """The macro-F1 of every method on new people, and what is held for it in training."""
-    chosen = [members for members in groups(comparable(records)) if _protocol(members) == "subject"]
+    chosen = _of_most_seeds(groups(comparable(records)))
     methods = [m for m in TITLES if any(r["config"]["method"] == m for g in chosen for r in g)]
     rows = []
     for members in chosen:
@@ -124,6 +124,13 @@ def _headline(records: Sequence[Record]) -> str:
         sizes = [megabytes(held(by_method[m])) if m in by_method else "" for m in methods]
         rows.append(["MB held in training", *sizes])
     return markdown(["macro-F1 on new people", *(TITLES[m] for m in methods)], rows)
+
+
+def _of_most_seeds(all_: Sequence[list[Record]]) -> list[list[Record]]:
+    """Of groups of results those on new people with the most seeds: others are of fewer people, or not done yet."""
+    chosen = [members for members in all_ if _protocol(members) == "subject"]
+    seeds = [max(len(record.get("seeds", (0,))) for record in members) for members in chosen]
+    return [members for members, count in zip(chosen, seeds, strict=True) if count == max(seeds)]
 
 
 def _link(text: str, image: Path, out: Path) -> str:
@@ -205,7 +212,7 @@ def _section(members: Sequence[Record], images: Path, out: Path) -> str:
 
 
 def _bytes_section(records: Sequence[Record], images: Path, out: Path) -> str:
-    chosen = [members for members in groups(records) if _protocol(members) == "subject"] or groups(records)
+    chosen = _of_most_seeds(groups(records)) or groups(records)
     if not chosen:
         return ""
     panels = [(_title(members), comparable(members)) for members in chosen]

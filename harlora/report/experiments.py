@@ -281,7 +281,7 @@ def _differences(members: Sequence[Record]) -> list[list[str]]:
     return [
         [
             f"{TITLES[one]} less {TITLES[other]}", str(comparison.people), f"{comparison.difference:+.4f}",
-            f"{comparison.low:+.4f} to {comparison.high:+.4f}",
+            f"{comparison.low:+.4f} to {comparison.high:+.4f}" if comparison.people > 1 else "one person",
             "too few people" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001",
         ]
         for ((one, other), comparison), p in zip(known.items(), adjusted(known.values()), strict=True)
