@@ -498,7 +498,7 @@ def _results(tasks: Sequence[Adaptation], preset: str) -> Path:
 def _carry_out(
     tasks: Sequence[Adaptation], ledger: Ledger, runs: Path, workers: Workers, machine: Machine
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """The results, and the titles of those runs that their datasets do not allow."""
+    """The results, and the titles of those runs that were not possible."""
     if _is_synthetic(tasks):
         console.print(
             f"SYNTHETIC data: no dataset under {ledger.root}. The numbers show that the program works and nothing "

@@ -147,8 +147,8 @@ def carry_out(
     Pretraining is done once for all runs that begin from it. What was interrupted under ``runs`` goes on. A run whose
     worker dies is begun again, up to three times in all; one that raises ends the study, whose other results are kept.
 
-    impossible: called with an adaptation that its dataset does not allow, which is then left out of the results,
-        instead of raising its InputError.
+    impossible: called with an adaptation that raises InputError, as where its dataset does not allow it or training
+        diverges; the adaptation is then left out of the results, and the study goes on.
     """
     workers = workers or Workers()
     workers.check()
