@@ -57,7 +57,8 @@ def measure(
     total = len(jobs) * len(weights) * len(rows)
     for operator, dtype in jobs:
         title = f"{operator} {8 * dtype.itemsize}"
-        rules = []
+        rules: list[Rule] = []
+        taken: dict[str, float] = {}
         for shape, most_weights in weights:
             for most_rows in rows:
                 if report is not None:
@@ -67,9 +68,12 @@ def measure(
                 taken = times(operator, device, dtype, count, shape, candidates)
                 measured.append({"title": title, "shape": list(shape), "rows": count, "times_us": taken})
                 if taken:
-                    best = min(taken, key=lambda name: taken[name])
+                    best = min(taken, key=taken.__getitem__)
                     rules.append(Rule(_candidate(operator, dtype, count, best), most_rows, most_weights))
-        if rules and rules[-1].rows is None and rules[-1].weights is None:
+        if rules and rules[-1].use.way in configurations.CUDA_WAYS:  # which do not serve all that comes to the last
+            others = [each for each in candidates if each.way in configurations.WAYS and str(each) in taken]
+            rules += [Rule(min(others, key=lambda each: taken[str(each)]))] if others else []
+        if rules and rules[-1].rows is rules[-1].weights is None and rules[-1].use.way in configurations.WAYS:
             table[title] = [rule.to_json() for rule in rules]
     return table, measured
 
@@ -274,13 +278,17 @@ def of_table(
 
     def can(configuration: Configuration) -> bool:
         in_features, out_features = shape
-        x = torch.empty(1, dtype=dtype, device=device).expand(rows, in_features)
         weight = torch.empty(1, dtype=torch.uint8, device=device).expand(in_features * out_features // 2, 1)
-        layer = (weight, weight, None, None, "nf4", 64, out_features, None, None, None, 1.0)
-        return cuda.serves(operator, configuration.way, x, *layer) and cuda.worth(configuration, x, *layer)
+        arguments: tuple[Any, ...] = (weight, weight, None, None, "nf4", 64)
+        if operator == "qlora_linear":
+            width, arguments = in_features, (*arguments, out_features, None, None, None, 1.0)
+        else:
+            mask = (True, False, False, False)
+            width, arguments = out_features, (None, None, *arguments, in_features, None, None, 1.0, mask)
+        arguments = (torch.empty(1, dtype=dtype, device=device).expand(rows, width), *arguments)
+        return cuda.serves(operator, configuration.way, *arguments) and cuda.worth(configuration, *arguments)
 
-    forward = operator == "qlora_linear"
-    return dispatch.configuration(operator, device, dtype, rows, math.prod(shape), can if forward else None)
+    return dispatch.configuration(operator, device, dtype, rows, math.prod(shape), can)
 
 
 def gain(device: torch.device, measured: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -14,8 +14,8 @@ import torch
 from needs import needs_extension
 
 from harlora import cli, configure, doctor
-from harlora.kernels import configurations, cpp, dispatch, eager, reference, tuning
-from harlora.kernels.configurations import Configuration
+from harlora.kernels import configurations, cpp, cuda, dispatch, eager, reference, tuning
+from harlora.kernels.configurations import Configuration, Rule
 from harlora.models import MAEConfig
 
 CPU = torch.device("cpu")
@@ -434,6 +434,31 @@ def test_configurations_are_measured_and_obeyed(table_file, monkeypatch):
     with pytest.warns(RuntimeWarning, match="is damaged: the rules of qlora_linear 32"):
         assert tuning.measured_configurations(CPU) == {}
     tuning.measured_configurations.cache_clear()
+
+
+def test_after_a_way_of_cuda_comes_one_that_serves_every_call(monkeypatch):
+    """On a machine of which only the times are known."""
+    fast, dense, slow = Configuration("gemm", 64), Configuration("dense"), Configuration("direct", 16, 32, 64)
+    monkeypatch.setattr(configurations, "candidates", lambda *_: [fast, slow, dense])
+    monkeypatch.setattr(configure, "times", lambda *_: {str(slow): 3.0, str(fast): 1.0, str(dense): 2.0})
+    table, _ = configure.measure(CPU, weights=[((64, 64), None)], rows=[8, None], dtypes=[torch.bfloat16])
+    for rules in configurations.read(table).values():
+        assert rules == (Rule(fast, 8), Rule(fast), Rule(dense))
+    monkeypatch.setattr(configure, "times", lambda *_: {str(fast): 1.0})
+    assert configure.measure(CPU, weights=[((64, 64), None)], rows=[None], dtypes=[torch.bfloat16])[0] == {}
+
+
+def test_what_the_table_has_for_a_backward_may_be_a_way_of_cuda(monkeypatch):
+    dx, dense = Configuration("dx", 32), Configuration("dense")
+    table = {f"{operator} 16": (Rule(dx, 64), Rule(dense)) for operator in configurations.OPERATORS}
+    monkeypatch.setattr(dispatch, "_table", lambda _: table)
+    # As on a GPU of compute capability 9.0.
+    monkeypatch.setattr(cuda, "serves", lambda operator, way, *arguments: cuda._SERVES[way](*arguments))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    size = ("qlora_linear_backward", CPU, torch.bfloat16)
+    assert configure.of_table(*size, 64, (192, 128)) == dx
+    assert configure.of_table(*size, 64, (200, 128)) == dense  # in_features are not whole blocks
+    assert configure.of_table(*size, 65, (192, 128)) == dense
 
 
 @pytest.mark.parametrize("fastest", ["launches", "encoder"])

@@ -297,6 +297,15 @@ def test_rank_zero_is_the_quantised_layer_alone():
     assert "lora_A" not in layer.state_dict()
 
 
+def test_of_one_output_no_wider_x_is_taken():
+    """Whose packed weight of 5 values has room for 6."""
+    layer = QLoRALinear(5, 1, rank=0)
+    x = torch.randn(2, 6)
+    torch.testing.assert_close(layer(x[:, :5]), layer.merge()(x[:, :5]))
+    with pytest.raises(ValueError, match="x.shape"):
+        layer(x)
+
+
 def test_bytes_are_those_of_the_format():
     layer = QLoRALinear(192, 512, rank=0, bias=False, double_quant=True)
     held = sum(buffer.nbytes for buffer in layer.buffers())

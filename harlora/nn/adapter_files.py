@@ -182,7 +182,7 @@ def load_adapter(model: Model, path: Path | str) -> Model:
 
     A layer that carries an adapter of the method already, with the same options, takes the stored one, whatever its
     base; a plain ``nn.Linear`` becomes a `LoRALinear`, a `QLoRALinear` of rank 0 one with the adapter. Biases and whole
-    modules in the file replace those of the model.
+    modules in the file replace those of the model. Adapters of layers that the file does not have stay as they are.
 
     Raises: InputError, with the model unchanged, if a file is missing or damaged, a stored layer is not in the model,
     has another shape or an adapter with other options, or the adapter is of a kind that is not understood.

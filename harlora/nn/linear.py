@@ -286,10 +286,13 @@ class QLoRALinear(AdaptedLinear):
         if "adapter" in self._modules:
             return self.adapter(self, x)  # type: ignore[misc]
         dropout: Any = (self.dropout, draw_seed(x.device)) if self.training and self.dropout and self.rank else ()
-        try:
-            direct = (eager if x.is_cpu else gpu).qlora_linear(x, *self.operands(), *dropout)
-        except KeyError:  # a parametrised layer keeps its parameters elsewhere
-            direct = None
+        if self.out_features == 1 and x.shape[-1:] != (self.in_features,):
+            direct = None  # the packed weight may have room for one more value; the public operator knows better
+        else:
+            try:
+                direct = (eager if x.is_cpu else gpu).qlora_linear(x, *self.operands(), *dropout)
+            except KeyError:  # a parametrised layer keeps its parameters elsewhere
+                direct = None
         if direct is not None:
             return direct
         return qlora_linear(x, self.quantized_weight(), self.bias, self.lora_A, self.lora_B, self.scaling, *dropout)
