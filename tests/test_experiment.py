@@ -282,7 +282,7 @@ def test_one_encoder_may_serve_all_seeds():
 
 
 def test_the_studys_own_experiments_can_be_planned(tmp_path):
-    files = sorted((ROOT / "experiments").glob("*.toml"))
+    files = sorted((ROOT / "experiments").rglob("*.toml"))
     assert files
     for file in files:
         experiment = load_experiment(file)
