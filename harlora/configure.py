@@ -32,7 +32,7 @@ MANY_ROWS = 8192  # measured for what has no limit
 WINDOWS: tuple[int | None, ...] = (1, 8, 32, 64, 128, None)  # of an encoder
 MANY_WINDOWS = 256  # of which Triton's launches take more in parts
 RANK = 16
-CALLS = 8  # in one sample
+CALLS = 8  # in one sample, at least
 DTYPES = (torch.bfloat16, torch.float32)
 MOST_COMPILERS = 16  # processes; each takes several hundred MiB for torch
 
@@ -111,7 +111,8 @@ def measure_encoders(
 def _encoder_samples(x: torch.Tensor, blocks: list[Any], device: torch.device) -> dict[str, Callable[[], float]]:
     layers, norm, heads = blocks
     samples = {}
-    for candidate in configurations.ENCODER_CANDIDATES:
+    clusters = device.type == "cuda" and cuda.has_clusters(device)
+    for candidate in (each for each in configurations.ENCODER_CANDIDATES if each.parts <= 1 or clusters):
         if candidate.way == "launches":
             functions = dispatch.encoder_launches(x, layers, heads, False)
             encode = functions[0] if functions else None
@@ -153,11 +154,13 @@ def times(
 
 def _in_turn(samples: dict[str, Callable[[], float]]) -> dict[str, float]:
     found: dict[str, list[float]] = {name: [] for name in samples}
-    for number in range(6):
-        for name, sample in samples.items():
-            taken = sample()
+    order = list(samples)
+    for number in range(12):
+        for name in order:
+            taken = samples[name]()
             if number:  # the first warms up
                 found[name].append(taken)
+        order.reverse()
     return {name: round(statistics.median(values), 2) for name, values in found.items()}
 
 
@@ -177,7 +180,7 @@ def _copies(device: torch.device, weights: int) -> int:
 
 def _sampler(calls: list[Callable[[], object]], device: torch.device) -> Callable[[], float]:
     """A function that times calls in turn and returns the microseconds of one."""
-    in_turn = [calls[i % len(calls)] for i in range(CALLS)]
+    in_turn = [calls[i % len(calls)] for i in range(max(CALLS, len(calls)))]  # every copy, past what the cache holds
     if device.type != "cuda":
 
         def clocked() -> float:
@@ -199,7 +202,7 @@ def _sampler(calls: list[Callable[[], object]], device: torch.device) -> Callabl
         graph.replay()
         after.record()
         after.synchronize()
-        return 1e3 * before.elapsed_time(after) / CALLS
+        return 1e3 * before.elapsed_time(after) / len(in_turn)
 
     return replayed
 

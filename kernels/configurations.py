@@ -35,6 +35,8 @@ class Configuration:
     block_rows, block_out, block_in: the tile of rows of x, out_features and in_features that is in registers.
     permute: decode by byte permutes in PTX; in float32 only with up to 16 rows.
     programs: with ``"split"``, how many programs there should be, at most, for each multiprocessor.
+    parts: with ``"encoder"``, how many blocks of threads, a cluster, share the rows of each weight; 0 leaves it to the
+        launcher.
     """
 
     way: str
@@ -45,6 +47,7 @@ class Configuration:
     num_stages: int = 3
     permute: bool = True
     programs: int = 2
+    parts: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,10 @@ def candidates(operator: str, dtype: torch.dtype, rows: int) -> list[Configurati
 
 
 # Likewise for an encoder's blocks, for any number of rows.
-ENCODER_CANDIDATES = (Configuration("launches"), *(Configuration("encoder", tile) for tile in (16, 32, 64)))
+ENCODER_CANDIDATES = (
+    Configuration("launches"),
+    *(Configuration("encoder", tile, parts=parts) for tile in (16, 32, 64) for parts in (0, 1, 2, 4, 8)),
+)
 
 
 def choose(

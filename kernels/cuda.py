@@ -12,6 +12,7 @@ from harlora.kernels.format import code_table
 from harlora.kernels.reference import Block, Layer, Norm
 
 STEP = 64  # values of k that must have one scale
+MOST_TILES = 65535  # of rows, which a grid has room for
 ENCODER_TILES = (16, 32, 64)
 
 
@@ -117,7 +118,7 @@ def _serves_gemm(x: Tensor, *arguments: Any) -> bool:
     return (
         _has_whole_steps(x, *arguments)
         and torch.cuda.get_device_capability(x.device) == (9, 0)
-        and x.numel() < 2**31
+        and x.numel() < min(2**31, MOST_TILES * 64 * x.shape[-1])
         and out_features % 8 == 0
         and (bias is None or bias.dtype == x.dtype)
     )
@@ -155,7 +156,7 @@ def _serves_mma(x: Tensor, *arguments: Any) -> bool:
     return (
         _has_whole_steps(x, *arguments)
         and torch.cuda.get_device_capability(x.device) >= (8, 0)
-        and x.numel() < 2**31
+        and x.numel() < min(2**31, MOST_TILES * 16 * x.shape[-1])
         and (bias is None or bias.dtype == x.dtype)
     )
 
@@ -242,7 +243,7 @@ def _serves_dx(grad: Tensor, *arguments: Any) -> bool:
     return (
         _has_whole_blocks(grad, in_features, packed, blocksize, lora_A, lora_B, seed)
         and torch.cuda.get_device_capability(grad.device) >= (8, 0)
-        and grad.numel() < 2**30
+        and grad.numel() < min(2**30, MOST_TILES * 16 * grad.shape[-1])
         and all(each is None or each.dtype == grad.dtype for each in (x, t))
         and (x is None or x.data_ptr() % 16 == 0)
         and (lora_A is None or lora_B is None or lora_A.dtype == lora_B.dtype)
@@ -263,8 +264,8 @@ def encoder_blocks(
         room at once.
     """
     assert not keep
-    tensors = [
-        each
+    tensors = [  # aligned, since what is chosen for one model may later be called with another of the same sizes
+        _aligned(each)
         for norm1, *attention, norm2, fc1, fc2 in blocks
         for part in (norm1[:2], *map(_tensors, attention), norm2[:2], _tensors(fc1), _tensors(fc2))
         for each in part
@@ -276,8 +277,8 @@ def encoder_blocks(
     windows, tokens, _ = x.shape
     tile = tile or _tile_of_encoder(x)
     torch.ops.harlora_cpp.encoder_blocks(
-        x, [*tensors, *norm[:2]], heads, hidden, blocksize, bias is not None, A is not None, [*eps, norm[2]],
-        [layer[10] for layer in layers], code_table(quant_type, x.device), y, tile // 8,
+        x, [*tensors, *map(_aligned, norm[:2])], heads, hidden, blocksize, bias is not None, A is not None,
+        [*eps, norm[2]], [layer[10] for layer in layers], code_table(quant_type, x.device), y, tile // 8,
         parts or _parts_of_encoder(x.device, -(-windows // (tile // tokens))), *cpp.nested_scales(*nested)[2:],
         stream=torch.cuda.current_stream(x.device).cuda_stream,
     )  # fmt: skip
@@ -296,6 +297,11 @@ def _tensors(layer: Layer) -> list[Tensor]:
     return [tensor for tensor in given if tensor is not None]
 
 
+def has_clusters(device: torch.device) -> bool:
+    """Whether blocks of threads may share their memory there."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def _room(device: torch.device) -> int:
     """How many blocks of threads of an encoder find room at once: two on a multiprocessor, as a rule."""
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
@@ -308,7 +314,7 @@ def _tile_of_encoder(x: Tensor) -> int:
 
 
 def _parts_of_encoder(device: torch.device, groups: int) -> int:
-    if torch.cuda.get_device_capability(device) < (9, 0):  # which has no clusters
+    if not has_clusters(device):
         return 1
     return next((parts for parts in (8, 4, 2) if groups * parts <= _room(device)), 1)
 

@@ -144,7 +144,8 @@ def launcher(operator: str, chosen: Configuration | tuple[Configuration, ...]) -
     """The function for ``operator`` with a configuration; it takes the operator's arguments."""
     if isinstance(chosen, Configuration) and chosen.way in configurations.CUDA_WAYS:
         way = cuda.WAYS[operator][chosen.way]
-        return partial(way, tile=chosen.block_rows) if chosen.block_rows else way
+        given = {"tile": chosen.block_rows, "parts": chosen.parts}
+        return partial(way, **{name: value for name, value in given.items() if value}) if any(given.values()) else way
     return partial(_launcher(operator), configuration=chosen)
 
 
@@ -520,9 +521,9 @@ def _problem_of_blocks(probe: _Probe, dtype: torch.dtype, **given: Any) -> tuple
     """As `problem`, of two blocks of an encoder and three windows."""
     facts = (probe.rank, probe.quant_type, probe.blocksize, probe.nested)
     tokens, heads, width = probe.shape
-    x, blocks, norm, _ = problem_of_encoder(
-        probe.device, dtype, 3, tokens, heads, width, 2 * probe.blocksize, 2, *facts, **given
-    )
+    # Whole blocks in the rows of fc2 for Triton; one launch must find room in shared memory, as for the encoder itself.
+    hidden = min(2 * probe.blocksize, 512) if isinstance(probe.configuration, Configuration) else 2 * probe.blocksize
+    x, blocks, norm, _ = problem_of_encoder(probe.device, dtype, 3, tokens, heads, width, hidden, 2, *facts, **given)
     if probe.operator == "encoder_blocks":  # what one launch computes has nothing kept for backward
         return x, blocks, norm, heads, not isinstance(probe.configuration, Configuration)
     forward = replace(probe, operator="encoder_blocks")

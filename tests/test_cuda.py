@@ -76,6 +76,14 @@ def test_what_it_does_not_serve_takes_another_way(changed, card, monkeypatch):
     assert not card
 
 
+def test_more_rows_than_a_grid_has_room_for_are_left_to_others(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    _, *layer = problem(CPU, torch.float16, 1, in_features=64, out_features=32)
+    for serves, tile in ((cuda._serves_gemm, 64), (cuda._serves_mma, 16)):
+        for rows in (65535 * tile - 1, 65535 * tile):
+            assert serves(torch.empty(1, dtype=torch.float16).expand(rows, 64), *layer) == (rows % tile > 0)
+
+
 def test_a_wrong_one_is_left_out_with_one_warning_that_names_it(card, monkeypatch):
     monkeypatch.setitem(cuda.WAYS["qlora_linear"], "gemv", lambda x, *layer: (x.new_zeros(7, layer[6]), x[:, :16]))
     arguments = problem(CPU, torch.float16, 3)

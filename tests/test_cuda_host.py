@@ -309,6 +309,26 @@ def test_no_window_sees_another(on_model):
 
 
 @needs_extension
+def test_tensors_at_any_address_are_read(on_model):
+    """As of a model whose adapters are views into one tensor; what served another model of the same sizes is kept."""
+    x, blocks, *rest = an_encoder(torch.float16, 2, 5, 4, 64, 128, 1, 3)
+    (right,) = cuda.encoder_blocks(x, blocks, *rest)
+    norm1, q, *others = blocks[0]
+    moved = [torch.empty(each.numel() + 1, dtype=each.dtype)[1:].view_as(each).copy_(each) for each in q[8:10]]
+    assert any(each.data_ptr() % 16 for each in moved)
+    (found,) = cuda.encoder_blocks(x, [(norm1, (*q[:8], *moved, q[10]), *others)], *rest)
+    assert torch.equal(found, right)
+
+
+def test_one_launch_is_proven_on_a_problem_that_finds_room():
+    weight = (None, None, None, None, "nf4", 4096)
+    for chosen, hidden in ((Configuration("encoder", 64), 512), ((Configuration("direct"),), 8192)):
+        probe = dispatch._probe("encoder_blocks", chosen, CPU, torch.float16, 64, weight, None)
+        _, blocks, *_ = dispatch._problem_of_blocks(dispatch.replace(probe, shape=(5, 4, 64)), torch.float16)
+        assert blocks[0][6][6] == hidden
+
+
+@needs_extension
 def test_the_tile_and_the_parts_follow_from_the_windows_and_the_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=132))
