@@ -308,6 +308,11 @@ def _module_by_module(encoder: Any, x: Tensor) -> Tensor:
     return last
 
 
+def _classified(model: Any, x: Tensor) -> Tensor:
+    logits: Tensor = model.head(_module_by_module(model.encoder, x).mean(dim=1))
+    return logits
+
+
 @torch.no_grad()
 def _forward(made: Callable[[], tuple[Callable[..., Any], Callable[..., Any]]], x: Tensor) -> Contender:
     model, reference = made()
@@ -320,10 +325,12 @@ def _step(name: str, base: Classifier, x: Tensor, labels: Tensor) -> Contender:
     for classifier in (model, reference):
         classifier.train().head.requires_grad_(True)
     called = peers.compiled(name, model)
+    if not name.startswith(peers.OURS) and called is model:  # as in `_encoder`
+        called = partial(_classified, model)
     parameters = _trainable(model)
     wanted = torch.autograd.grad(F.cross_entropy(reference(x.double()), labels), _trainable(reference))
     if peers.COMPETITORS[name].captured:
-        return _captured_step(model, x, labels, parameters, wanted)
+        return _captured_step(model, called, x, labels, parameters, wanted)
     found = torch.autograd.grad(F.cross_entropy(called(x), labels), parameters)
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=x.is_cuda)
 
@@ -332,19 +339,29 @@ def _step(name: str, base: Classifier, x: Tensor, labels: Tensor) -> Contender:
         F.cross_entropy(called(x), labels).backward()
         optimizer.step()
 
-    return Contender(step, peers.relative_error(found, wanted))
+    return Contender(step, _gradient_error(model, found, wanted))
+
+
+def _gradient_error(model: nn.Module, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """The largest of those of every lora_A, every lora_B and the head: together, one would hide the others."""
+    adapters = len(_flat(model))
+    groups = slice(0, adapters, 2), slice(1, adapters, 2), slice(adapters, None)
+    return _worst([peers.relative_error(found[group], wanted[group]) for group in groups])
 
 
 def _captured_step(
-    model: nn.Module, x: Tensor, labels: Tensor, parameters: list[nn.Parameter], wanted: Sequence[Tensor]
-) -> Contender:
+    model: nn.Module, called: Callable[..., Any], x: Tensor, labels: Tensor, parameters: list[nn.Parameter],
+    wanted: Sequence[Tensor],
+) -> Contender:  # fmt: skip
     """The same step as one CUDA graph; checked are the gradients of its first replay, which are at the same weights."""
     rate = torch.tensor(1e-4, device=x.device)
     optimizer = torch.optim.AdamW(parameters, lr=rate, fused=True, capturable=True)
-    step = TrainingStep(model, lambda x, labels: F.cross_entropy(model(x), labels), optimizer, capture=True)
+    step = TrainingStep(model, lambda x, labels: F.cross_entropy(called(x), labels), optimizer, capture=True)
     step(x, labels)
     found = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return Contender(partial(step, x, labels), peers.relative_error(found, wanted))
+    # Without TrainingStep's own look at whether the graph still holds, which others would not need.
+    replay = partial(step, x, labels) if step._graph is None else step._graph.replay
+    return Contender(replay, _gradient_error(model, found, wanted))
 
 
 def _trainable(model: Any) -> list[nn.Parameter]:

@@ -6,9 +6,9 @@ PEFT and others take part where they can be imported. Runs from the sources:
 
     python bench/gpu.py [--minutes 8] [--out FOLDER] [--quick]
 
-Leaves FOLDER/result.json with the outcome of the tests in it, failures.txt as they come, and a page where matplotlib is
-there. The exit status is
-that of the first part that failed; the bench runs all the same, since a machine with a GPU may be lent for minutes.
+Leaves FOLDER/result.json with the outcome of the tests in it, failures.txt and ways.json as they come, and a page where
+matplotlib is there. The exit status is that of the first part that failed; the bench runs all the same, since a machine
+with a GPU may be lent for minutes.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,9 +25,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = ROOT / "build" / "gpu" / "lib"
-TESTS_S = 240
-SANITIZER_S = 60  # for each tool
-WAYS_S = 120
+TESTS_S, SANITIZER_S, WAYS_S = 240, 60, 120  # at most; the first for each half of the tests, the next for each tool
+BENCH_S = 150  # at least
+LEAST_S = 20  # for what comes before it
+SANITIZED = (
+    "--error-exitcode", "3", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py",
+    "-k", "strides or few_windows",
+)  # fmt: skip
 _SERVES = """
 import sys
 from harlora.kernels import cpp
@@ -46,7 +51,7 @@ def main() -> int:
         "--minutes",
         type=float,
         default=8.0,
-        help="for all of it, of which the bench gets what is left, at least two; default 8",
+        help="for all of it; the bench gets what is left, two and a half at least; default 8",
     )
     parser.add_argument("--out", type=Path, default=None, help="folder of the result; default runs/bench/gpu-TIME")
     parser.add_argument("--quick", action="store_true", help="few sizes")
@@ -57,6 +62,7 @@ def main() -> int:
     )
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # cpu: to try this script without a GPU
     options = parser.parse_args()
+    folder = options.out or ROOT / "runs" / "bench" / time.strftime("gpu-%Y%m%dT%H%M%SZ", time.gmtime())
     for package in ("torch", "ninja", "setuptools", "pytest", "rich", "safetensors", "numpy"):
         if importlib.util.find_spec(package) is None:
             return _fail(f"the package {package} is missing in {Path(sys.executable).name}; install it, or set PYTHON")
@@ -65,8 +71,14 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         return _fail("torch sees no NVIDIA GPU here; `harlora bench --device cpu` measures the CPU")
     began = time.monotonic()
+
+    def within(most: float) -> float:
+        """So many seconds, or what is left of the minutes beside the bench."""
+        return max(LEAST_S, min(most, 60 * options.minutes - BENCH_S - (time.monotonic() - began)))
+
     # The working folder, whose harlora/ is not the one that is built, must not come first on the path.
     paths = os.pathsep.join([str(BUILT), os.environ.get("PYTHONPATH", "")])
+    os.environ["HARLORA_TUNING"] = "0"  # the repository's table, not one measured on this machine
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
     if options.device == "cuda":  # for this GPU alone, in a fraction of the time
         major, minor = torch.cuda.get_device_capability()
@@ -99,56 +111,56 @@ def main() -> int:
     many = ["-p", "xdist.plugin", "-n", str(workers)] if workers > 1 else []
     # Others' plugins have warnings of their own, which the tests' settings make errors.
     environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    failures = (options.out or ROOT / "build" / "gpu") / "failures.txt"
-    failures.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    failures = folder / "failures.txt"
     failures.unlink(missing_ok=True)
     environment["HARLORA_FAILURES"] = str(failures.resolve())
     tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *many]
     # Of CUDA C++ apart: what has not run on such a GPU may leave a process with none.
     of_cuda = [file for file in marked if Path(file).stem == "test_cuda"]
-    statuses["tests"] = _run([*tests, *(file for file in marked if file not in of_cuda)], environment, TESTS_S)
-    statuses["tests of CUDA C++"] = _run([*tests, *of_cuda], environment, TESTS_S)
+    rest = [file for file in marked if file not in of_cuda]
+    statuses["tests"] = _run([*tests, *rest], environment, within(TESTS_S))
+    statuses["tests of CUDA C++"] = _run([*tests, *of_cuda], environment, within(TESTS_S))
     print(f"[{time.monotonic() - began:5.0f} s] tests done", flush=True)
-    statuses |= _sanitized(environment)
+    program = shutil.which("compute-sanitizer")
+    for tool in ("memcheck", "racecheck") if program else ():
+        statuses[tool] = _run([str(program), "--tool", tool, *SANITIZED], environment, within(SANITIZER_S))
+    if not program:
+        print("compute-sanitizer is not installed: nothing ran under it", flush=True)
     print(f"[{time.monotonic() - began:5.0f} s] sanitized", flush=True)
     ways: list[dict[str, Any]] = []
     if options.device == "cuda" and not options.quick:
-        statuses["ways"], ways = _ways(environment)
+        statuses["ways"], ways = _ways(folder / "ways.json", environment, within(WAYS_S))
         print(f"[{time.monotonic() - began:5.0f} s] ways measured", flush=True)
     sys.path.insert(0, str(BUILT))
-    status = _bench(options, statuses, ways, max(2.0, options.minutes - (time.monotonic() - began) / 60))
+    status = _bench(
+        options, folder, statuses, ways, max(BENCH_S / 60, options.minutes - (time.monotonic() - began) / 60)
+    )
     return next((each for each in statuses.values() if each), status)
 
 
-def _sanitized(environment: dict[str, str]) -> dict[str, int]:
-    """Exit statuses of a few of the tests of CUDA C++ under compute-sanitizer's tools, none where it is missing."""
-    program, statuses = shutil.which("compute-sanitizer"), {}
-    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py"]
-    tests += ["-k", "strides or few_windows"]
-    for tool in ("memcheck", "racecheck") if program else ():
-        command = [str(program), "--tool", tool, "--error-exitcode", "3", *tests]
-        statuses[tool] = _run(command, environment, SANITIZER_S)
-    return statuses
-
-
-def _ways(environment: dict[str, str]) -> tuple[int, list[dict[str, Any]]]:
+def _ways(file: Path, environment: dict[str, str], seconds: float) -> tuple[int, list[dict[str, Any]]]:
     """The exit status of bench/ways.py and what it measured, also before it failed."""
-    file = ROOT / "build" / "gpu" / "ways.json"
     file.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "harlora.bench.ways", str(file)]
-    status = _run(command, environment, WAYS_S)
+    status = _run([sys.executable, "-m", "harlora.bench.ways", str(file)], environment, seconds)
     return status, json.loads(file.read_text(encoding="utf-8"))["ways"] if file.exists() else []
 
 
-def _run(command: list[str], environment: dict[str, str], seconds: float | None = None) -> int:
+def _run(command: list[str], environment: dict[str, str], seconds: float) -> int:
+    """The exit status, 124 if it was over time: then all that it had started is killed, and leaves the GPU alone."""
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     try:
-        return subprocess.run(command, cwd=ROOT, env=environment, check=False, timeout=seconds).returncode
-    except subprocess.TimeoutExpired:
-        return 124
+        return process.wait(seconds)
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            return 124
+        raise
 
 
 def _bench(
-    options: argparse.Namespace, statuses: dict[str, int], ways: list[dict[str, Any]], minutes: float
+    options: argparse.Namespace, folder: Path, statuses: dict[str, int], ways: list[dict[str, Any]], minutes: float
 ) -> int:  # fmt: skip
     import torch
     from rich.console import Console
@@ -157,19 +169,15 @@ def _bench(
     from harlora.bench.cases import plan
     from harlora.bench.run import RESULT, Options, Preset, measure
     from harlora.errors import InputError
-    from harlora.files import write_json
 
-    folder = options.out or ROOT / "runs" / "bench" / time.strftime("gpu-%Y%m%dT%H%M%SZ", time.gmtime())
     preset: Preset = "quick" if options.quick else "standard"
     cases = plan(preset, torch.device(options.device)).count()
     seconds = max(0.3, min(2.4, 0.6 * 60 * minutes / cases))  # the rest is for making and checking the competitors
     chosen = Options(preset, options.device, minutes=minutes, seconds=seconds, command="make gpu")
     try:
-        result = measure(chosen, folder / RESULT, Console(stderr=True))
+        result = measure(chosen, folder / RESULT, Console(stderr=True), {"statuses": statuses, "ways": ways})
     except InputError as error:
         return _fail(str(error))
-    result["statuses"], result["ways"] = statuses, ways
-    write_json(folder / RESULT, result)
     console = Console(width=None if sys.stdout.isatty() else 160)
     for text in (report.setting(result), *report.summary(result)):
         console.print(text, highlight=False, markup=False)

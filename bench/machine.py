@@ -94,7 +94,7 @@ class Watch:
         self._next = 0.0
         self._usual: tuple[int, State] | None = None
         if not cores:
-            self.note = "nothing: what is measured does not run on this machine's cores"
+            self.note = "nothing: a GPU computes; how fast the cores were that launch its work is not looked at"
             return
         try:
             _look(cores, STEPS, HANDOVERS)

@@ -27,6 +27,7 @@ from harlora.nn.linear import AdaptedLinear
 
 OURS = "harlora"
 PEER = "bitsandbytes + PEFT"  # the baseline
+DENSE = "dense + PEFT"
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,10 @@ COMPETITORS = {
         "bitsandbytes.nn.Linear4bit (NF4, blocksize 64, plain scales, compute_dtype that of x) with PEFT LoRA",
         "#0072b2", "s", ("bitsandbytes", "peft"), reduced=True,
     ),
+    f"{PEER}, captured": Competitor(
+        "the same, its training step captured into one CUDA graph as harlora's is", "#332288", "p",
+        ("bitsandbytes", "peft"), reduced=True, captured=True,
+    ),
     "dequantise + matmul": Competitor(
         "harlora.dequantize_4bit, F.linear and LoRA in plain torch, which keeps the dense weight for backward",
         "#56b4e9", "P",
@@ -73,12 +78,25 @@ COMPETITORS = {
         "torchao NF4Tensor and linear_nf4 (blocks of 64, scales in blocks of up to 256), LoRA in plain torch",
         "#882255", "X", ("torchao",),
     ),
-    "dense + PEFT": Competitor("nn.Linear of x's dtype with PEFT LoRA", "#000000", "^", ("peft",)),
-    "dense + PEFT, compiled": Competitor(
-        "the same under torch.compile, static shapes", "#888888", "<", ("peft",)
+    DENSE: Competitor("nn.Linear of x's dtype with PEFT LoRA", "#000000", "^", ("peft",)),
+    f"{DENSE}, compiled": Competitor("the same under torch.compile, static shapes", "#888888", "<", ("peft",)),
+    f"{DENSE}, captured": Competitor(
+        "nn.Linear of x's dtype with PEFT LoRA, its training step captured into one CUDA graph", "#117733", "h",
+        ("peft",), captured=True,
     ),
     "dense": Competitor("nn.Linear without an adapter: the floor for a whole model, another function", "#cc79a7", "*"),
 }  # fmt: skip
+
+_CAPTURED = [name for name, competitor in COMPETITORS.items() if competitor.captured]
+_OTHERS = [name for name in COMPETITORS if not name.startswith(OURS)]
+_VARIANTS = [name for name in COMPETITORS if name.startswith(f"{OURS} ")]
+# Whose times are put over whose: all others' over harlora's, the baseline's over its variants', and of steps that are
+# one CUDA graph each other's.
+COMPARED = (
+    *((name, OURS) for name in _OTHERS if name not in _CAPTURED),
+    *((PEER, name) for name in _VARIANTS),
+    *((other, name) for name in _VARIANTS for other in _OTHERS if {name, other} <= set(_CAPTURED)),
+)
 
 RANK, ALPHA = 16, 16
 # ‖y - y₆₄‖ / ‖y₆₄‖ above which a competitor is wrong and not timed. Reduced ones go through a whole encoder, too.
@@ -154,10 +172,10 @@ def adapt(name: str, model: nn.Module, targets: Sequence[str], rank: int = RANK)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     if name.startswith(OURS):
         harlora.apply_qlora(model, targets, rank=rank, alpha=ALPHA)
-    elif name == PEER:
+    elif name.startswith(PEER):
         _replace_(model, targets, _bitsandbytes_layer)
         _inject_(model, targets, rank)
-    elif name.startswith("dense + PEFT"):
+    elif name.startswith(DENSE):
         _inject_(model, targets, rank)
     elif name == "dequantise + matmul":
         _replace_(model, targets, partial(_Plain, _Dequantised, rank))
@@ -304,15 +322,18 @@ def _replace_(model: nn.Module, targets: Sequence[str], make: Callable[[nn.Linea
 
 
 def _bitsandbytes_layer(linear: nn.Linear) -> nn.Module:
+    nn4 = _bitsandbytes().nn
     # Plain scales as ours has them; nested ones, the default, would cost it another dequantisation in training.
-    layer = _bitsandbytes().nn.Linear4bit(
-        linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=linear.weight.dtype,
-        compress_statistics=False, quant_type="nf4",
+    layer = nn4.Linear4bit(
+        linear.in_features, linear.out_features, bias=False, compute_dtype=linear.weight.dtype,
+        compress_statistics=False, quant_type="nf4", device="meta",
     )  # fmt: skip
-    layer.load_state_dict(linear.state_dict())
-    if layer.bias is not None:
-        layer.bias.data = layer.bias.data.to(linear.weight.dtype)
-    return layer.to(linear.weight.device).requires_grad_(False)  # quantises
+    # Quantised from the weight itself: from a copy in the layer's own float32, backward would dequantise to float32.
+    layer.weight = nn4.Params4bit(
+        linear.weight.detach(), requires_grad=False, compress_statistics=False, quant_type="nf4", module=layer
+    )
+    layer.bias = linear.bias
+    return layer.to(linear.weight.device).requires_grad_(False)  # quantises, on a GPU too
 
 
 def _inject_(model: nn.Module, targets: Sequence[str], rank: int) -> None:
@@ -359,6 +380,8 @@ def _own_kernel(device: torch.device) -> str:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     served = dispatch.select("qlora_linear", device, dtype)
     name = next(backend.name for backend in dispatch.backends("qlora_linear") if backend.function is served)
+    if (name, device.type) == ("triton", "cuda") and not cpp.load_extension() and cpp.has_kernel("qlora_gemv", "cuda"):
+        return "triton, and CUDA C++ where the table of configurations has it"
     return f"{name}, {cpp.selected_kernels()}" if (name, device.type) == ("cpp", "cpu") else name
 
 

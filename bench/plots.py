@@ -6,8 +6,8 @@ from typing import Any
 
 import matplotlib
 
-from harlora.bench.peers import COMPETITORS, OURS, PEER, RANK
-from harlora.bench.report import VARIANTS, cases, ratio
+from harlora.bench.peers import COMPETITORS, DENSE, OURS, PEER, RANK
+from harlora.bench.report import OF_VARIANTS, cases, ratio
 from harlora.bench.run import Row, where
 from harlora.files import replacing
 
@@ -200,8 +200,8 @@ def _rates(axis: Axes, group: Sequence[dict[str, Row]], ceilings: Row) -> None:
 
 def _bandwidths(axis: Axes, groups: dict[tuple[Any, ...], list[dict[str, Row]]], ceilings: Row) -> None:
     singles = {kind: group[0] for kind, group in groups.items() if next(iter(group[0].values()))["rows"] == 1}
-    variants = [name for name in VARIANTS if not COMPETITORS[name].captured]  # that is a step, not a layer
-    chosen = [OURS, *variants, PEER, "dense + PEFT"]
+    variants = [of for _, of in OF_VARIANTS if not COMPETITORS[of].captured]  # that is a step, not a layer
+    chosen = [OURS, *variants, PEER, DENSE]
     for number, name in enumerate(chosen):
         for place, rows in enumerate(singles.values()):
             if "median_us" in rows.get(name, {}):

@@ -16,7 +16,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harlora.bench.peers import COMPETITORS, OURS, PEER
+from harlora.bench.peers import COMPARED, COMPETITORS, OURS, PEER
 from harlora.bench.run import BUSY, FORMAT, RESULT, WIDE, Row, uncertain, where
 from harlora.errors import InputError
 from harlora.files import read_json, write_text
@@ -27,8 +27,8 @@ MARK = "~"
 LAYERS = ("One layer", "Share")  # titles of the tables of single layers
 LOST, FAILED = "Where harlora loses", "Not measured"
 MARKED = re.compile(r"(<!-- measured -->\n).*?(<!-- /measured -->)", re.DOTALL)
-OTHERS = [name for name in COMPETITORS if not name.startswith(OURS)]
-VARIANTS = [name for name in COMPETITORS if name.startswith(f"{OURS} ")]
+OTHERS = [over for over, of in COMPARED if of == OURS]
+OF_VARIANTS = [(over, of) for over, of in COMPARED if of != OURS]
 KEYS = ("case", "in_features", "out_features", "rows", "direction", "dtype", "rank", "model", "windows")
 
 
@@ -98,13 +98,10 @@ def ratio(rows: Mapping[str, Row], over: str, of: str = OURS) -> Ratio | None:
 
 
 def ratios(result: Row) -> list[Ratio]:
-    """The lead of harlora over every other competitor of every case, and its other variants' over the baseline."""
-    found = []
-    for rows in cases(result, "encoder", "step", "layer").values():
-        pairs = [(OURS, name) for name in rows if not name.startswith(OURS)]
-        pairs += [(name, PEER) for name in rows if name.startswith(f"{OURS} ")]
-        found += [each for of, over in pairs if (each := ratio(rows, over, of)) is not None]
-    return found
+    """The leads of harlora and its variants in every case, over whom `COMPARED` says."""
+    every = cases(result, "encoder", "step", "layer").values()
+    found = (ratio(rows, over, of) for rows in every for over, of in COMPARED)
+    return [each for each in found if each is not None]
 
 
 def losses(result: Row) -> list[Ratio]:
@@ -146,8 +143,7 @@ def tables(result: Row) -> list[Table]:
         groups.setdefault(kind, {}).setdefault(shape, {})[row["rows"]] = rows
     for (direction, dtype, rank), shapes in groups.items():
         counts = sorted({count for by_rows in shapes.values() for count in by_rows})
-        pairs = [(OURS, name) for name in OTHERS] + [(name, PEER) for name in VARIANTS]
-        for of, over in pairs:
+        for over, of in COMPARED:
             body = [
                 [_shape(shape), *(_cell(by_rows.get(count, {}), over, of) for count in counts)]
                 for shape, by_rows in shapes.items()
@@ -210,21 +206,21 @@ def tables(result: Row) -> list[Table]:
 
 def _way(name: str) -> str:
     """A configuration's way, and its tile of rows where that is all there is to it."""
-    found = re.search(r"way='(\w+)', block_rows=(\d+), block_out=(\d+)", name)
+    found = re.search(r"way='(\w+)', block_rows=(\d+), block_out=(\d+)(?:.*parts=(\d+))?", name)
     if found is None:
         return name
-    way, rows, out = found.groups()
-    return way if rows == "0" else f"{way} {rows}" if out == "0" else f"{way} {rows}×{out}"
+    way, rows, out, parts = found.groups()
+    text = way if rows == "0" else f"{way} {rows}" if out == "0" else f"{way} {rows}×{out}"
+    return text if parts in (None, "0") else f"{text} in {parts}"
 
 
 def _leads(title: str, result: Row, *kinds: str) -> list[Table]:
     body = [
-        [where(rows[OURS]), _time(rows[OURS]), *(_cell(rows, name) for name in OTHERS),
-         *(_cell(rows, PEER, name) for name in VARIANTS)]
+        [where(rows[OURS]), _time(rows[OURS]), *(_cell(rows, over, of) for over, of in COMPARED)]
         for rows in cases(result, *kinds).values()
         if OURS in rows
     ]  # fmt: skip
-    heads = ["case", OURS, *(f"over {name}" for name in OTHERS), *(f"{name} over {PEER}" for name in VARIANTS)]
+    heads = ["case", OURS, *(f"over {name}" for name in OTHERS), *(f"{of} over {over}" for over, of in OF_VARIANTS)]
     return [_without_empty(Table(title, heads, body))] if body else []
 
 
@@ -249,6 +245,13 @@ def summary(result: Row) -> list[str]:
             f"{noisy} of {len(everything)} ratios are marked {MARK}: from round to round they spread by more than "
             f"{WIDE:.0%} between the 20th and 80th percentile, or too few rounds met the machine in its usual state."
         )
+    least = result["method"].get("least_rounds", 0)
+    rounds = [row["rounds"] + row.get("rounds_left_out", 0) for row in result["rows"] if "rounds" in row]
+    if few := sum(count < least for count in rounds):
+        lines.append(
+            f"{few} of {len(rounds)} rows have fewer than the {least} rounds that were meant, the fewest {min(rounds)}:"
+            " there was no time for more."
+        )
     state = result.get("machine", {})
     if state.get("usual", 1.0) < 1:
         lines.append(
@@ -259,7 +262,8 @@ def summary(result: Row) -> list[str]:
     if taken > BUSY:
         lines.append(f"NOT A MEASUREMENT: other processes took {taken:.0%} of the cores; repeat it on a quiet machine.")
     if not result["complete"]:
-        lines.append("The run did not finish; what is missing was not measured.")
+        why = f" ({result['failed']})" if result.get("failed") else ""
+        lines.append(f"The run did not finish{why}; what is missing was not measured.")
     return lines
 
 
@@ -293,7 +297,8 @@ def setting(result: Row) -> str:
         text += f"; bitsandbytes computes in {peer['cpu_kernel']}" if "cpu_kernel" in peer else ""
     else:
         text += f", driver {facts['gpu'].get('driver_version', 'unknown')}, CUDA {facts['versions']['cuda']}"
-    text += f"; kernels of harlora: {ours['kernel']}; {', '.join(versions)}."
+    tuned = ", by a table that was measured there" if facts.get("tuned") else ""
+    text += f"; kernels of harlora: {ours['kernel']}{tuned}; {', '.join(versions)}."
     text += f" Others took {facts.get('taken_by_others', 0):.1%} of the cores meanwhile."
     if rates:
         fma = f"{rates['fma_float32_gflops']:.0f} GFLOP/s of float32 FMA, " if rates.get("fma_float32_gflops") else ""

@@ -22,6 +22,7 @@ from harlora.bench import ceilings, energy, machine, memory, peers
 from harlora.bench.cases import DTYPES, Case, Contender, Layers, Plan, plan
 from harlora.errors import InputError
 from harlora.files import write_json
+from harlora.kernels import cpp, tuning
 from harlora.train.memory import step_peak_bytes
 from harlora.train.runs import provenance
 
@@ -68,12 +69,13 @@ METHOD = {
     "directions": "forward: inference, eval mode without gradients; backward: dX, dA, dB of a kept graph; both: train"
     " mode, forward then backward",
     "relative_error": "‖y - y64‖ / ‖y64‖, y64 in float64 with the competitor's own dequantised weights; in training"
-    " the largest of those of y, dX, dA, dB; for a step: of all trainable parameters' gradients together",
-    "peak_bytes": "the most that one call holds at once through torch's allocator beyond what was there before. A CUDA"
-    " graph's own memory, which stays, is not in it. Scratch of compiled CPU kernels is not seen by it; the case"
+    " the largest of those of y, dX, dA, dB; of a step of those of every lora_A, every lora_B and the head",
+    "peak_bytes": "the most that one call holds at once through torch's allocator beyond what was there before; not of"
+    " a step in a CUDA graph, whose memory stays. Scratch of compiled CPU kernels is not seen by it; the case"
     " `memory` sees everything: bytes beyond inputs, outputs, gradients and saved t, in a fresh process",
-    "joules": f"of one call, from {ENERGY_S} s of calls, the machine's rest included; where minutes are given, of whole"
-    " models alone",
+    "joules": f"of one call, one reading over {ENERGY_S} s of calls, each waited for, the machine's rest included;"
+    " where minutes are given, of whole models alone",
+    "captured": "a step in a CUDA graph is the graph's replay alone",
     "taken_by_others": "share of the used cores' time that other processes or the hypervisor took during the run",
 }
 
@@ -149,18 +151,21 @@ class Options:
                 for in_features, out_features in shapes
                 for direction, dtype, rank in kinds
             )
+        compiled_rows = self.rows or chosen.compiled_rows if self.preset != "quick" else chosen.compiled_rows
+        if not compiled_rows and any(name.endswith("compiled") for name in self.competitors):
+            compiled_rows = tuple(sorted({count for layer in layers for count in layer.rows}))
         models = chosen.models if {"encoder", "step"} & set(self.cases) else ()
         return Plan(
             layers, models, chosen.windows if "encoder" in self.cases else (), self.competitors or chosen.competitors,
-            self.rows or chosen.compiled_rows if self.preset != "quick" else chosen.compiled_rows,
-            steps="step" in self.cases,
+            compiled_rows, steps="step" in self.cases,
         )  # fmt: skip
 
 
-def measure(options: Options, file: Path, console: Console) -> Row:
-    """Runs everything and returns the result, which is also in ``file``: after every case, and after Ctrl-C.
+def measure(options: Options, file: Path, console: Console, more: Mapping[str, Any] | None = None) -> Row:
+    """Runs everything and returns the result, which is also in ``file``: after every case, after Ctrl-C and an error.
 
-    The result's ``complete`` is False after Ctrl-C (``stopped``), or when time was over.
+    The result's ``complete`` is False after Ctrl-C (``stopped``), an error (``failed``), or when time was over.
+    more: what else the result is to have.
     """
     device = options.checked_device()
     threads = options.threads or len(_cores())
@@ -174,7 +179,7 @@ def measure(options: Options, file: Path, console: Console) -> Row:
     sweeps, minutes = SWEEPS[options.preset], options.minutes or MINUTES[options.preset]
     everything: list[Measured] = []
     kept: list[Measured] = []
-    held = 0
+    held, room = 0, True
     watch = machine.Watch(cores if device.type == "cpu" else ())
     joules, source = energy.counter(device)
     chosen = options.plan(device)
@@ -183,7 +188,7 @@ def measure(options: Options, file: Path, console: Console) -> Row:
         "bench": "harlora", "format": FORMAT, "complete": False, "stopped": False,
         "provenance": surroundings(options, device), "competitors": peers.participants(device),
         "method": {**METHOD, "seconds": seconds, "least_rounds": rounds, "energy": source},
-        "machine": {"watched": watch.note}, "ceilings": None, "rows": [],
+        "machine": {"watched": watch.note}, "ceilings": None, "rows": [], **(more or {}),
     }  # fmt: skip
     if math.isfinite(minutes):
         result["method"]["minutes"] = minutes
@@ -227,7 +232,7 @@ def measure(options: Options, file: Path, console: Console) -> Row:
             if "ceilings" in options.cases:
                 begin("ceilings")
                 result["ceilings"] = ceilings.measure(device, cores, min(1.0, seconds))
-            rates = result["ceilings"] or {"mm_float32_gflops": 100.0, "cache_bytes": 2**25}
+            rates = result["ceilings"] or ceilings.guessed(device)
             done([])
             for name, count in memory_rows:
                 begin(f"memory, {name}, M={count}")
@@ -236,7 +241,8 @@ def measure(options: Options, file: Path, console: Console) -> Row:
                 begin(where(case.facts))
                 reason = f"left out: {minutes:g} minutes were over" if over() else ""
                 # Forward and float64 reference included, by the rate of torch's own product.
-                expected = case.facts.get("flop", 0) / rates["mm_float32_gflops"] / 1e9 * rounds * len(case.contenders)
+                rate = rates[f"mm_{case.facts['dtype']}_gflops"]
+                expected = case.facts.get("flop", 0) / rate / 1e9 * rounds * len(case.contenders)
                 if expected > MOST_SECONDS[options.preset]:
                     reason = f"left out: would take about {expected / 60:.0f} minutes here"
                 if reason:
@@ -248,8 +254,10 @@ def measure(options: Options, file: Path, console: Console) -> Row:
                 if joules is not None and options.preset != "quick" and ("model" in case.facts or minutes == math.inf):
                     measured.energy(joules)
                 done(measured.rows)
-                held += case.held_bytes
-                if held < KEPT * _memory_bytes(device):
+                if case.held_bytes:  # by this case and those after it that say nothing
+                    room = held + case.held_bytes < KEPT * _memory_bytes(device)
+                    held += case.held_bytes * room
+                if room:
                     kept.append(measured)
                 else:
                     measured.release()
@@ -267,10 +275,14 @@ def measure(options: Options, file: Path, console: Console) -> Row:
         except KeyboardInterrupt:
             result["stopped"] = True
             console.print("stopped; what was measured so far is kept", highlight=False)
-    for measured in everything:  # what is usual is known in the end
-        measured.describe()
-    result["machine"] = watch.facts()
-    save()
+        except Exception as error:
+            result["failed"] = f"{type(error).__name__}: {without_folders(str(error))[:300]}"
+            raise
+        finally:
+            for measured in everything:  # what is usual is known in the end
+                measured.describe()
+            result["machine"] = watch.facts()
+            save()
     return result
 
 
@@ -311,7 +323,7 @@ class Measured:
         if not error <= limit:
             row["status"] = f"wrong: relative error {error:.1g}, above {limit:g}"
             return
-        row["peak_bytes"] = peak
+        row["peak_bytes"] = None if peers.COMPETITORS[row["competitor"]].captured else peak
         self._calls[row["competitor"]] = call
         self._samples[row["competitor"]] = []
 
@@ -359,9 +371,7 @@ class Measured:
         """Whether a ratio of harlora's is not yet known as exactly as two runs need to agree."""
         for row in self.rows:
             for name, found in row.get("over", {}).items():
-                if name.startswith(peers.OURS) or (row["competitor"] != peers.OURS and name != peers.PEER):
-                    continue  # no ratio of the report
-                if uncertain(found):
+                if (name, row["competitor"]) in peers.COMPARED and uncertain(found):
                     return True
         return False
 
@@ -458,6 +468,8 @@ def surroundings(options: Options, device: torch.device) -> Row:
     facts = provenance(device)
     facts["command"] = without_folders(options.command)
     facts["preset"] = options.preset
+    # By `harlora doctor --tune`, for this very build: then the repository's table is not what is measured.
+    facts["tuned"] = bool(tuning.table(device.type, cpp.extension_path()) or tuning.measured_configurations(device))
     cpu = _cpu()
     facts["cpu_mhz"], facts["cpu_flags"] = cpu.mhz, cpu.flags
     if device.type == "cpu":

@@ -795,7 +795,7 @@ class Doctor:
     def run(self) -> None:
         from harlora import doctor
 
-        rivals = (peers.OURS, peers.PEER, "dense + PEFT")
+        rivals = (peers.OURS, peers.PEER, peers.DENSE)
         options = Options(
             "quick", self.device, ("ceilings", "layer", "encoder", "step"), competitors=rivals, minutes=1.7,
             command="harlora doctor",

@@ -177,6 +177,37 @@ def small_run(monkeypatch, tmp_path, **options):
     return run.measure(chosen, tmp_path / "result.json", Console(quiet=True))
 
 
+def test_what_was_measured_before_an_error_is_kept(monkeypatch, tmp_path):
+    real, count = run.Measured, []
+
+    def failing(*arguments):
+        count.append(1)
+        if len(count) == 3:
+            raise RuntimeError("CUDA error in /opt/secret/kernel.cu")
+        return real(*arguments)
+
+    monkeypatch.setattr(run, "Measured", failing)
+    monkeypatch.setattr(run, "plan", lambda *_: cases.Plan((cases.Layers(64, 32, (1, 2, 3)),), (), (), (OURS, DENSE)))
+    options = run.Options("quick", cases=("layer",), seconds=0.001)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        run.measure(options, tmp_path / "result.json", Console(quiet=True), {"statuses": {"tests": 1}})
+    result = report.load(tmp_path)
+    assert [row["rows"] for row in result["rows"]] == [1, 1, 2, 2]
+    assert result["statuses"] == {"tests": 1}
+    assert report.summary(result)[-1].startswith("The run did not finish (RuntimeError: CUDA error in kernel.cu);")
+
+
+def test_models_that_memory_has_no_room_for_do_not_keep_later_ones_out(monkeypatch, tmp_path):
+    sizes = (cases.Layers(64, 32, (1, 2)), cases.Layers(256, 128, (1, 2)), cases.Layers(32, 64, (1, 2)))
+    monkeypatch.setattr(run, "plan", lambda *_: cases.Plan(sizes, (), (), (OURS, DENSE)))
+    held = [case.held_bytes for case in cases.Plan(sizes, (), (), (OURS, DENSE)).cases(CPU, 2**25)][::2]
+    monkeypatch.setattr(run, "_memory_bytes", lambda _: (held[0] + held[2] + 1) / run.KEPT)
+    released = []
+    monkeypatch.setattr(run.Measured, "release", lambda self: released.append(self.rows[0]["in_features"]))
+    run.measure(run.Options("quick", cases=("layer",), seconds=0.001), tmp_path / "result.json", Console(quiet=True))
+    assert released == [256, 256]
+
+
 def test_what_was_measured_before_ctrl_c_is_kept(monkeypatch, tmp_path):
     real, count = run.Measured, []
 
@@ -244,6 +275,43 @@ def test_every_competitor_computes_the_layer_and_its_gradients(name):
     for parameter in cases._flat(model):
         assert parameter.requires_grad
         assert parameter.abs().sum() > 0
+
+
+def test_bitsandbytes_dequantises_to_the_dtype_of_the_model():
+    if reason := peers.absent(PEER):
+        pytest.skip(reason)
+    for dtype in (torch.float32, torch.bfloat16):
+        linear = nn.Linear(192, 128, dtype=dtype)
+        layer = peers._bitsandbytes_layer(linear)
+        assert layer.weight.quant_state.dtype == dtype
+        assert layer.bias is linear.bias
+        assert not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def test_a_compiled_layer_that_is_asked_for_is_measured_at_every_number_of_rows():
+    asked = run.Options(device="cuda", competitors=(OURS, COMPILED)).plan(torch.device("cuda"))
+    assert asked.compiled_rows == (1, 8, 32, 128, 512, 2048, 8192)
+    assert run.Options(device="cuda").plan(torch.device("cuda")).compiled_rows == ()
+
+
+def test_a_captured_step_is_compared_with_captured_steps_too():
+    times = {OURS: 10.0, CAPTURED: 2.0, PEER: 60.0, f"{PEER}, captured": 8.0, f"{DENSE}, captured": 3.0}
+    rows = [
+        {"case": "step", "model": "A", "windows": 64, "direction": "both", "dtype": "bfloat16", "rank": 16,
+         "competitor": name, "status": "ok", "relative_error": 1e-3, "median_us": time, "rounds": 3,
+         "rounds_left_out": 1,
+         "over": {other: dict.fromkeys(("median", "p20", "p80"), t / time) for other, t in times.items()}}
+        for name, time in times.items()
+    ]  # fmt: skip
+    result = {**result_of(), "rows": rows, "method": {"least_rounds": 5}}
+    (table,) = report._leads("Steps", result, "step")
+    assert table.heads == [
+        "case", OURS, f"over {PEER}", f"{CAPTURED} over {PEER}", f"{CAPTURED} over {PEER}, captured",
+        f"{CAPTURED} over {DENSE}, captured",
+    ]  # fmt: skip
+    assert table.body[0][1:] == ["10.0 µs", "6.00", "30.00", "4.00", "1.50"]
+    assert report.losses(result) == []  # an eager step is not behind a captured one of another
+    assert "5 of 5 rows have fewer than the 5 rounds that were meant, the fewest 4" in report.summary(result)[1]
 
 
 def test_a_captured_step_takes_part_in_the_steps_of_a_gpu_alone():
