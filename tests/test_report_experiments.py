@@ -69,6 +69,18 @@ def page(tmp_path, records, *experiments):
     return build_report(folder, tmp_path / "docs" / "page.md", experiments=experiments).read_text()
 
 
+def test_that_an_encoder_was_pretrained_twice_is_said(tmp_path):
+    made = [record(method) for method in ("linear_probe", "full", "qlora", "scratch")]
+    made[2]["pretrained"]["loss"] = made[3]["pretrained"]["loss"] = 0.1001
+    runs = ({"protocol": ("subject",), "method": ("linear_probe", "full", "qlora", "scratch")},)
+    text = page(tmp_path / "twice", made, Experiment(name="twice", title="Twice", runs=runs))
+    assert (
+        "UCI HAR (raw signals, HAPT): 1 of 3 runs begin from an encoder that was pretrained another time with" in text
+    )
+    once = page(tmp_path / "once", [*made[:2], made[3]], Experiment(name="once", title="Once", runs=runs))
+    assert "another time" not in once
+
+
 # Person by person
 
 

@@ -50,6 +50,7 @@ def section(experiment: Experiment, records: Sequence[Record], images: Path, out
     if experiment.about:
         lines += [experiment.about, ""]
     lines += _settings(chosen)
+    lines += _encoders(chosen)
     if len(chosen) < planned:
         lines += [f"**So far {len(chosen)} of {planned} runs.**", ""]
     found = claims.rows(experiment.claims, chosen)
@@ -101,6 +102,25 @@ def _settings(records: Sequence[Record]) -> list[str]:
         if all(settings.get(key) == value for settings in all_) and all(preset.get(key) != value for preset in usual):
             found.append(f"{key} {_value(value)}")
     return [f"Settings of all runs: {', '.join(found)}.", ""] if found else []
+
+
+def _encoders(records: Sequence[Record]) -> list[str]:
+    """A remark where results on one dataset begin from encoders that differ though they have the same settings."""
+    losses: dict[tuple[str, str], list[float]] = {}
+    for record in records:
+        if METHODS[record["config"]["method"]].pretrained:
+            losses.setdefault((record["target"], record["pretrained"]["identity"]), []).append(
+                record["pretrained"]["loss"]
+            )
+    lines = []
+    for (target, _), found in losses.items():
+        fewest = min(found.count(loss) for loss in set(found))
+        if fewest < len(found):
+            lines.append(
+                f"{title(target)}: {fewest} of {len(found)} runs begin from an encoder that was pretrained another "
+                "time with the same settings and data; it differs by rounding."
+            )
+    return [*lines, ""] if lines else []
 
 
 def by_setting(
