@@ -35,8 +35,8 @@ class Configuration:
     block_rows, block_out, block_in: the tile of rows of x, out_features and in_features that is in registers.
     permute: decode by byte permutes in PTX; in float32 only with up to 16 rows.
     programs: with ``"split"``, how many programs there should be, at most, for each multiprocessor.
-    parts: with ``"encoder"``, how many blocks of threads, a cluster, share the rows of each weight; 0 leaves it to the
-        launcher.
+    parts: of CUDA C++ but for ``"gemv"``: how many blocks of threads share a sum, or with ``"encoder"`` the rows of
+        each weight; 0 leaves it to the launcher.
     """
 
     way: str

@@ -376,6 +376,9 @@ WAYS: dict[str, dict[str, Callable[..., Any]]] = {
 _SERVES: dict[str, Callable[..., bool]] = {
     "gemv": _serves_gemv, "gemm": _serves_gemm, "mma": _serves_mma, "dx": _serves_dx,
 }  # fmt: skip
+# On the small problem on which a way is proven its launcher takes several parts, but one for dx; on large ones the
+# opposite, which is proven as well.
+OTHER_PARTS = {"gemm": 1, "mma": 1, "dx": 2, "encoder": 1}
 PROVEN_ROWS = {"gemv": GEMV_ROWS - 1}  # of the problem on which a way is proven: of the columns of a product not all
 # Blocks of threads for each multiprocessor, from fewer and up to more of which dequantising or Triton was faster on an
 # H200 than qlora_gemm_sm90.cu (bench/results/gpu/h200-gemm.json). A multiprocessor has room for one.

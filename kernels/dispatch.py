@@ -381,16 +381,24 @@ def _disagreement(probe: _Probe) -> str:
     if probe.dropout:
         given, exact = (with_dropout(arguments, probe.device) for arguments in (given, exact))
     expected = getattr(reference, probe.operator)(*exact)
-    found = launcher(probe.operator, probe.configuration)(*given)
     # Sums of products rounded to the dtype: an error of several units in its last place. A wrong index is of order 1.
     allowed = 1e-3 if probe.dtype == torch.float32 else 16 * torch.finfo(probe.dtype).eps
     if probe.dtype == torch.float32 and probe.shape and configurations.tf32_allowed():
         allowed = 16 * torch.finfo(torch.float16).eps  # whose precision TF32 has, through all products in a row
-    for which, (one, other) in enumerate(zip(expected, found, strict=True)):
-        error = float((other.float() - one).abs().max() / one.abs().max()) if one.numel() else 0.0
-        if not error <= allowed:
-            return f"disagrees with the reference by {error:.1e} in result {which}"
+    for chosen in _in_other_parts(probe.configuration):
+        found = launcher(probe.operator, chosen)(*given)
+        for which, (one, other) in enumerate(zip(expected, found, strict=True)):
+            error = float((other.float() - one).abs().max() / one.abs().max()) if one.numel() else 0.0
+            if not error <= allowed:
+                return f"disagrees with the reference by {error:.1e} in result {which}"
     return ""
+
+
+def _in_other_parts(chosen: Any) -> list[Any]:
+    """A configuration as it is launched on a small problem, and as on a large one: with a sum in parts or in one."""
+    if not isinstance(chosen, Configuration) or chosen.parts or chosen.way not in cuda.OTHER_PARTS:
+        return [chosen]
+    return [chosen, replace(chosen, parts=cuda.OTHER_PARTS[chosen.way])]
 
 
 # Choice -------------------------------------------------------------------------------------------------------------

@@ -197,8 +197,8 @@ def test_what_the_backward_serves(changed, serves, card, monkeypatch):
 def test_the_backward_is_taken_where_a_table_has_it_and_proven_once(card, monkeypatch):
     tiles = []
 
-    def backward(*arguments, tile):
-        tiles.append((len(arguments[0]), tile))
+    def backward(*arguments, tile, parts=None):
+        tiles.append((len(arguments[0]), tile, parts))
         return reference.qlora_linear_backward(*arguments)
 
     table = {"qlora_linear_backward 16": (Rule(Configuration("dx", 32), 64), Rule(Configuration("direct", 16, 32, 32)))}
@@ -209,7 +209,19 @@ def test_the_backward_is_taken_where_a_table_has_it_and_proven_once(card, monkey
     assert (
         dispatch.proven_function("qlora_linear_backward", *backward_problem(CPU, torch.bfloat16, 64)).func is backward
     )
-    assert tiles == [(65, 32)]
+    assert tiles == [(65, 32, None), (65, 32, 2)]  # as one sum, and in parts
+
+
+def test_a_way_that_is_wrong_in_other_parts_alone_is_left_out(card, monkeypatch):
+    def backward(*arguments, tile, parts=None):
+        found = reference.qlora_linear_backward(*arguments)
+        return tuple(2 * each for each in found) if parts else found
+
+    monkeypatch.setitem(cuda.WAYS["qlora_linear_backward"], "dx", backward)
+    with pytest.warns(RuntimeWarning, match="way='dx'.* disagrees with the reference"):
+        assert not dispatch.serves(
+            "qlora_linear_backward", Configuration("dx", 32), *backward_problem(CPU, torch.bfloat16, 40)
+        )
 
 
 @pytest.mark.parametrize("processors", [1, 56, 108, 132, 170])
