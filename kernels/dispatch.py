@@ -144,8 +144,8 @@ def launcher(operator: str, chosen: Configuration | tuple[Configuration, ...]) -
     """The function for ``operator`` with a configuration; it takes the operator's arguments."""
     if isinstance(chosen, Configuration) and chosen.way in configurations.CUDA_WAYS:
         way = cuda.WAYS[operator][chosen.way]
-        given = {"tile": chosen.block_rows, "parts": chosen.parts}
-        return partial(way, **{name: value for name, value in given.items() if value}) if any(given.values()) else way
+        given = {name: value for name, value in (("tile", chosen.block_rows), ("parts", chosen.parts)) if value}
+        return partial(way, **given) if given else way
     return partial(_launcher(operator), configuration=chosen)
 
 
