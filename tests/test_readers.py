@@ -157,9 +157,11 @@ def test_hapt_with_sensors_of_different_length(tmp_path):
 # UCI HAR
 
 
-def har_files(folder="UCI HAR Dataset/"):
-    """Two stretches of subject 1 (the second another activity) and one of subject 2, windows overlapping by half."""
-    stretches = [(1, 5, 3), (1, 1, 2), (2, 1, 2)]
+def har_files(folder="UCI HAR Dataset/", stretches=((1, 5, 3), (1, 1, 2), (2, 1, 2))):
+    """Two stretches of subject 1 (the second another activity) and one of subject 2, windows overlapping by half.
+
+    stretches: of each the subject, the activity, and how many windows.
+    """
     subjects, activities, windows, signals = [], [], [], []
     for subject, activity, count in stretches:
         signal = RNG.normal(0, 0.1, (64 * (count + 1), 6)) + [1, 0, 0, 0, 0, 0]
@@ -190,6 +192,23 @@ def test_uci_har_gives_back_the_authors_windows(tmp_path):
     assert [VOCABULARY[label] for label in windows.labels] == ["stand"] * 3 + ["walk"] * 4
     assert windows.subjects.tolist() == [0] * 5 + [1] * 2
     assert windows.segments.tolist() == [0, 0, 0, 1, 1, 2, 2]
+
+
+def test_uci_har_joins_only_windows_that_overlap(tmp_path):
+    """Two trials of one person and activity follow each other without a sign."""
+    files, stacked = har_files(stretches=[(1, 1, 2), (1, 1, 3)])
+    recordings = list(uci_har.read(zipped(tmp_path / "a.zip", files)))
+    assert [len(r.accel) for r in recordings] == [192, 256]
+    windows = cut(recordings)
+    np.testing.assert_allclose(windows.signals[..., 3:], stacked[..., 3:], rtol=1e-5, atol=1e-5)
+    assert windows.segments.tolist() == [0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("name", "values"), [("subject", [1, 1, 2, 2]), ("y", [1, 1, 5, 5])])
+def test_uci_har_joins_no_two_people_or_activities(name, values, tmp_path):
+    files, _ = har_files(stretches=[(1, 1, 4)])
+    files[f"UCI HAR Dataset/train/{name}_train.txt"] = "\n".join(map(str, values))
+    assert [len(r.accel) for r in uci_har.read(zipped(tmp_path / "a.zip", files))] == [192, 192]
 
 
 def test_uci_har_zipped_twice_and_extracted(tmp_path):

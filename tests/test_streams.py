@@ -86,6 +86,15 @@ def test_order_and_repetition_do_not_matter():
     np.testing.assert_array_equal(plain[1], other[1])
 
 
+def test_of_several_samples_with_one_time_the_first_counts():
+    times = np.arange(50) / 50
+    values = curve(times)
+    twice, others = np.concatenate([times, times[20:30]]), np.concatenate([values, values[20:30] + 1])
+    ((_, accel, gyro),) = align(twice, others, twice, others, rate_hz=50)
+    np.testing.assert_allclose(accel, values, atol=1e-6)
+    np.testing.assert_array_equal(gyro, accel)
+
+
 def test_wrong_streams_are_refused():
     with pytest.raises(InputError, match="the gyroscope requires one finite time a sample, got 2 times for 3"):
         list(align(np.arange(3.0), np.zeros((3, 3)), np.arange(2.0), np.zeros((3, 3)), rate_hz=50, longest_gap_s=1.0))
