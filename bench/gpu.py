@@ -25,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = ROOT / "build" / "gpu" / "lib"
-TESTS_S, SANITIZER_S, WAYS_S = 240, 60, 120  # at most; the first for each half of the tests, the next for each tool
+SANITIZER_S, WAYS_S = 60, 120  # at most; the first for each tool
 BENCH_S = 150  # at least
 LEAST_S = 20  # for what comes before it
 SANITIZED = (
@@ -54,6 +54,9 @@ def main() -> int:
         help="for all of it; the bench gets what is left, two and a half at least; default 8",
     )
     parser.add_argument("--out", type=Path, default=None, help="folder of the result; default runs/bench/gpu-TIME")
+    parser.add_argument(
+        "--tests", type=float, default=240, metavar="SECONDS", help="for each half of the tests, at most; default 240"
+    )
     parser.add_argument("--quick", action="store_true", help="few sizes")
     parser.add_argument(
         "--built",
@@ -119,8 +122,8 @@ def main() -> int:
     # Of CUDA C++ apart: what has not run on such a GPU may leave a process with none.
     of_cuda = [file for file in marked if Path(file).stem == "test_cuda"]
     rest = [file for file in marked if file not in of_cuda]
-    statuses["tests"] = _run([*tests, *rest], environment, within(TESTS_S))
-    statuses["tests of CUDA C++"] = _run([*tests, *of_cuda], environment, within(TESTS_S))
+    statuses["tests of CUDA C++"] = _run([*tests, *of_cuda], environment, within(options.tests))
+    statuses["tests"] = _run([*tests, *rest], environment, within(options.tests))
     print(f"[{time.monotonic() - began:5.0f} s] tests done", flush=True)
     program = shutil.which("compute-sanitizer")
     for tool in ("memcheck", "racecheck") if program else ():
