@@ -143,19 +143,20 @@ def ninja_file(torch: Path, cxx: str, cuda: Path | None, gencode: list[str], tar
         f"rule link\n command = {cxx} $in $ldflags $cuda -o $out",
     ]
     objects: list[str] = []
+    hopper = " -DHARLORA_SM90A" * (bool(cuda) and any("sm_90a" in each for each in gencode))
     sources = [SOURCES / "bindings.cpp", *sorted((SOURCES / "cpu").glob("*.cpp")), SOURCES / "gpu" / "launches.cpp"]
     for source in sources:
         if source.stem in VARIANTS and not X86:
             continue
         objects.append(f"{source.parent.name}_{source.stem}.o")
         lines.append(f"build {objects[-1]}: cxx {quoted(source)}")
-        hopper = any("sm_90a" in each for each in gencode)
-        defined = " -DHARLORA_CUDA" * bool(cuda) + " -DHARLORA_SM90A" * (bool(cuda) and hopper)
+        defined = " -DHARLORA_CUDA" * bool(cuda) + hopper
         lines.append(f" more = {VARIANTS.get(source.stem, '')}{defined}")
     if cuda:
         strict = "-Werror all-warnings " if os.environ.get("HARLORA_WERROR") == "1" else ""
         lines.append(
-            f"rule nvcc\n command = {flag(cuda / 'bin' / 'nvcc')} {common} -DUSE_CUDA {' '.join(gencode)} "
+            f"rule nvcc\n command = {flag(cuda / 'bin' / 'nvcc')} {common} -DUSE_CUDA{hopper} "
+            f"{' '.join(gencode)} "
             f"-Xcompiler -fPIC {strict}-Xptxas -v -MD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc"
         )
         for source in sorted((SOURCES / "cuda").glob("*.cu")):

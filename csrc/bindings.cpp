@@ -59,6 +59,7 @@ STABLE_TORCH_LIBRARY(harlora_cpp, library) {
               " bool adapter, float[] eps, float[] scaling, Tensor code, Tensor(a!) y, int token_tiles, int parts,"
               " Tensor? nested_code=None, int stream=0) -> ()");
   library.def("encoder_shared_bytes(int width, int hidden, int rank, int token_tiles) -> int");
+  library.def("encoder_room(int width, int hidden, int rank, bool nested, int token_tiles, int parts) -> int");
   library.def("launches_hold(int[] facts, str driver) -> int");
   library.def("launches_release(int held) -> ()");
   library.def("launches_run(Tensor[] inputs, int held, int stream) -> Tensor[]");
@@ -96,6 +97,7 @@ STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CompositeExplicitAutograd, library) {
 #ifdef HARLORA_CUDA
 STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CompositeExplicitAutograd, library) {
   library.impl("encoder_shared_bytes", TORCH_BOX(&harlora::cuda::encoder_shared_bytes));
+  library.impl("encoder_room", TORCH_BOX(&harlora::cuda::encoder_room));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CUDA, library) {

@@ -19,10 +19,11 @@ FILE = Path(__file__).parent / "configurations.json"
 OPERATORS = ("qlora_linear", "qlora_linear_backward")
 WAYS = ("direct", "split", "dense", "launches")
 # CUDA C++, which serves what cuda.py says and is in no table of the repository before it has run on such a card.
-CUDA_WAYS = ("gemv", "gemm", "mma", "dx", "encoder")
+CUDA_WAYS = ("gemv", "gemm", "mma", "dx", "dx_gemm", "encoder")
 GEMV_ROWS = 8  # at most
 MMA_ROWS = DX_ROWS = 1024  # up to which they are worth measuring: each tile of rows decodes the weight anew
 DX_TILES = (16, 32, 64, 128)
+DX_GEMM_TILE = 256
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,8 @@ def candidates(operator: str, dtype: torch.dtype, rows: int) -> list[Configurati
             found += [Configuration("mma", height) for height in heights if height <= 128]
     if dtype.itemsize == 2 and operator == "qlora_linear_backward" and rows <= DX_ROWS:
         found += [Configuration("dx", tile) for tile in DX_TILES if tile in heights]
+    if dtype.itemsize == 2 and operator == "qlora_linear_backward" and 2 * rows >= DX_GEMM_TILE:
+        found.append(Configuration("dx_gemm", DX_GEMM_TILE))
     return [*found, Configuration("dense")] if rows >= 64 else found
 
 

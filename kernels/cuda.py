@@ -1,13 +1,14 @@
 """The layer's ways in CUDA C++: what each serves, and the calls. dispatch.py chooses between them and Triton's."""
 
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from harlora.kernels import cpp
-from harlora.kernels.configurations import DX_TILES, GEMV_ROWS, Configuration
+from harlora.kernels.configurations import DX_GEMM_TILE, DX_TILES, GEMV_ROWS, Configuration
 from harlora.kernels.format import code_table
 from harlora.kernels.reference import Block, Layer, Norm
 
@@ -105,7 +106,7 @@ def _tiles(rows: int, out_features: int, tile: int) -> int:
 
 def _parts(device: torch.device, rows: int, in_features: int, out_features: int, tile: int) -> int:
     tiles = _tiles(rows, out_features, tile)
-    processors, steps = torch.cuda.get_device_properties(device).multi_processor_count, in_features // STEP
+    processors, steps = torch.cuda.get_device_properties(device).multi_processor_count, -(-in_features // STEP)
 
     def can(parts: int) -> bool:  # each with steps of its own, and all at once
         return parts * tiles <= processors and steps >= 4 * parts and _shares(parts, steps)
@@ -185,9 +186,10 @@ def qlora_backward(
     """As `reference.qlora_linear_backward`, for what `serves`; lora_A and lora_B may be float32, rounded as they are
     read, and dA and dB are of their dtype.
 
-    tile: rows of dY of a tile, 16, 32, 64 or 128; by default the fewest that hold all, or 128.
-    parts: how many blocks of threads share the sum over out_features, up to 32; by default as many as there is room
-        for at once. Their sums are added in order, so the result does not depend on which was first.
+    tile: rows of dY of a tile, 16, 32, 64 or 128, by default the fewest that hold all, or 128; or 256, for which
+        `serves` speaks of the way ``"dx_gemm"``.
+    parts: how many blocks of threads share the sum over out_features, up to 32, or 8 with 256 rows; by default as many
+        as there is room for at once. Their sums are added in order, so the result does not depend on which was first.
     """
     want_x, want_bias, want_A, want_B = output_mask
     leading, out_features = grad.shape[:-1], grad.shape[-1]
@@ -203,8 +205,12 @@ def qlora_backward(
         grad_x = grad.new_empty(rows, in_features)
     if want_x or u is not None:
         tile = tile or next((each for each in DX_TILES if each >= rows), DX_TILES[-1])
+        many = tile == DX_GEMM_TILE  # whose parts are added up within a cluster
+        if not parts and many:
+            parts = _parts(grad.device, rows, out_features, in_features, tile)
         parts = parts or _parts_of_dx(grad.device, rows, in_features, out_features, tile)
-        sums = grad.new_empty((parts, rows, in_features), dtype=torch.float32) if want_x and parts > 1 else None
+        apart = want_x and parts > 1 and not many
+        sums = grad.new_empty((parts, rows, in_features), dtype=torch.float32) if apart else None
         torch.ops.harlora_cpp.qlora_dx(
             flat, _aligned(packed), absmax, code_table(quant_type, grad.device), blocksize, A, B, scaling,
             grad_x if want_x else None, u, sums, tile, parts, *cpp.nested_scales(nested_absmax, nested_offset),
@@ -250,6 +256,14 @@ def _serves_dx(grad: Tensor, *arguments: Any) -> bool:
     )
 
 
+def _serves_dx_gemm(grad: Tensor, *arguments: Any) -> bool:
+    return (
+        _serves_dx(grad, *arguments)
+        and torch.cuda.get_device_capability(grad.device) == (9, 0)
+        and grad.shape[-1] % 8 == 0
+    )
+
+
 # The blocks of an encoder -------------------------------------------------------------------------------------------
 
 
@@ -274,12 +288,11 @@ def encoder_blocks(
     eps = [each[2] for block in blocks for each in (block[0], block[5])]
     _, _, *nested, quant_type, blocksize, hidden, bias, A, _, _ = blocks[0][6]
     x, y = _aligned(x), torch.empty_like(x, memory_format=torch.contiguous_format)
-    windows, tokens, _ = x.shape
     tile = tile or _tile_of_encoder(x)
     torch.ops.harlora_cpp.encoder_blocks(
         x, [*tensors, *map(_aligned, norm[:2])], heads, hidden, blocksize, bias is not None, A is not None,
         [*eps, norm[2]], [layer[10] for layer in layers], code_table(quant_type, x.device), y, tile // 8,
-        parts or _parts_of_encoder(x.device, -(-windows // (tile // tokens))), *cpp.nested_scales(*nested)[2:],
+        parts or _parts_of_encoder(x, blocks[0][6], tile), *cpp.nested_scales(*nested)[2:],
         stream=torch.cuda.current_stream(x.device).cuda_stream,
     )  # fmt: skip
     return [y]
@@ -302,21 +315,30 @@ def has_clusters(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _room(device: torch.device) -> int:
-    """How many blocks of threads of an encoder find room at once: two on a multiprocessor, as a rule."""
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+@cache
+def _room(device: torch.device, width: int, hidden: int, rank: int, nested: bool, tile: int, parts: int) -> int:
+    """How many blocks of threads of an encoder, or clusters of ``parts``, find room at once: one a multiprocessor."""
+    if device.type != "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count // parts
+    with torch.cuda.device(device):
+        room: int = torch.ops.harlora_cpp.encoder_room(width, hidden, rank, nested, tile // 8, parts)
+    return room
 
 
 def _tile_of_encoder(x: Tensor) -> int:
     windows, tokens, _ = x.shape
     least = next(tile for tile in ENCODER_TILES if tokens <= tile)
-    return 32 if least == 16 and -(-windows // (16 // tokens)) > _room(x.device) else least
+    room = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return 32 if least == 16 and -(-windows // (16 // tokens)) > room else least
 
 
-def _parts_of_encoder(device: torch.device, groups: int) -> int:
-    if not has_clusters(device):
+def _parts_of_encoder(x: Tensor, fc1: Layer, tile: int) -> int:
+    if not has_clusters(x.device):
         return 1
-    return next((parts for parts in (8, 4, 2) if groups * parts <= _room(device)), 1)
+    windows, tokens, width = x.shape
+    sizes = width, fc1[6], 0 if fc1[8] is None else fc1[8].shape[0], fc1[2] is not None, tile
+    groups = -(-windows // (tile // tokens))
+    return next((parts for parts in (8, 4, 2) if groups <= _room(x.device, *sizes, parts)), 1)
 
 
 def serves_encoder(x: Tensor, blocks: Sequence[Block], norm: Norm, heads: int, tile: int = 0) -> bool:
@@ -370,34 +392,36 @@ def _fits_encoder(x: Tensor, blocks: Sequence[Block], norm: Norm, heads: int) ->
 # The ways of each operator, fastest first.
 WAYS: dict[str, dict[str, Callable[..., Any]]] = {
     "qlora_linear": {"gemv": qlora_gemv, "gemm": qlora_gemm, "mma": qlora_mma},
-    "qlora_linear_backward": {"dx": qlora_backward},
+    "qlora_linear_backward": {"dx": qlora_backward, "dx_gemm": partial(qlora_backward, tile=DX_GEMM_TILE)},
     "encoder_blocks": {"encoder": encoder_blocks},
 }
 _SERVES: dict[str, Callable[..., bool]] = {
-    "gemv": _serves_gemv, "gemm": _serves_gemm, "mma": _serves_mma, "dx": _serves_dx,
+    "gemv": _serves_gemv, "gemm": _serves_gemm, "mma": _serves_mma, "dx": _serves_dx, "dx_gemm": _serves_dx_gemm,
 }  # fmt: skip
-# On the small problem on which a way is proven its launcher takes several parts, but one for dx; on large ones the
+_KERNELS = {"dx_gemm": "qlora_gemm"}  # whose operator tells that a way is built, where that is not its own
+# On the small problem on which a way is proven its launcher takes several parts, but one for dX; on large ones the
 # opposite, which is proven as well.
-OTHER_PARTS = {"gemm": 1, "mma": 1, "dx": 2, "encoder": 1}
+OTHER_PARTS = {"gemm": 1, "mma": 1, "dx": 2, "dx_gemm": 2, "encoder": 1}
 PROVEN_ROWS = {"gemv": GEMV_ROWS - 1}  # of the problem on which a way is proven: of the columns of a product not all
-# Blocks of threads for each multiprocessor, from fewer and up to more of which dequantising or Triton was faster on an
-# H200 than qlora_gemm_sm90.cu (bench/results/gpu/h200-gemm.json). A multiprocessor has room for one.
-LEAST_BLOCKS, MOST_BLOCKS = 0.8, 1.75
+# Blocks of threads for each multiprocessor, each of which has room for one, from fewer of which dequantising or Triton
+# was faster on an H200 (bench/results/gpu/h200-many-rows.json).
+LEAST_BLOCKS = {"gemm": 0.8, "dx_gemm": 0.45}
 
 
 def serves(operator: str, way: str, *arguments: Any) -> bool:
     """Whether a way is for such arguments of ``operator``, on a GPU."""
-    if way not in WAYS.get(operator, {}) or cpp.load_extension() or not cpp.has_kernel(f"qlora_{way}", "cuda"):
+    if way not in WAYS.get(operator, {}) or cpp.load_extension():
+        return False
+    if not cpp.has_kernel(_KERNELS.get(way, f"qlora_{way}"), "cuda"):
         return False
     return arguments[0].is_cuda and _SERVES[way](*arguments)
 
 
 def worth(chosen: Configuration, x: Tensor, *arguments: Any) -> bool:
     """Whether a way that serves is fast for such arguments, by what a rule's limits cannot say."""
-    if chosen.way != "gemm":
+    if chosen.way not in LEAST_BLOCKS:
         return True
-    out_features, in_features = arguments[6], x.shape[-1]
-    rows = x.numel() // in_features
-    blocks = _tiles(rows, out_features, chosen.block_rows)
-    blocks *= _parts(x.device, rows, in_features, out_features, chosen.block_rows)
-    return LEAST_BLOCKS <= blocks / torch.cuda.get_device_properties(x.device).multi_processor_count <= MOST_BLOCKS
+    rows, sums = x.numel() // x.shape[-1], x.shape[-1]
+    columns = arguments[6 if chosen.way == "gemm" else 8]  # of the result: out_features, or in_features of dX
+    blocks = _tiles(rows, columns, chosen.block_rows) * _parts(x.device, rows, sums, columns, chosen.block_rows)
+    return blocks >= LEAST_BLOCKS[chosen.way] * torch.cuda.get_device_properties(x.device).multi_processor_count

@@ -119,7 +119,7 @@ def test_its_cuda_part_has_the_machine_code_that_is_wanted(tmp_path):
     found = {(each["target"], each["kernel"]): each for each in kernels}
     for target in ("sm_80", "sm_90", "sm_100"):
         assert found[target, "dequantize_4bit_kernel<float>"]["registers"] <= 64
-        for kernel in ("qlora_gemv_kernel<__half, true>", "qlora_gemv_kernel<__nv_bfloat16, false>"):
+        for kernel in ("qlora_gemv_kernel<__half, true, 2>", "qlora_gemv_kernel<__nv_bfloat16, false, 1>"):
             assert found[target, kernel]["spills"] == 0
             assert found[target, kernel]["tensor_cores"] == "HMMA"
 

@@ -93,7 +93,7 @@ def test_a_wrong_one_is_left_out_with_one_warning_that_names_it(card, monkeypatc
     assert not card
 
 
-# Those of which bench/results/gpu/h200-gemm.json, h200-gemv.json and h200-suite.json have the times.
+# Those of which bench/results/gpu/h200-many-rows.json, h200-few-rows.json and others of h200 have the times.
 @pytest.mark.parametrize(
     ("rows", "shape", "way", "tile"),
     [
@@ -103,7 +103,8 @@ def test_a_wrong_one_is_left_out_with_one_warning_that_names_it(card, monkeypatc
         (128, (4096, 4096), "split", 128), (128, (8192, 8192), "gemm", 128), (128, (4096, 14336), "gemm", 128),
         (128, (14336, 4096), "split", 128), (256, (4096, 4096), "gemm", 128), (256, (8192, 8192), "gemm", 256),
         (256, (14336, 4096), "gemm", 128), (512, (4096, 4096), "gemm", 256), (512, (4096, 14336), "gemm", 256),
-        (1024, (8192, 8192), "dense", 0), (1024, (14336, 4096), "gemm", 256), (2048, (4096, 4096), "dense", 0),
+        (256, (4096, 14336), "gemm", 256), (1024, (8192, 8192), "gemm", 256), (1024, (14336, 4096), "gemm", 256),
+        (2048, (4096, 4096), "gemm", 256), (4096, (14336, 4096), "gemm", 256), (8192, (8192, 8192), "dense", 0),
     ],
 )  # fmt: skip
 def test_the_table_of_hopper_names_the_fastest(rows, shape, way, tile, card, monkeypatch):
@@ -116,6 +117,27 @@ def test_the_table_of_hopper_names_the_fastest(rows, shape, way, tile, card, mon
         lambda use: cuda.serves("qlora_linear", use.way, x, *layer) and cuda.worth(use, x, *layer),
     )  # fmt: skip
     assert (chosen.way, chosen.block_rows) == (way, tile)
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape", "way"),
+    [
+        (8, (4096, 4096), "dx"), (128, (8192, 8192), "split"), (256, (4096, 4096), "split"),
+        (256, (8192, 8192), "dx_gemm"), (256, (4096, 14336), "dx_gemm"), (512, (4096, 4096), "dx_gemm"),
+        (1024, (14336, 4096), "dx_gemm"), (2048, (8192, 8192), "dense"), (512, (768, 3072), "split"),
+    ],
+)  # fmt: skip
+def test_the_table_of_hopper_names_the_fastest_backward(rows, shape, way, card, monkeypatch):
+    in_features, out_features = shape
+    grad = torch.zeros(1, dtype=torch.bfloat16).expand(rows, out_features)
+    packed = torch.zeros(1, dtype=torch.uint8).expand(in_features * out_features // 2, 1)
+    rest = (None, None, packed, packed, None, None, "nf4", 64, in_features, None, None, 1.0, [True] * 4)
+    monkeypatch.setattr(dispatch, "_table", lambda _: configurations.tables()["sm_90"])
+    chosen = dispatch.configuration(
+        "qlora_linear_backward", CPU, grad.dtype, rows, in_features * out_features,
+        lambda use: cuda.serves("qlora_linear_backward", use.way, grad, *rest) and cuda.worth(use, grad, *rest),
+    )  # fmt: skip
+    assert chosen.way == way
 
 
 @pytest.mark.parametrize(
@@ -192,6 +214,28 @@ def test_what_the_backward_serves(changed, serves, card, monkeypatch):
     assert not cuda.serves("qlora_linear_backward", "dx", *dispatch.with_dropout(arguments, CPU))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     assert not cuda.serves("qlora_linear_backward", "dx", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("changed", "capability", "serves"),
+    [
+        ({}, (9, 0), True), ({"rows": 1, "out_features": 8}, (9, 0), True), ({"rank": 0}, (9, 0), True),
+        ({}, (8, 0), False), ({}, (10, 0), False), ({"out_features": 33}, (9, 0), False),
+        ({"blocksize": 32}, (9, 0), False), ({"dtype": torch.float32}, (9, 0), False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_the_backward_for_many_rows_serves(changed, capability, serves, card, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    arguments = backward_problem(CPU, **{"dtype": torch.bfloat16, "rows": 3, "out_features": 40} | changed)
+    assert cuda.serves("qlora_linear_backward", "dx_gemm", *arguments) == serves
+
+
+def test_the_backward_for_many_rows_is_measured_from_half_a_tile_on():
+    for rows, found in ((127, False), (128, True), (8192, True)):
+        candidates = configurations.candidates("qlora_linear_backward", torch.bfloat16, rows)
+        assert (Configuration("dx_gemm", 256) in candidates) == found
+    assert Configuration("dx_gemm", 256) not in configurations.candidates("qlora_linear_backward", torch.float32, 512)
 
 
 def test_the_backward_is_taken_where_a_table_has_it_and_proven_once(card, monkeypatch):
@@ -274,18 +318,17 @@ def test_the_repositorys_tables_name_cuda_for_the_card_it_has_run_on_alone():
     }
     assert found == {
         *(("sm_90", "qlora_linear 16", way) for way in ("gemv", "gemm", "mma")),
-        ("sm_90", "qlora_linear_backward 16", "dx"),
+        *(("sm_90", "qlora_linear_backward 16", way) for way in ("dx", "dx_gemm")),
         ("sm_90", "encoder_blocks 16", "encoder"),
     }
 
 
 @pytest.mark.parametrize(
     ("rows", "way", "tile"),
-    [(16, "encoder", 16), (128, "encoder", 16), (512, "encoder", 32), (1024, "launches", 0), (1056, "launches", 0),
-     (2048, "encoder", 16), (4096, "encoder", 16), (8192, "launches", 0)],
+    [(16, "encoder", 16), (512, "encoder", 16), (2048, "encoder", 16), (4096, "encoder", 32), (4112, "launches", 0)],
 )  # fmt: skip
 def test_hoppers_table_has_the_fastest_way_of_an_encoder(rows, way, tile, monkeypatch):
-    """As bench/results/gpu/h200-suite.json has them."""
+    """As bench/results/gpu/h200-encoder.json has them."""
     monkeypatch.delenv("HARLORA_BACKEND", raising=False)
     monkeypatch.setattr(dispatch, "_table", lambda _: configurations.tables()["sm_90"])
     dispatch.encoder_way.cache_clear()
@@ -390,13 +433,14 @@ def hopper(gpu):
     return gpu
 
 
-def check_backward(arguments, **options):
-    assert cuda.serves("qlora_linear_backward", "dx", *arguments)
+def check_backward(arguments, way="dx", **options):
+    assert cuda.serves("qlora_linear_backward", way, *arguments)
     grad, x, t, *quantized, A, B, scaling, mask = arguments
     wide = (None if each is None else each.double() for each in (grad, x, t, A, B))
     exact_grad, exact_x, exact_t, exact_A, exact_B = wide
     exact = reference.qlora_linear_backward(exact_grad, exact_x, exact_t, *quantized, exact_A, exact_B, scaling, mask)
-    for found, right in zip(cuda.qlora_backward(*arguments, **options), exact, strict=True):
+    function = cuda.WAYS["qlora_linear_backward"][way]
+    for found, right in zip(function(*arguments, **options), exact, strict=True):
         assert found.shape == right.shape
         if right.numel():
             assert (found.double() - right).abs().max() <= ERROR[grad.dtype] * right.abs().max()
@@ -459,6 +503,46 @@ class TestManyRowsOnAGpu:
             steps = size[0] // 64
             if parts is None or (parts - 1) * -(-steps // parts) < steps:
                 check(problem(hopper, dtype, rows, *size), "gemm", tile=tile, parts=parts)
+
+    @pytest.mark.parametrize("dtype", list(ERROR), ids=str)
+    @pytest.mark.parametrize("parts", [1, 2, 8, None])
+    def test_the_backward_agrees_with_the_reference(self, hopper, dtype, parts):
+        for rows, *size in (
+            (1, 64, 512, 1, 64, False, "nf4"), (70, 192, 1536, 16, 64, True, "fp4"),
+            (300, 192, 1992, 5, 64, False, "fp4"), (513, 1024, 1032, 128, 1024, True, "nf4"),
+            (257, 640, 1024, 0, 64, False, "nf4"), (33, 512, 4096, 70, 256, True, "nf4"),
+        ):  # fmt: skip
+            steps = -(-size[1] // 64)
+            if parts is not None and (parts - 1) * -(-steps // parts) >= steps:
+                continue
+            for adapter in (None, torch.float32):
+                arguments = backward_problem(hopper, dtype, rows, *size, adapter_dtype=adapter)
+                check_backward(arguments, "dx_gemm", parts=parts)
+
+    def test_the_backward_of_infinite_and_nan_values_stays_in_their_rows(self, hopper):
+        arguments = backward_problem(hopper, torch.bfloat16, 300, 128, 512, 0)
+        function = cuda.WAYS["qlora_linear_backward"]["dx_gemm"]
+        right = function(*arguments)[0]
+        arguments[0][5, 100], arguments[0][290, 7] = torch.inf, torch.nan
+        found = function(*arguments)[0]
+        assert not found[5].isfinite().any()
+        assert found[290].isnan().all()
+        others = [row for row in range(300) if row not in (5, 290)]
+        assert torch.equal(found[others], right[others])
+
+    def test_the_backward_gives_the_same_bits_each_time_and_in_a_graph(self, hopper):
+        function = cuda.WAYS["qlora_linear_backward"]["dx_gemm"]
+        calls = [backward_problem(hopper, torch.bfloat16, 300, 1024, 2048, 16) for _ in range(4)]
+        right = [function(*call) for call in calls]
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = [function(*call) for call in calls for _ in range(8)]
+        for _ in range(20):
+            graph.replay()
+        torch.cuda.synchronize()
+        for i, gradients in enumerate(found):
+            assert all(map(torch.equal, gradients, right[i // 8]))
 
     def test_without_bias_and_with_strides(self, hopper):
         x, *layer = problem(hopper, torch.bfloat16, 60, 128, 200)

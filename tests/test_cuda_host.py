@@ -114,14 +114,19 @@ def assert_close(found, right, dtype):
     [
         (1, 64, 16, 0, 64, False, "nf4"), (8, 192, 33, 16, 64, False, "nf4"), (3, 1024, 17, 5, 128, True, "fp4"),
         (5, 4096, 40, 128, 64, True, "nf4"), (8, 512, 1, 1, 256, False, "fp4"), (2, 4096, 16, 8, 4096, False, "nf4"),
+        (4, 2112, 100, 24, 64, False, "nf4"), (1, 5184, 70, 0, 64, True, "fp4"), (7, 1088, 150, 16, 64, True, "nf4"),
     ],
 )  # fmt: skip
 def test_few_rows(on_model, rows, in_features, out_features, rank, blocksize, nested, quant_type, dtype):
     arguments = dispatch.problem(
         "qlora_linear", CPU, dtype, rows, in_features, out_features, rank, quant_type, blocksize, nested
     )
-    for found, right in zip(cuda.qlora_gemv(*arguments), reference.qlora_linear(*exactly(arguments)), strict=True):
+    result = cuda.qlora_gemv(*arguments)
+    for found, right in zip(result, reference.qlora_linear(*exactly(arguments)), strict=True):
         assert_close(found, right, dtype)
+    if rank:
+        wide = [each.float() if i in (9, 10) else each for i, each in enumerate(arguments)]
+        assert all(map(torch.equal, cuda.qlora_gemv(*wide), result))
 
 
 @needs_extension
@@ -278,7 +283,9 @@ def assert_encodes(arguments, **options):
         (32, 1, (5, 16, 4, 256, 64, 1, 70), {"adapter_dtype": torch.float32}),
         (64, 1, (2, 64, 3, 192, 128, 1, 40), {"quant_type": "fp4"}),
         (64, 2, (3, 33, 6, 192, 512, 1, 16), {"blocksize": 512}),
-        (16, 4, (2, 16, 6, 192, 512, 3, 16), {}),  # the package's own, by half
+        (16, 4, (2, 16, 6, 192, 512, 3, 16), {}),  # the package's own, by parts
+        *((16, parts, (3, 16, 6, 192, 512, 1, 16), {}) for parts in (1, 2, 8)),
+        *((32, parts, (3, 16, 6, 192, 512, 2, 16), {}) for parts in (1, 2, 4)),
     ],
 )  # fmt: skip
 def test_an_encoder_in_one_launch(on_model, tile, parts, sizes, options, dtype):
@@ -333,23 +340,25 @@ def test_the_tile_and_the_parts_follow_from_the_windows_and_the_gpu(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=132))
     for windows, tokens, tile, parts in (
-        (1, 16, 16, 8), (64, 16, 16, 4), (64, 8, 16, 8), (132, 16, 16, 2), (200, 16, 16, 1), (512, 16, 32, 1),
-        (3, 17, 32, 8), (64, 64, 64, 4), (4, 33, 64, 8),
+        (1, 16, 16, 8), (64, 16, 16, 2), (64, 8, 16, 4), (132, 16, 16, 1), (133, 16, 32, 1), (512, 16, 32, 1),
+        (3, 17, 32, 8), (64, 64, 64, 2), (4, 33, 64, 8),
     ):  # fmt: skip
-        x = torch.empty(windows, tokens, 64)
+        x, fc1 = torch.empty(windows, tokens, 64), (None,) * 6 + (128, None, torch.empty(3, 64))
         assert cuda._tile_of_encoder(x) == tile
-        assert cuda._parts_of_encoder(x.device, -(-windows // (tile // tokens))) == parts
+        cuda._room.cache_clear()
+        assert cuda._parts_of_encoder(x, fc1, tile) == parts
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
-    assert cuda._parts_of_encoder(CPU, 1) == 1
+    assert cuda._parts_of_encoder(x[:1], fc1, tile) == 1
+    cuda._room.cache_clear()
 
 
 @needs_extension
-def test_two_blocks_of_threads_find_room_on_a_multiprocessor(model):
-    """Of the package's own encoder with adapters, as the number of parts supposes; a kibibyte of each is taken."""
-    for token_tiles in (2, 4):
-        taken = torch.ops.harlora_model.encoder_shared_bytes(192, 512, 16, token_tiles)
-        assert 2 * (taken + 1024) <= 228 * 1024
-    assert torch.ops.harlora_model.encoder_shared_bytes(192, 512, 16, 8) <= 227 * 1024
+def test_a_block_of_threads_finds_room_on_a_multiprocessor(model):
+    """Of the package's own encoder with adapters, on GPUs from 8.0 and from 9.0 on, and how many of them at once."""
+    for token_tiles, most in ((2, 163), (4, 163), (8, 227)):
+        assert torch.ops.harlora_model.encoder_shared_bytes(192, 512, 16, token_tiles) <= most * 1024
+    for parts in (1, 2, 4, 8):
+        assert torch.ops.harlora_model.encoder_room(192, 512, 16, True, 2, parts) == (8 // parts if parts > 1 else 1)
 
 
 @needs_extension
@@ -585,3 +594,26 @@ def test_threads_of_warpgroups_together_multiply(out_features, tile, dtype):
     right = x.double() @ dense.T
     assert (y - right).abs().max() <= 1e-5 * right.abs().max()
     assert torch.equal(writes, torch.ones_like(writes))  # no place of the tile of codes is taken twice
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("in_features", "out_features"), [(128, 64), (192, 200), (64, 8)])
+def test_threads_of_warpgroups_together_multiply_backward(in_features, out_features, dtype):
+    host, tile, tokens = ctypes.CDLL(str(compiled("gemm_sm90.cpp"))), 64, 61
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    grad = torch.randn(tokens, out_features, generator=generator).to(dtype)
+    packed, absmax, _, _ = reference.quantize_4bit(weight, "fp4", 64, False)
+    values = code_table("fp4", torch.device("cpu")).to(dtype)
+    y, writes = torch.full((tokens, in_features), torch.nan), torch.zeros(256, dtype=torch.int32)
+    host.dx(
+        pointer(grad), pointer(packed), pointer(absmax), pointer(values), int(dtype == torch.bfloat16), tokens, tile,
+        *(ctypes.c_int64(each) for each in (in_features, out_features)), pointer(y), pointer(writes),
+    )  # fmt: skip
+    codes = np.stack([packed.numpy() >> 4, packed.numpy() & 15], axis=-1).reshape(out_features, in_features)
+    dense = values.double()[torch.from_numpy(codes).long()] * absmax.double().repeat_interleave(64).view(
+        out_features, in_features
+    )
+    right = grad.double() @ dense
+    assert (y - right).abs().max() <= 1e-5 * right.abs().max()
+    assert torch.equal(writes, torch.ones_like(writes))  # no place of a scale is taken twice, none is left

@@ -32,6 +32,10 @@ void encoder_blocks(torch::stable::Tensor x, std::vector<torch::stable::Tensor> 
                     torch::stable::Tensor code, torch::stable::Tensor y, int64_t token_tiles, int64_t parts,
                     std::optional<torch::stable::Tensor> nested_code, int64_t stream);
 
+// How many blocks of threads, or clusters of `parts` of them, find room at once on the current device; 0 where the code
+// that runs there has no clusters.
+int64_t encoder_room(int64_t width, int64_t hidden, int64_t rank, bool nested, int64_t token_tiles, int64_t parts);
+
 // Bytes of shared memory that a block of threads takes.
 int64_t encoder_shared_bytes(int64_t width, int64_t hidden, int64_t rank, int64_t token_tiles);
 

@@ -21,8 +21,6 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kColumns = 64;  // of the wide matrix, for a block of threads
-constexpr int kRanks = 32;
-constexpr int kPitch = kRanks + 1;  // of sums; the last is that of dY itself
 
 // One of the two products. wide: (rows, columns), low: (rows, pitch), of which `rank` columns count.
 template <typename T>
@@ -48,9 +46,11 @@ struct Arguments {
 // Columns of the wide matrix are the rows of mma.sync, columns of the narrow one its columns, and the sum is over the
 // rows of both, 16 at a time, which the warps share out. With g = lane / 4 and i = lane % 4 a lane takes four rows, 4i
 // to 4i + 3, of each eight columns of the wide matrix and two of each 16 of the narrow one: neighbours of two rows make
-// two registers, one for each column.
-template <typename T>
+// two registers, one for each column. kRanks: 16, where registers are left to read ahead, or 32.
+template <typename T, int kRanks>
 __global__ void __launch_bounds__(kThreads, 2) lora_grads_kernel(const Arguments<T> a) {
+  constexpr int kHalves = kRanks / 16;
+  constexpr int kPitch = kRanks + 1;  // of sums; the last is that of dY itself
   __shared__ float parts[kWarps][16 * kPitch];
   __shared__ float totals[kColumns * kPitch];
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane >> 2, column = lane & 3;
@@ -64,41 +64,58 @@ __global__ void __launch_bounds__(kThreads, 2) lora_grads_kernel(const Arguments
   const T* const wide = side.wide + first_column + 8 * g;
   const T* const low = side.low + first_rank + 2 * g;
 
-  float sums[4][4][4] = {}, added[4][4] = {};
-  const uint32_t one = packed_pair(1.0f, 1.0f, T{});
-  for (int first = 16 * warp; first < a.rows; first += 16 * kWarps) {
+  struct Read {
     uint4 eight[4];
-    uint32_t two[2][4];
-    const auto read = [&]<bool kPlain>() {  // one branch for all, so that all are on their way at once
+    uint32_t two[kHalves][4];
+  };
+  const auto read = [&](int first) -> Read {
+    Read found;
+    const auto all = [&]<bool kPlain>() {  // one branch for all, so that all are on their way at once
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int64_t row = first + 4 * column + i;
         const bool there = row < a.rows;
-        eight[i] = eight_or_zeros<kPlain>(wide + row * side.columns, there ? left - 8 * g : 0);
+        found.eight[i] = eight_or_zeros<kPlain>(wide + row * side.columns, there ? left - 8 * g : 0);
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          two[j][i] = two_or_zeros<kPlain, T>(low + row * side.pitch + 16 * j, there ? ranks - 16 * j - 2 * g : 0);
+        for (int j = 0; j < kHalves; ++j) {
+          found.two[j][i] =
+              two_or_zeros<kPlain, T>(low + row * side.pitch + 16 * j, there ? ranks - 16 * j - 2 * g : 0);
         }
       }
     };
     if (plain) {
-      read.template operator()<true>();
+      all.template operator()<true>();
     } else {
-      read.template operator()<false>();
+      all.template operator()<false>();
+    }
+    return found;
+  };
+  float sums[4][2 * kHalves][4] = {}, added[4][4] = {};
+  const uint32_t one = packed_pair(1.0f, 1.0f, T{});
+  constexpr int step = 16 * kWarps;
+  Read next;
+  if constexpr (kHalves == 1) next = read(16 * warp);
+  for (int first = 16 * warp; first < a.rows; first += step) {
+    Read now;
+    if constexpr (kHalves == 1) {
+      now = next;
+      next = read(min(first, a.rows - step) + step);  // zeros past the last, and no number too large
+    } else {
+      now = read(first);
     }
     const auto operand = [](uint32_t (&to)[4], uint32_t w0, uint32_t w1, uint32_t w2, uint32_t w3) {
       to[0] = firsts(w0, w1), to[1] = seconds(w0, w1), to[2] = firsts(w2, w3), to[3] = seconds(w2, w3);
     };
-    uint32_t of_low[2][4];
+    uint32_t of_low[kHalves][4];
 #pragma unroll
-    for (int j = 0; j < 2; ++j) operand(of_low[j], two[j][0], two[j][1], two[j][2], two[j][3]);
+    for (int j = 0; j < kHalves; ++j) operand(of_low[j], now.two[j][0], now.two[j][1], now.two[j][2], now.two[j][3]);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const auto word = [i](const uint4& of) { return i == 0 ? of.x : i == 1 ? of.y : i == 2 ? of.z : of.w; };
       uint32_t of_wide[4];
-      operand(of_wide, word(eight[0]), word(eight[1]), word(eight[2]), word(eight[3]));
+      operand(of_wide, word(now.eight[0]), word(now.eight[1]), word(now.eight[2]), word(now.eight[3]));
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
+      for (int j = 0; j < kHalves; ++j) {
         if (16 * j >= ranks) break;
         multiply_add<T>(sums[i][2 * j], of_wide, {of_low[j][0], of_low[j][2]});
         multiply_add<T>(sums[i][2 * j + 1], of_wide, {of_low[j][1], of_low[j][3]});
@@ -113,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, 2) lora_grads_kernel(const Arguments
   for (int i = 0; i < 4; ++i) {
     if (i) __syncthreads();
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < 2 * kHalves; ++j) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const int rank = 16 * (j >> 1) + 2 * (2 * column + (k & 1)) + (j & 1);
@@ -163,13 +180,15 @@ __global__ void __launch_bounds__(kThreads, 2) lora_grads_kernel(const Arguments
 
 constexpr const char* kName = "lora_grads";
 
+constexpr int kMostRanks = 32;  // of a block of threads
+
 template <typename T>
 void launch(const Arguments<T>& a, cudaStream_t stream) {
   const int64_t tiles_B = a.of_B.result || a.bias ? (a.of_B.columns + kColumns - 1) / kColumns : 0;
   const bool of_adapter = a.of_A.result || a.of_B.result;
-  launch_kernel(kName, lora_grads_kernel<T>,
+  launch_kernel(kName, a.rank <= 16 ? lora_grads_kernel<T, 16> : lora_grads_kernel<T, kMostRanks>,
                 {.grid = dim3(static_cast<unsigned>(a.tiles_A + tiles_B),
-                              of_adapter ? static_cast<unsigned>((a.rank + kRanks - 1) / kRanks) : 1),
+                              of_adapter ? static_cast<unsigned>((a.rank + kMostRanks - 1) / kMostRanks) : 1),
                  .threads = kThreads,
                  .stream = stream},
                 a);
@@ -211,7 +230,7 @@ void lora_grads(Tensor grad, std::optional<Tensor> x, std::optional<Tensor> t, s
                               is_flat(*t, type, rows * rank) && is_aligned(*t)),
                   name, ": grad_B and t must be contiguous at 16 bytes and fit each other, in the dtype of grad or, "
                   "grad_B, float32");
-  STD_TORCH_CHECK(rows < int64_t{1} << 30 && rank <= 65535 * grads::kRanks, name,
+  STD_TORCH_CHECK(rows < int64_t{1} << 30 && rank <= 65535 * grads::kMostRanks, name,
                   ": too many rows, or too large a rank");
   torch::stable::accelerator::DeviceGuard guard(grad.get_device());
   const auto run = [&]<typename T>(T) {

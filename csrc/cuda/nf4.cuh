@@ -24,10 +24,30 @@ HARLORA_HOST_DEVICE uint32_t pair_place(uint32_t word, int which) {
   return byte * static_cast<uint32_t>(4 * kPairCopies);
 }
 
+// Likewise the address of the pair, in one instruction: `copy` is that of the lane's copy of the first, `which` from
+// pair_of_byte, which may be known late.
+HARLORA_HOST_DEVICE uint32_t pair_of_byte(int which) { return static_cast<uint32_t>(4 * kPairCopies) << 8 * which; }
+#ifdef __CUDACC__
+__device__ __forceinline__ uint32_t pair_address(uint32_t word, uint32_t which, uint32_t copy) {
+  return __dp4a(word, which, copy);  // the sum of products of bytes
+}
+#endif
+
 // What a byte stands for, from the 16-bit patterns of the 16 code values.
 HARLORA_HOST_DEVICE uint32_t pair_of(const uint16_t* values, uint32_t byte) {
   return values[byte >> 4] | static_cast<uint32_t>(values[byte & 15]) << 16;
 }
+
+#ifdef __CUDACC__
+// The table, by so many threads, from the 16-bit patterns of the 16 code values.
+template <int kThreads>
+__device__ __forceinline__ void write_pairs(uint32_t* table, const uint16_t* values, int thread) {
+  for (int i = thread; i < kPairWords / 4; i += kThreads) {
+    const uint32_t pair = pair_of(values, i / (kPairCopies / 4));
+    reinterpret_cast<uint4*>(table)[i] = {pair, pair, pair, pair};
+  }
+}
+#endif
 
 // The same without a table in memory: the low and the high bytes of the 16 code values in four registers each, of which
 // permutes take what a word of codes names. Eleven instructions for two bytes where the table takes six, two of which

@@ -55,7 +55,12 @@ __device__ __forceinline__ uint8_t* dynamic_shared() {
   return reinterpret_cast<uint8_t*>(dynamic_words);
 }
 
-// Likewise 2, 4 and 8 bytes, of what changes.
+// Likewise 1, 2, 4 and 8 bytes, of what changes.
+__device__ __forceinline__ uint32_t load_shared_1(uint32_t address) {
+  uint32_t byte;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(byte) : "r"(address) : "memory");
+  return byte;
+}
 __device__ __forceinline__ uint32_t load_shared_2(uint32_t address) {
   uint16_t half;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(half) : "r"(address) : "memory");
@@ -97,6 +102,12 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint32_t word) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
 }
 
+__device__ __forceinline__ void store_shared_16(uint32_t address, const uint4& words) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words.x), "r"(words.y), "r"(words.z),
+               "r"(words.w)
+               : "memory");
+}
+
 // movmatrix: of an 8 × 8 matrix of 16 bits, of which lane 4·row + i has columns 2i and 2i + 1, the transposed.
 __device__ __forceinline__ uint32_t transposed(uint32_t pair) {
   uint32_t result;
@@ -119,6 +130,12 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool t
   const int bytes = there ? 16 : 0;
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
+
+// The same of bytes that are read once.
+__device__ __forceinline__ void copy_once(uint32_t to, const void* from, bool there) { copy_async(to, from, there); }
+
+// prefetch.global.L2: what a later load will ask for.
+__device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -163,11 +180,60 @@ __device__ __forceinline__ float4 load_cluster(uint32_t address) {
   return four;
 }
 
-// st.shared::cluster: a word to there. sm_90.
-__device__ __forceinline__ void store_cluster([[maybe_unused]] uint32_t address, [[maybe_unused]] uint32_t word) {
+// mbarrier of 8 bytes in shared memory, for bytes that arrive from other blocks of the cluster: by turns it is told how
+// many are expected, by one thread, and all wait until they are there. Known to the others after a cluster_barrier.
+// sm_90.
+__device__ __forceinline__ void arrivals_begin([[maybe_unused]] uint32_t arrivals) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(arrivals)
+               : "memory");
 #endif
+}
+__device__ __forceinline__ void arrivals_expect([[maybe_unused]] uint32_t arrivals, [[maybe_unused]] int bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrivals), "r"(bytes) : "memory");
+#endif
+}
+// parity: of the turn, of which the first is 0.
+__device__ __forceinline__ void arrivals_wait([[maybe_unused]] uint32_t arrivals, [[maybe_unused]] int parity) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint32_t there = 0;
+  while (!there) {
+    asm volatile(
+        "{\n\t.reg .pred done;\n\t"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n\t"
+        "selp.u32 %0, 1, 0, done;\n\t}"
+        : "=r"(there)
+        : "r"(arrivals), "r"(parity)
+        : "memory");
+  }
+#endif
+}
+
+// st.async: 16 bytes into the shared memory of another block of the cluster, whose `arrivals` count them. sm_90.
+__device__ __forceinline__ void store_async([[maybe_unused]] uint32_t address, [[maybe_unused]] uint4 words,
+                                            [[maybe_unused]] uint32_t arrivals) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   address),
+               "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w), "r"(arrivals)
+               : "memory");
+#endif
+}
+
+// The number of this block of threads among those of its cluster. sm_90.
+__device__ __forceinline__ uint32_t rank_in_cluster() {
+  uint32_t rank = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+
+// bar.sync of a part of the block: until so many threads, whole warps, have come here.
+template <int kBarrier, int kThreads>
+__device__ __forceinline__ void sync_some() {
+  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
 }
 
 // griddepcontrol.launch_dependents: the next kernel of the stream, if launched so, may start before this one ends.

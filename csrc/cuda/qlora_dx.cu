@@ -10,11 +10,14 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include <type_traits>
+
 #include "launch.cuh"
 #include "layer.h"
 #include "lora_low.cuh"
 #include "ptx.cuh"
 #include "qlora_dx.h"
+#include "qlora_dx_sm90.h"
 #include "ragged.cuh"
 #include "sum_parts.cuh"
 #include "types.cuh"
@@ -47,20 +50,7 @@ struct Arguments {
 
 // A scale multiplies the decoded weight, which is rounded as dequantising does. It could multiply dY, which takes fewer
 // instructions with less than 64 tokens, and more with more; but dY would be rounded once more, and in float16 may be
-// too small for that. So that two weights take two instructions the scale is two 16-bit numbers, the second of which is
-// what the first lacks. Past the range of float16 the largest weight of a block is infinite whatever is done.
-__device__ __forceinline__ void split(float scale, __nv_bfloat16& high, __nv_bfloat16& low) {
-  high = rounded<__nv_bfloat16>(scale);
-  const float rest = scale - static_cast<float>(high);
-  low = rounded<__nv_bfloat16>(rest == rest ? rest : 0.0f);  // not so if the scale is infinite
-}
-__device__ __forceinline__ void split(float scale, __half& high, __half& low) {
-  constexpr float most = 65504;
-  const bool finite = scale - scale == 0;
-  high = rounded<__half>(finite ? fminf(fmaxf(scale, -most), most) : scale);
-  const float rest = scale - static_cast<float>(high);
-  low = rounded<__half>(finite ? fminf(fmaxf(rest, -most), most) : 0.0f);
-}
+// too small for that.
 
 // Pairs of neighbouring columns of a row of lora_A.
 template <typename T, int kPairs>
@@ -367,6 +357,12 @@ template <typename T>
 void launch(const Arguments<T>& a, const void* B, T* u, float scaling, int64_t tile, int parts, cudaStream_t stream) {
   if (a.rank) lora_low(kName, a.grad, B, a.wide, u, static_cast<int>(a.out_features), a.rows, a.rank, scaling, stream);
   if (!a.grad_x) return;
+  if (tile == 256) {
+    return qlora_dx_sm90({a.grad, a.packed, a.absmax, a.code, a.A, a.u, a.nested_absmax, a.nested_offset, a.nested_code,
+                          a.grad_x, a.in_features, a.out_features, a.rows, a.rank, a.shift, a.wide,
+                          std::is_same_v<T, __nv_bfloat16>},
+                         parts, stream);
+  }
   switch (tile) {
     case 16: return launch_tile<T, 16>(a, parts, stream);
     case 32: return launch_tile<T, 32>(a, parts, stream);
@@ -409,14 +405,19 @@ void qlora_dx(Tensor grad, Tensor packed, Tensor absmax, Tensor code, int64_t bl
                   "dtype of grad, lora_A and lora_B both in it or in float32");
   STD_TORCH_CHECK(!grad_x || (is_flat(*grad_x, type, rows * in_features) && is_aligned(*grad_x)), name,
                   ": grad_x must be contiguous at 16 bytes, (rows, in_features) in the dtype of grad");
-  STD_TORCH_CHECK(tile == 16 || tile == 32 || tile == 64 || tile == 128, name, ": tile must be 16, 32, 64 or 128");
+  const bool many = tile == 256;
+  STD_TORCH_CHECK(tile == 16 || tile == 32 || tile == 64 || tile == 128 || many, name,
+                  ": tile must be 16, 32, 64, 128 or 256");
+  STD_TORCH_CHECK(!many || (out_features % 8 == 0 && parts <= 8), name,
+                  ": a tile of 256 takes out_features that are a multiple of 8, and at most 8 parts");
   STD_TORCH_CHECK(out_features < int64_t{1} << 30, name, ": at most 2^30 out_features");
   STD_TORCH_CHECK(rows <= 65535 * tile && rank <= 65535 * kLowRanks, name, ": at most 65535 tiles of rows or rank");
   STD_TORCH_CHECK(parts >= 1 && parts <= 32, name, ": parts must be 1 to 32");
-  STD_TORCH_CHECK(!grad_x || parts == 1 ||
+  STD_TORCH_CHECK(!grad_x || parts == 1 || many ||
                       (sums && is_flat(*sums, ScalarType::Float, parts * rows * in_features) && is_aligned(*sums)),
                   name, ": more parts than one need sums, (parts, rows, in_features), float32, contiguous at 16 bytes");
   torch::stable::accelerator::DeviceGuard guard(grad.get_device());
+  const auto stream = reinterpret_cast<cudaStream_t>(stream_handle);
   const auto run = [&]<typename T>(T) {
     T* const of_u = u ? static_cast<T*>(u->data_ptr()) : nullptr;
     dx::launch(dx::Arguments<T>{static_cast<const T*>(grad.data_ptr()), static_cast<const uint8_t*>(packed.data_ptr()),
@@ -425,8 +426,7 @@ void qlora_dx(Tensor grad, Tensor packed, Tensor absmax, Tensor code, int64_t bl
                                 pointer<float>(nested_code), grad_x ? static_cast<T*>(grad_x->data_ptr()) : nullptr,
                                 sums ? static_cast<float*>(sums->data_ptr()) : nullptr, in_features, out_features,
                                 static_cast<int>(rows), static_cast<int>(rank), shift, 0, wide},
-               pointer<void>(lora_B), of_u, static_cast<float>(scaling), tile, static_cast<int>(parts),
-               reinterpret_cast<cudaStream_t>(stream_handle));
+               pointer<void>(lora_B), of_u, static_cast<float>(scaling), tile, static_cast<int>(parts), stream);
   };
   if (type == ScalarType::BFloat16) {
     run(__nv_bfloat16{});

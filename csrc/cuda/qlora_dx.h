@@ -17,9 +17,11 @@ namespace harlora::cuda {
 //   lora_A, lora_B   (rank, in_features) and (out_features, rank), in the dtype of dY or float32, contiguous
 //   grad_x        dX (rows, in_features), in the dtype of dY, contiguous; none: u alone
 //   u             (rows, rank up to the next multiple of 16), likewise, zeros past the rank; none without adapter
-//   sums          (parts, rows, in_features), float32, where there are more parts than one
-//   tile          rows of dY of a tile: 16, 32, 64 or 128
-//   parts         blocks of threads that share the sum over out_features, 1 to 32, each with whole steps of 64
+//   sums          (parts, rows, in_features), float32, where there are more parts than one and a tile is not of 256
+//   tile          rows of dY of a tile: 16, 32, 64 or 128, or 256, on GPUs of compute capability 9.0 alone and for
+//                 out_features that are a multiple of 8
+//   parts         blocks of threads that share the sum over out_features, 1 to 32, with a tile of 256 to 8, each with
+//                 whole steps of 64
 //   nested_code   (256), float32; nested_absmax one for 256 blocks; nested_offset one
 //   stream        the cudaStream_t, from Python
 //

@@ -25,6 +25,7 @@ HARLORA_HOST_DEVICE int place_of_x(int token, int chunk) { return 128 * token + 
 // Where 16 bytes of codes lie in the tile of a step, (kRows, 64 / 2): the eight rows that a warp reads at once are in
 // different banks.
 HARLORA_HOST_DEVICE int place_of_codes(int row, int chunk) { return 32 * row + ((chunk ^ (row >> 2 & 1)) << 4); }
+constexpr int kNextCodes = 32 * 8;  // from those of a thread's first row to those of its second
 
 // The row of the tile that a thread decodes, the first or the second of its two.
 HARLORA_HOST_DEVICE int row_of(int thread, int which) {

@@ -39,6 +39,21 @@ __device__ __forceinline__ uint32_t packed_pair(float low, float high, __half) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
+// So that two weights times their scale take two instructions the scale is two 16-bit numbers, the second of which is
+// what the first lacks. Past the range of float16 the largest weight of a block is infinite whatever is done.
+__device__ __forceinline__ void split(float scale, __nv_bfloat16& high, __nv_bfloat16& low) {
+  high = rounded<__nv_bfloat16>(scale);
+  const float rest = scale - static_cast<float>(high);
+  low = rounded<__nv_bfloat16>(rest == rest ? rest : 0.0f);  // not so if the scale is infinite
+}
+__device__ __forceinline__ void split(float scale, __half& high, __half& low) {
+  constexpr float most = 65504;
+  const bool finite = scale - scale == 0;
+  high = rounded<__half>(finite ? fminf(fmaxf(scale, -most), most) : scale);
+  const float rest = scale - static_cast<float>(high);
+  low = rounded<__half>(finite ? fminf(fmaxf(rest, -most), most) : 0.0f);
+}
+
 // Of each of the two, value · high + value · low, rounded once but for the second product.
 __device__ __forceinline__ uint32_t scaled_pair(uint32_t pair, uint32_t high, uint32_t low, __nv_bfloat16) {
   const auto of = [](const uint32_t& word) { return reinterpret_cast<const __nv_bfloat162&>(word); };

@@ -102,6 +102,21 @@ inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162
 inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
   return {__float2half_rn(std::fma(a.x, b.x, c.x)), __float2half_rn(std::fma(a.y, b.y, c.y))};
 }
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline uint32_t __dp4a(uint32_t a, uint32_t b, uint32_t sum) {
+  for (int i = 0; i < 32; i += 8) sum += (a >> i & 0xFF) * (b >> i & 0xFF);
+  return sum;
+}
+inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 using std::max;
 using std::min;
@@ -273,8 +288,8 @@ Value exchanged(Value value, int from, const char* what) {
   return value;
 }
 template <typename Value>
-Value __shfl_sync(uint32_t, Value value, int from) {
-  return exchanged(value, from, "__shfl_sync");
+Value __shfl_sync(uint32_t, Value value, int from, int width = 32) {
+  return exchanged(value, (device_model::self->lane & ~(width - 1)) + from, "__shfl_sync");
 }
 template <typename Value>
 Value __shfl_xor_sync(uint32_t, Value value, int with) {
@@ -288,7 +303,17 @@ using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0;
 inline const char* cudaGetErrorString(cudaError_t) { return device_model::failure.c_str(); }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  *blocks = 1;
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
+enum { cudaDevAttrMultiProcessorCount };
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
+  *value = 1;  // so that few blocks of threads share out what there is
+  return cudaSuccess;
+}
 struct cudaFuncAttributes {
   int ptxVersion;
 };
@@ -320,6 +345,12 @@ struct cudaLaunchConfig_t {
   cudaLaunchAttribute* attrs;
   unsigned numAttrs;
 };
+
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t* config) {
+  *clusters = 8 / static_cast<int>(config->attrs[0].val.clusterDim.z);  // of a GPU with more multiprocessors
+  return cudaSuccess;
+}
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),

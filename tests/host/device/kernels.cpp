@@ -17,7 +17,7 @@ extern "C" __attribute__((visibility("default"))) int cuCtxGetDevice(int* device
 }
 extern "C" __attribute__((visibility("default"))) int cuLaunchKernel() { return 1; }
 
-// What load_once has read since it was last asked.
+// What load_once and copy_once have read since it was last asked.
 extern "C" __attribute__((visibility("default"))) int64_t bytes_read_once() {
   return std::exchange(harlora::cuda::bytes_read_once, 0);
 }
@@ -41,6 +41,10 @@ void qlora_gemm(Tensor, Tensor, Tensor, Tensor, int64_t, std::optional<Tensor>, 
   STD_TORCH_CHECK(false, "the model of a GPU has no wgmma");
 }
 
+void qlora_dx_sm90(const ManyRows&, int, cudaStream_t) {
+  STD_TORCH_CHECK(false, "the model of a GPU has no wgmma");
+}
+
 }  // namespace harlora::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CPU, library) {
@@ -53,6 +57,7 @@ STABLE_TORCH_LIBRARY_IMPL(harlora_cpp, CPU, library) {
 
 STABLE_TORCH_LIBRARY(harlora_model, library) {
   library.def("encoder_shared_bytes(int width, int hidden, int rank, int token_tiles) -> int");
+  library.def("encoder_room(int width, int hidden, int rank, bool nested, int token_tiles, int parts) -> int");
   library.def("launches_hold(int[] facts, str driver) -> int");
   library.def("launches_release(int held) -> ()");
   library.def("launches_run(Tensor[] inputs, int held, int stream) -> Tensor[]");
@@ -60,6 +65,7 @@ STABLE_TORCH_LIBRARY(harlora_model, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(harlora_model, CompositeExplicitAutograd, library) {
   library.impl("encoder_shared_bytes", TORCH_BOX(&harlora::cuda::encoder_shared_bytes));
+  library.impl("encoder_room", TORCH_BOX(&harlora::cuda::encoder_room));
   library.impl("launches_hold", TORCH_BOX(&harlora::gpu::launches_hold));
   library.impl("launches_release", TORCH_BOX(&harlora::gpu::launches_release));
   library.impl("launches_run", TORCH_BOX(&harlora::gpu::launches_run));

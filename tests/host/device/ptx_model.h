@@ -110,6 +110,10 @@ inline uint2 load_shared_8(uint32_t address) { return loaded<uint2>(place_in_sha
 inline uint4 load_shared_16(uint32_t address) { return loaded<uint4>(place_in_shared(address)); }
 inline uint32_t load_shared(uint32_t address) { return loaded<uint32_t>(place_in_shared(address)); }
 inline void store_shared(uint32_t address, uint32_t word) { std::memcpy(place_in_shared(address), &word, 4); }
+inline void store_shared_16(uint32_t address, const uint4& words) {
+  if (address % 16) device_model::fail("a store that is not aligned");
+  std::memcpy(place_in_shared(address), &words, 16);
+}
 
 inline uint32_t load_shared_2(uint32_t address) { return loaded<uint16_t>(place_in_shared(address)); }
 inline uint32_t load_shared_4(uint32_t address) { return load_shared(address); }
@@ -127,6 +131,11 @@ inline void copy_async(uint32_t to, const void* from, bool there) {
     device_model::self->copies.push_back(copy);
   }
 }
+inline void copy_once(uint32_t to, const void* from, bool there) {
+  bytes_read_once += there ? 16 : 0;
+  copy_async(to, from, there);
+}
+inline void prefetch(const void*) {}
 inline void copy_commit() {
   device_model::self->groups.push_back(std::move(device_model::self->copies));
   device_model::self->copies.clear();
@@ -152,7 +161,73 @@ inline uint32_t shared_of(uint32_t block, uint32_t address) {
   return static_cast<uint32_t>(place + block * device_model::kShared);
 }
 inline float4 load_cluster(uint32_t address) { return loaded<float4>(place_in_shared(address)); }
-inline void store_cluster(uint32_t address, uint32_t word) { std::memcpy(place_in_shared(address), &word, 4); }
+
+// mbarrier with one thread that arrives. Bytes on their way come by chance, at the latest when all that they are
+// awaited by has no more to do.
+struct Arrivals {
+  int32_t bytes;  // that are expected and not yet there, or are there and not yet expected
+  int16_t pending;
+  uint16_t turn;
+};
+struct OnTheirWay {
+  uint32_t address, arrivals;
+  uint4 words;
+};
+inline std::vector<OnTheirWay> on_their_way;
+
+inline Arrivals& arrivals_at(uint32_t address) {
+  if (address % 8) device_model::fail("an mbarrier that is not aligned");
+  return *reinterpret_cast<Arrivals*>(place_in_shared(address));
+}
+inline void turn_if_all_there(Arrivals& arrivals) {
+  if (arrivals.pending || arrivals.bytes) return;
+  arrivals.pending = 1;
+  ++arrivals.turn;
+}
+inline void arrivals_begin(uint32_t address) {
+  on_their_way.clear();
+  arrivals_at(address) = {0, 1, 0};
+}
+inline void arrivals_expect(uint32_t address, int bytes) {
+  Arrivals& arrivals = arrivals_at(address);
+  if (arrivals.pending != 1) device_model::fail("more threads arrive at an mbarrier than it has");
+  arrivals.pending = 0;
+  arrivals.bytes += bytes;
+  turn_if_all_there(arrivals);
+}
+inline void arrive(const OnTheirWay& sent) {
+  std::memcpy(place_in_shared(sent.address), &sent.words, sizeof sent.words);
+  Arrivals& arrivals = arrivals_at(sent.arrivals);
+  arrivals.bytes -= sizeof sent.words;
+  turn_if_all_there(arrivals);
+}
+inline void store_async(uint32_t address, uint4 words, uint32_t arrivals) {
+  if (address % 16) device_model::fail("st.async of 16 bytes that is not aligned");
+  if (address / device_model::kShared != arrivals / device_model::kShared) {
+    device_model::fail("st.async to one block and the mbarrier of another");
+  }
+  const OnTheirWay sent{address, arrivals, words};
+  static std::mt19937 random;
+  if (random() % 2) {
+    arrive(sent);
+  } else {
+    on_their_way.push_back(sent);
+  }
+}
+inline void arrivals_wait(uint32_t address, int parity) {
+  static std::mt19937 random;
+  for (int turn = 0; (arrivals_at(address).turn & 1) == parity; ++turn) {
+    if (turn > 10000) device_model::fail("a thread waits for bytes that never come");
+    if (!on_their_way.empty() && random() % 4 == 0) {
+      const size_t which = random() % on_their_way.size();
+      const OnTheirWay sent = on_their_way[which];
+      on_their_way[which] = on_their_way.back();
+      on_their_way.pop_back();
+      arrive(sent);
+    }
+    swapcontext(&device_model::self->context, &device_model::scheduler);
+  }
+}
 inline void let_next_start() {}
 inline void wait_for_previous() {}
 
