@@ -51,7 +51,7 @@ TYPES = {
 # CUDA C++ that is to multiply by them, and how the names of the targets begin for which it does anything.
 MATRIX_KERNELS = {
     "qlora_gemv_kernel": "sm_", "lora_down_kernel": "sm_", "qlora_gemm_sm90_kernel": "sm_90", "qlora_mma_kernel": "sm_",
-    "encoder_kernel": "sm_", "own_encoder_kernel": "sm_90", "qlora_dx_kernel": "sm_", "qlora_dx_sm90_kernel": "sm_90",
+    "encoder_kernel": "sm_", "qlora_dx_kernel": "sm_", "qlora_dx_sm90_kernel": "sm_90",
     "lora_low_kernel": "sm_", "lora_grads_kernel": "sm_",
 }  # fmt: skip
 META = torch.device("meta")

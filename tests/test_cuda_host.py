@@ -283,7 +283,7 @@ def assert_encodes(arguments, **options):
         (32, 1, (5, 16, 4, 256, 64, 1, 70), {"adapter_dtype": torch.float32}),
         (64, 1, (2, 64, 3, 192, 128, 1, 40), {"quant_type": "fp4"}),
         (64, 2, (3, 33, 6, 192, 512, 1, 16), {"blocksize": 512}),
-        (16, 4, (2, 16, 6, 192, 512, 3, 16), {}),  # the package's own, of which all sizes are known; by parts
+        (16, 4, (2, 16, 6, 192, 512, 3, 16), {}),  # the package's own, by parts
         *((16, parts, (3, 16, 6, 192, 512, 1, 16), {}) for parts in (1, 2, 8)),
         *((32, parts, (3, 16, 6, 192, 512, 2, 16), {}) for parts in (1, 2, 4)),
     ],

@@ -33,7 +33,7 @@ namespace whole {
 // the package's own encoder has tiles or halves and thirds of them for each of two blocks.
 constexpr int kMostWarps = 18;
 template <int kTokenTiles, bool kNested>
-constexpr int kWarpsOf = kTokenTiles == 8 ? 8 : kTokenTiles == 4 ? (kNested ? 10 : 12) : kNested ? 16 : kMostWarps;
+constexpr int kWarpsOf = kTokenTiles == 8 ? 8 : kTokenTiles == 4 ? 12 : kNested ? 16 : kMostWarps;
 constexpr int kMostBlocks = 8;  // whose layers find room in the 4 KB of a kernel's arguments
 constexpr int kStep = 64;       // values of k; a scale holds for all of them
 constexpr int kRows = 16;       // of the weight, for a warp
@@ -46,23 +46,6 @@ constexpr int kLowSplits = 4;   // sums of t that are added up, at most
 // The layers of a block in the order in which they run; q, k and v together.
 enum Role { kQkv, kO, kFc1, kFc2, kRoles };
 constexpr int kLayers = 6;
-
-// A value that the compiler knows, where the like of it may be an int.
-template <int kValue>
-struct Known {
-  HARLORA_HOST_DEVICE constexpr operator int() const { return kValue; }
-};
-template <int kRole>
-HARLORA_HOST_DEVICE constexpr Known<(kRole + 1) % kRoles> following(Known<kRole>) {
-  return {};
-}
-HARLORA_HOST_DEVICE constexpr int following(int role) { return (role + 1) % kRoles; }
-
-// The package's own encoder with adapters, for which there are kernels that know its sizes: half of what others compute
-// is where things are.
-struct Own {
-  static constexpr int tokens = 16, width = 192, hidden = 512, heads = 6, rank = 16;
-};
 
 struct Layer {
   const uint8_t* packed;
@@ -83,10 +66,6 @@ struct Norm {
 
 template <typename T>
 struct Arguments {
-  bool are_own() const {
-    return tokens == Own::tokens && width == Own::width && hidden == Own::hidden && heads == Own::heads &&
-           rank == Own::rank && shift == 6 && !wide;
-  }
   const T* x;
   T* y;
   const float* code;
@@ -142,10 +121,9 @@ struct Unit {
 };
 
 // What a warp does for each group of layers: the first tile of 16 rows, past the last if none, of k the steps from
-// `begin` to `end`, at most so many units, which are part `split` of `splits`; and of t which 16 columns, below 0 if
-// none, and which part.
+// `begin` to `end`, which are part `split` of `splits`; and of t which 16 columns, below 0 if none, and which part.
 struct Plan {
-  int tile, begin, end, split, splits, units, column, low_split, low_splits;
+  int tile, begin, end, split, splits, column, low_split, low_splits;
   Plan() = default;
   __device__ explicit Plan(uint4 words)
       : tile(static_cast<int>(words.x)),
@@ -153,23 +131,16 @@ struct Plan {
         end(static_cast<int>(words.y >> 8 & 0xFF)),
         split(static_cast<int>(words.y >> 16 & 0xFF)),
         splits(static_cast<int>(words.y >> 24)),
-        units(static_cast<int>(words.w >> 16)),
         column(static_cast<int>(words.z)),
         low_split(static_cast<int>(words.w & 0xFF)),
-        low_splits(static_cast<int>(words.w >> 8 & 0xFF)) {}
+        low_splits(static_cast<int>(words.w >> 8)) {}
   __device__ uint4 words() const {
     return {static_cast<uint32_t>(tile), static_cast<uint32_t>(begin | end << 8 | split << 16 | splits << 24),
-            static_cast<uint32_t>(column), static_cast<uint32_t>(low_split | low_splits << 8 | units << 16)};
+            static_cast<uint32_t>(column), static_cast<uint32_t>(low_split | low_splits << 8)};
   }
 };
 
-// max(x, 0) - |x| / 2 · erfc(|x| / √2), of which Abramowitz and Stegun's 7.1.26 is within 1.5e-7: erff has twice the
-// instructions, and what comes of it is rounded to 16 bits.
-__device__ __forceinline__ float gelu(float x) {
-  const float t = __fdividef(1.0f, 1.0f + 0.3275911f * 0.70710678f * fabsf(x));
-  const float of_t = 0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f)));
-  return fmaxf(x, 0.0f) - 0.5f * fabsf(x) * t * of_t * exp2f(-0.72134752f * x * x);
-}
+__device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678f)); }
 
 // Up to four values of an adapter, two in a word, zeros for the rest; float32 is rounded.
 template <typename T>
@@ -184,138 +155,122 @@ __device__ __noinline__ uint2 several(const void* from, bool wide, int place, in
   return {packed_pair(four[0], four[1], T{}), packed_pair(four[2], four[3], T{})};
 }
 
-// kParts: of the kernels for the package's own encoder; 0 where all is known but at run time.
-template <typename T, int kTokenTiles, bool kNested, int kParts>
-__device__ __forceinline__ void encode(const Arguments<T>& a) {
-  constexpr bool kOwn = kParts > 0;
-  // Code for each role apart; where each warp has several tiles of 16 tokens registers are too few for that.
-  constexpr bool kByRole = kOwn && (kParts > 1 || kTokenTiles > 2);
+template <typename T, int kTokenTiles, bool kNested>
+__global__ void __launch_bounds__(32 * kWarpsOf<kTokenTiles, kNested>, 1)
+    encoder_kernel(const __grid_constant__ Arguments<T> a) {
   constexpr int tokens = 8 * kTokenTiles, kWarps = kWarpsOf<kTokenTiles, kNested>, kThreads = 32 * kWarps;
   constexpr int kUnit = kTokenTiles == 2 ? 3 : 2;  // as registers allow
-  const int window_tokens = kOwn ? Own::tokens : a.tokens, heads = kOwn ? Own::heads : a.heads;
-  const int width = kOwn ? Own::width : a.width, hidden = kOwn ? Own::hidden : a.hidden;
-  const int rank = kOwn ? Own::rank : a.rank, shift = kOwn ? 6 : a.shift;
-  const bool wide = !kOwn && a.wide;
   const int lane = threadIdx.x % 32, warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
-  int row = lane >> 2, column = lane & 3;
-  const int parts = kOwn ? kParts : gridDim.z, part = kParts == 1 ? 0 : blockIdx.z;
+  const int row = lane >> 2, column = lane & 3;
+  const int parts = gridDim.z, part = blockIdx.z;
   const int stride = kWarps * parts;  // from a tile of 16 rows of a weight to the next
-  const Places places(width, hidden, rank, tokens);
+  const Places places(a.width, a.hidden, a.rank, tokens);
   uint8_t* const shared = dynamic_shared();
   const uint32_t base = address_of_shared(shared);
-  const int windows_of_block = kOwn ? tokens / Own::tokens : a.windows_of_block;
-  const int64_t first_window = static_cast<int64_t>(blockIdx.x) * windows_of_block;
-  const int windows = windows_of_block == 1
-                          ? 1
-                          : static_cast<int>(min(a.windows - first_window, static_cast<int64_t>(windows_of_block)));
-  const int rows_there = windows * window_tokens;
-  const int64_t first_value = first_window * window_tokens * width;
+  const int64_t first_window = static_cast<int64_t>(blockIdx.x) * a.windows_of_block;
+  const int windows = static_cast<int>(min(a.windows - first_window, static_cast<int64_t>(a.windows_of_block)));
+  const int rows_there = windows * a.tokens;
+  const int64_t first_value = first_window * a.tokens * a.width;
 
-  const auto in_features = [&](int role) { return role == kFc2 ? hidden : width; };
-  const auto out_features = [&](int role) { return role == kFc1 ? hidden : width; };
+  const int groups = kRoles * a.blocks;
+  const auto in_features = [&](int role) { return role == kFc2 ? a.hidden : a.width; };
+  const auto out_features = [&](int role) { return role == kFc1 ? a.hidden : a.width; };
   const auto tiles_of = [&](int role) { return out_features(role) / kRows * (role == kQkv ? 3 : 1); };
-  const auto tiles_here = [&](int role) {
-    const int tiles = tiles_of(role);
-    return tiles % parts ? (tiles - part + parts - 1) / parts : tiles / parts;
-  };
+  const auto tiles_here = [&](int role) { return (tiles_of(role) - part + parts - 1) / parts; };
   const auto matrix_of = [&](int role, int tile) {
-    return role == kQkv ? (tile * kRows >= width) + (tile * kRows >= 2 * width) : 0;
+    return role == kQkv ? (tile * kRows >= a.width) + (tile * kRows >= 2 * a.width) : 0;
   };
-  const auto layer_of = [&](int block, int role, int matrix) -> const Layer& {
-    return a.layers[kLayers * block + (role == kQkv ? matrix : role + 2)];
+  const auto layer_of = [&](int group, int matrix) -> const Layer& {
+    const int role = group % kRoles;
+    return a.layers[kLayers * (group / kRoles) + (role == kQkv ? matrix : role + 2)];
   };
-  const auto norm_of = [&](int block, int role) -> const Norm& { return a.norms[2 * block + (role == kFc1)]; };
 
   // What this warp does for each role; the divisions of it once.
-  const int rank_tiles = (rank + 15) / 16;
-  // Of the package's own, for which there is room, each warp has one step.
-  constexpr int kMostLow = kOwn ? Own::hidden / kStep : kLowSplits;
-  static_assert(!kOwn ||
-                kMostLow * tokens * (Own::rank + kLowPad) <= low_values(tokens) + kLowSplits * tokens * kLowPad);
-  const auto columns_of = [&](int role) { return (role == kQkv ? 3 : 1) * 16 * rank_tiles; };
+  const int rank_tiles = (a.rank + 15) / 16;
   const auto plan_of = [&](int role) {
     Plan plan;
-    const int steps = in_features(role) / kStep, here = (tiles_of(role) + parts - 1) / parts;
+    const int steps = in_features(role) / kStep, here = tiles_here(role);
     const int most = is_roomy(tokens) ? max(1, min(steps, kWarps / here)) : 1, each = (steps + most - 1) / most;
-    const unsigned splits = (steps + each - 1) / each, of = warp, item = kWarps - 1 - of;
-    plan.splits = static_cast<int>(splits);
-    plan.split = static_cast<int>(of % splits);
-    plan.tile = static_cast<int>(of / splits) * parts + part;
+    plan.splits = (steps + each - 1) / each;
+    plan.split = warp % plan.splits;
+    plan.tile = (warp / plan.splits) * parts + part;
     plan.begin = plan.split * each;
-    plan.end = steps % each ? min(steps, plan.begin + each) : plan.begin + each;
-    plan.units = (each + kUnit - 1) / kUnit;
+    plan.end = min(steps, plan.begin + each);
     // The last warps, which have fewer rows of the weight.
-    const int columns = columns_of(role);
-    const unsigned low_splits = min(min(kMostLow, steps), max(1, low_values(tokens) / (tokens * max(1, columns))));
-    plan.low_splits = static_cast<int>(low_splits);
-    plan.low_split = static_cast<int>(item % low_splits);
-    const int of_column = role == kQkv || rank_tiles > 1 ? static_cast<int>(item / low_splits) * 16 : 0;
-    plan.column = item < columns / 16 * low_splits ? of_column : -1;
+    const int columns = (role == kQkv ? 3 : 1) * 16 * rank_tiles, item = kWarps - 1 - warp;
+    plan.low_splits = min(min(kLowSplits, steps), max(1, low_values(tokens) / (tokens * max(1, columns))));
+    plan.low_split = item % plan.low_splits;
+    plan.column = item < columns / 16 * plan.low_splits ? item / plan.low_splits * 16 : -1;
     return plan;
   };
-  if (!kByRole) {
-    if (lane < kRoles) {
-      *reinterpret_cast<uint4*>(shared + places.plans + 16 * (kRoles * warp + lane)) = plan_of(lane).words();
-    }
-    __syncwarp();
+  if (lane < kRoles) {
+    *reinterpret_cast<uint4*>(shared + places.plans + 16 * (kRoles * warp + lane)) = plan_of(lane).words();
   }
+  __syncwarp();
   const auto plan_at = [&](int role) {
-    if constexpr (kByRole) return plan_of(role);
     return Plan(load_shared_16(base + places.plans + 16 * (kRoles * warp + role)));
   };
-  const auto low_matrix = [&](int role, int of_column) {
-    return role != kQkv ? 0 : (of_column >= 16 * rank_tiles) + (of_column >= 32 * rank_tiles);
-  };
 
-  // The next unit that is read: always one ahead, past the end of a group into the next.
-  Unit<kUnit, kNested> next = {};
-  const auto read = [&](int block, auto role_of, int tile, int step, int end) {
-    const int role = role_of, steps = in_features(role) / kStep, there = end - step;
-    const int matrix = matrix_of(role, tile);
-    const Layer& layer = layer_of(block, role, matrix);
-    Unit<kUnit, kNested> fresh = {};  // what is not there is not kept, either: registers are few
+  // The next unit that is read: of all layers, tile after tile of this warp.
+  int next_group = -1, next_tile = 0, next_step = 0, next_begin = 0, next_end = 0;
+  const auto skip = [&] {
+    while (next_group < groups && (next_group < 0 || next_tile >= tiles_of(next_group % kRoles))) {
+      const Plan plan = plan_at(++next_group % kRoles);
+      next_tile = plan.tile;
+      next_begin = next_step = plan.begin;
+      next_end = plan.end;
+    }
+  };
+  const auto read = [&](Unit<kUnit, kNested>& into) {
+    if (next_group >= groups) return;
+    const int role = next_group % kRoles, steps = in_features(role) / kStep;
+    const int matrix = matrix_of(role, next_tile);
+    const Layer& layer = layer_of(next_group, matrix);
+    Unit<kUnit, kNested> fresh;  // of which only what is there is used
+    const int there = next_end - next_step;
     if constexpr (kNested) fresh.offset = *layer.nested_offset;
-    const int first = (tile * kRows - matrix * width + row) * steps + step;  // of 64 values
-    const uint8_t* const codes = layer.packed + first * (kStep / 2) + 8 * column;
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
-      const int more = 8 * which * steps;
+      const int place = (next_tile * kRows - matrix * a.width + row + 8 * which) * steps + next_step;  // of 64 values
+      const uint8_t* const codes = layer.packed + place * (kStep / 2) + 8 * column;
 #pragma unroll
       for (int i = 0; i < kUnit; ++i) {
-        if (i < there) fresh.codes[i][which] = load_once(codes + (more + i) * (kStep / 2));
+        if (i < there) fresh.codes[i][which] = load_once(codes + i * (kStep / 2));
       }
-      if (!kNested && shift == 6) {  // as most are: places that follow each other
-        const float* const scales = static_cast<const float*>(layer.absmax) + first;
+      if (!kNested && a.shift == 6) {  // as most are: places that follow each other
+        const float* const scales = static_cast<const float*>(layer.absmax) + place;
 #pragma unroll
         for (int i = 0; i < kUnit; ++i) {
-          if (i < there) fresh.scales[i][which] = scales[more + i];
+          if (i < there) fresh.scales[i][which] = scales[i];
         }
-      } else {
+        continue;
+      }
 #pragma unroll
-        for (int i = 0; i < kUnit; ++i) {
-          if (i >= there) break;
-          const int of = (first + more + i) >> (shift - 6);
-          if constexpr (kNested) {
-            fresh.numbers[kNested ? i : 0][which] = static_cast<const uint8_t*>(layer.absmax)[of];
-            fresh.scales[i][which] = layer.nested_absmax[of >> 8];
-          } else {
-            fresh.scales[i][which] = static_cast<const float*>(layer.absmax)[of];
-          }
+      for (int i = 0; i < kUnit; ++i) {
+        if (i >= there) break;
+        const int block = (place + i) >> (a.shift - 6);
+        if constexpr (kNested) {
+          fresh.numbers[kNested ? i : 0][which] = static_cast<const uint8_t*>(layer.absmax)[block];
+          fresh.scales[i][which] = layer.nested_absmax[block >> 8];
+        } else {
+          fresh.scales[i][which] = static_cast<const float*>(layer.absmax)[block];
         }
       }
     }
-    next = fresh;
+    into = fresh;
+    next_step += kUnit;
+    if (next_step >= next_end) {
+      next_step = next_begin;
+      next_tile += stride;
+      skip();
+    }
   };
-  const auto read_first = [&](int block, auto role_of) {
-    next = {};
-    if (block >= a.blocks) return;
-    const Plan plan = plan_at(role_of);
-    if (plan.tile < tiles_of(role_of)) read(block, role_of, plan.tile, plan.begin, plan.end);
-  };
-  read_first(0, Known<kQkv>{});
+  skip();
+  Unit<kUnit, kNested> next = {};
+  read(next);
 
-  // Of a group what else comes from global memory and is needed first, asked for in the one before: weight and bias of
-  // the norm, a step of lora_A, four ranks in a row of each of two rows of lora_B, and the biases.
+  // Of a group what else comes from global memory and is needed first, asked for at the end of the one before: weight
+  // and bias of the norm, a step of lora_A, four ranks in a row of each of two rows of lora_B, and the biases.
   uint32_t norm_words[2][kWidth / 64] = {};
   uint4 ahead_A[2][2] = {};
   uint2 ahead_B[2] = {};
@@ -323,91 +278,78 @@ __device__ __forceinline__ void encode(const Arguments<T>& a) {
   const auto read_norm = [&](const Norm& norm) {
 #pragma unroll
     for (int i = 0; i < kWidth / 64; ++i) {
-      if (i >= width / 64) break;
+      if (i >= a.width / 64) break;
       norm_words[0][i] = *reinterpret_cast<const uint32_t*>(static_cast<const T*>(norm.weight) + 64 * i + 2 * lane);
       norm_words[1][i] = *reinterpret_cast<const uint32_t*>(static_cast<const T*>(norm.bias) + 64 * i + 2 * lane);
     }
   };
-  const auto read_A = [&](const Layer& layer, int first_rank, int in_width, int step, uint4 (&of_A)[2][2]) {
-    const int first = (first_rank + row) * in_width + step * kStep + 16 * column;
+  const auto read_A = [&](const Layer& layer, int first_rank, int width, int step, uint4 (&of_A)[2][2]) {
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
+      const int of = first_rank + row + 8 * which;
       of_A[which][0] = of_A[which][1] = {};
-      if (!kOwn && first_rank + row + 8 * which >= rank) continue;
+      if (of >= a.rank) continue;
+      const int64_t place = of * width + step * kStep + 16 * column;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int place = first + 8 * which * in_width + 8 * half;
-        of_A[which][half] = wide ? eight<T, true>(layer.A, place) : eight<T, false>(layer.A, place);
+        of_A[which][half] = a.wide ? eight<T, true>(layer.A, place + 8 * half)
+                                   : eight<T, false>(layer.A, place + 8 * half);
       }
     }
   };
   const auto read_B = [&](const Layer& layer, int first_row, int chunk, uint2 (&of_B)[2]) {
-    const int of = 16 * chunk + 4 * column, first = (first_row + row) * rank + of;
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
-      const int place = first + 8 * which * rank;
+      const int of = 16 * chunk + 4 * column, place = (first_row + row + 8 * which) * a.rank + of;
       of_B[which] = {};
-      if (rank % 4 == 0 && !wide) {
-        if (kOwn || of < rank) of_B[which] = *reinterpret_cast<const uint2*>(static_cast<const T*>(layer.B) + place);
+      if (a.rank % 4 == 0 && !a.wide) {
+        if (of < a.rank) of_B[which] = *reinterpret_cast<const uint2*>(static_cast<const T*>(layer.B) + place);
       } else {
-        of_B[which] = several<T>(layer.B, wide, place, rank - of);
+        of_B[which] = several<T>(layer.B, a.wide, place, a.rank - of);
       }
     }
   };
-  const auto read_of_tile = [&](int block, int role, int tile, uint2 (&of_B)[2], T (&of_bias)[2]) {
-    const int matrix = matrix_of(role, tile), first_row = tile * kRows - matrix * width;
-    const Layer& layer = layer_of(block, role, matrix);
-    if (rank) read_B(layer, first_row, 0, of_B);
-    of_bias[0] = of_bias[1] = rounded<T>(0.0f);
+  const auto read_of_tile = [&](int group, int tile) {
+    const int matrix = matrix_of(group % kRoles, tile), first_row = tile * kRows - matrix * a.width;
+    const Layer& layer = layer_of(group, matrix);
+    if (a.rank) read_B(layer, first_row, 0, ahead_B);
     if (layer.bias) {
-      const T* const bias = static_cast<const T*>(layer.bias) + (first_row + row);
-      of_bias[0] = bias[0];
-      of_bias[1] = bias[8];
+      biases[0] = static_cast<const T*>(layer.bias)[first_row + row];
+      biases[1] = static_cast<const T*>(layer.bias)[first_row + row + 8];
     }
   };
-  // In two: what the end of the group before does not need, and what takes the place of its own.
-  const auto read_for_begin = [&](int block, auto role_of) {
-    const int role = role_of;
-    if (!kByRole) {
+  const auto read_ahead = [&](int group) {
+    const int role = group % kRoles;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {  // what is not read is not kept, either
+    for (int i = 0; i < 2; ++i) {  // what is not read is not kept, either
 #pragma unroll
-        for (uint32_t& word : norm_words[i]) word = 0;
-        ahead_A[i][0] = ahead_A[i][1] = {};
-      }
+      for (uint32_t& word : norm_words[i]) word = 0;
+      ahead_A[i][0] = ahead_A[i][1] = {};
+      ahead_B[i] = {};
+      biases[i] = rounded<T>(0.0f);
     }
-    if (role == kQkv || role == kFc1) read_norm(norm_of(block, role));
-    uint4 fresh[2][2] = {};
-    const Plan plan = plan_at(role_of);
-    if (block < a.blocks && plan.column >= 0) {
-      const int matrix = low_matrix(role, plan.column);
-      read_A(layer_of(block, role, matrix), rank_tiles == 1 ? 0 : plan.column - 16 * rank_tiles * matrix,
-             in_features(role), plan.low_split, fresh);
+    if (role == kQkv || role == kFc1) read_norm(a.norms[2 * (group / kRoles) + (role == kFc1)]);
+    if (group >= groups) return;
+    const Plan plan = plan_at(role);
+    if (plan.column >= 0) {
+      const int matrix = plan.column >= 16 * rank_tiles ? plan.column >= 32 * rank_tiles ? 2 : 1 : 0;
+      read_A(layer_of(group, matrix), plan.column - 16 * rank_tiles * matrix, in_features(role), plan.low_split,
+             ahead_A);
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) ahead_A[i / 2][i % 2] = fresh[i / 2][i % 2];
+    if (plan.tile < tiles_of(role)) read_of_tile(group, plan.tile);
   };
-  const auto read_for_end = [&](int block, auto role_of) {
-    const Plan plan = plan_at(role_of);
-    uint2 fresh[2] = {};
-    T of_bias[2] = {};
-    if (block < a.blocks && plan.tile < tiles_of(role_of)) read_of_tile(block, role_of, plan.tile, fresh, of_bias);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) ahead_B[i] = fresh[i], biases[i] = of_bias[i];
-  };
-  read_for_begin(0, Known<kQkv>{});
-  read_for_end(0, Known<kQkv>{});
+  read_ahead(0);
 
   // The table, the windows, and zeros for the rows after them.
   uint16_t* const values = reinterpret_cast<uint16_t*>(shared + places.values);
   float* const nested_code = reinterpret_cast<float*>(shared + places.nested_code);
   if (threadIdx.x < 16) values[threadIdx.x] = pattern(rounded<T>(a.code[threadIdx.x]));
   if (kNested && threadIdx.x < 256) nested_code[threadIdx.x] = a.nested_code[threadIdx.x];
-  for (int i = threadIdx.x; i < tokens * (width / 8); i += kThreads) {
-    const int token = i / (width / 8), place = i % (width / 8) * 8;
+  for (int i = threadIdx.x; i < tokens * (a.width / 8); i += kThreads) {
+    const int token = i / (a.width / 8), place = i % (a.width / 8) * 8;
     uint4 eight_values = {};
     if (token < rows_there) {
-      eight_values = *reinterpret_cast<const uint4*>(a.x + first_value + token * width + place);
+      eight_values = *reinterpret_cast<const uint4*>(a.x + first_value + token * a.width + place);
     }
     *reinterpret_cast<uint4*>(shared + places.x + 2 * (token * places.pitch + place)) = eight_values;
   }
@@ -428,57 +370,53 @@ __device__ __forceinline__ void encode(const Arguments<T>& a) {
   const auto word_at = [&](int place) { return *reinterpret_cast<const uint32_t*>(shared + place); };
   // LayerNorm of the rows of x from `begin`, every `every`th; put(row, word of two values, where).
   const auto norm_rows = [&](float eps, int begin, int every, int end, auto put) {
-    const int words = width / 64;
-    const float of_width = kOwn ? 1.0f / Own::width : a.of_width;
+    const int words = a.width / 64;
     for (int token = begin; token < end; token += every) {
-      // Both sums at once, of what the values have over the first, which is no further from the mean than the sum of
-      // squares allows: what their difference loses is little.
-      const int from = places.x + 2 * token * places.pitch;
-      const float origin = unpacked(word_at(from), T{}).x;
       float2 x[kWidth / 64] = {};
-      float sum = 0, squares = 0;
+      float sum = 0;
 #pragma unroll
       for (int i = 0; i < kWidth / 64; ++i) {
         if (i >= words) break;
-        x[i] = unpacked(word_at(from + 2 * (64 * i + 2 * lane)), T{});
-        x[i].x -= origin;
-        x[i].y -= origin;
+        x[i] = unpacked(word_at(places.x + 2 * (token * places.pitch + 64 * i + 2 * lane)), T{});
         sum += x[i].x + x[i].y;
+      }
+#pragma unroll
+      for (int with = 16; with; with /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, with);
+      const float mean = sum * a.of_width;
+      float squares = 0;
+#pragma unroll
+      for (int i = 0; i < kWidth / 64; ++i) {
+        if (i >= words) break;
+        x[i].x -= mean;
+        x[i].y -= mean;
         squares += x[i].x * x[i].x + x[i].y * x[i].y;
       }
 #pragma unroll
-      for (int with = 16; with; with /= 2) {
-        sum += __shfl_xor_sync(0xFFFFFFFFu, sum, with);
-        squares += __shfl_xor_sync(0xFFFFFFFFu, squares, with);
-      }
-      const float mean = sum * of_width;
-      const float inverse = rsqrtf(fmaxf(squares * of_width - mean * mean, 0.0f) + eps);
+      for (int with = 16; with; with /= 2) squares += __shfl_xor_sync(0xFFFFFFFFu, squares, with);
+      const float inverse = rsqrtf(squares * a.of_width + eps);
 #pragma unroll
       for (int i = 0; i < kWidth / 64; ++i) {
         if (i >= words) break;
         const float2 weight = unpacked(norm_words[0][i], T{}), bias = unpacked(norm_words[1][i], T{});
         put(token, 64 * i + 2 * lane,
-            packed_pair((x[i].x - mean) * inverse * weight.x + bias.x, (x[i].y - mean) * inverse * weight.y + bias.y,
-                        T{}));
+            packed_pair(x[i].x * inverse * weight.x + bias.x, x[i].y * inverse * weight.y + bias.y, T{}));
       }
     }
   };
 
   // softmax(q·kᵀ / √size)·v, of 16 tokens, one head and one window at a time, to n: all in each block of threads, whose
-  // warps are more than the heads, as a rule; of few tokens two have half of the columns each.
+  // warps are more than the heads, as a rule.
   const auto attend = [&] {
-    constexpr int kHalves = kTokenTiles == 2 ? 2 : 1;
-    const int size = width / heads, query_tiles = (window_tokens + 15) / 16, key_tiles = (window_tokens + 7) / 8;
+    const int size = a.width / a.heads, query_tiles = (a.tokens + 15) / 16, key_tiles = (a.tokens + 7) / 8;
     const float scale = rsqrtf(static_cast<float>(size)) * 1.44269504f;  // to the base of 2
     const int of_matrix = 2 * tokens * places.pitch;
-    for (int of_warp = warp; of_warp < windows * heads * query_tiles * kHalves; of_warp += kWarps) {
-      const int task = of_warp / kHalves, first_of_v = of_warp % kHalves * (size / kHalves);
-      const int queries = task % query_tiles * 16, head = task / query_tiles % heads;
-      const int begin = task / (query_tiles * heads) * window_tokens;
+    for (int task = warp; task < windows * a.heads * query_tiles; task += kWarps) {
+      const int queries = task % query_tiles * 16, head = task / query_tiles % a.heads;
+      const int begin = task / (query_tiles * a.heads) * a.tokens;
       // A token past the last of the window is read as if it were that: no other window's values come in.
       const auto place_of = [&](int matrix, int token, int in_head) {
-        const int there = kOwn ? token : min(token, window_tokens - 1);
-        return places.wide + matrix * of_matrix + 2 * ((begin + there) * places.pitch + head * size + in_head);
+        return places.wide + matrix * of_matrix +
+               2 * ((begin + min(token, a.tokens - 1)) * places.pitch + head * size + in_head);
       };
       float scores[kTokenTiles][4] = {};
 #pragma unroll
@@ -500,8 +438,7 @@ __device__ __forceinline__ void encode(const Arguments<T>& a) {
       for (int tile = 0; tile < kTokenTiles; ++tile) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int token = 8 * tile + 2 * column + (i & 1);
-          scores[tile][i] = tile < key_tiles && (kOwn || token < window_tokens) ? scores[tile][i] * scale : -INFINITY;
+          scores[tile][i] = 8 * tile + 2 * column + (i & 1) < a.tokens ? scores[tile][i] * scale : -INFINITY;
           most[i >> 1] = fmaxf(most[i >> 1], scores[tile][i]);
         }
       }
@@ -539,22 +476,21 @@ __device__ __forceinline__ void encode(const Arguments<T>& a) {
         }
       }
 #pragma unroll
-      for (int i = 0; i < kHead / 8 / kHalves; ++i) {
-        if (8 * i >= size / kHalves) break;
-        const int in_head = first_of_v + 8 * i;
+      for (int i = 0; i < kHead / 8; ++i) {
+        if (8 * i >= size) break;
         float sums[4] = {};
 #pragma unroll
         for (int tile = 0; tile < kTokenTiles; tile += 2) {
           if (tile >= key_tiles) break;
           uint32_t of_v[2];
-          load_transposed(of_v, base + place_of(2, 8 * tile + lane % 16, in_head));
+          load_transposed(of_v, base + place_of(2, 8 * tile + lane % 16, 8 * i));
           multiply_add<T>(sums, weights[tile / 2], of_v);
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int token = queries + row + 8 * half;
-          if (!kOwn && token >= window_tokens) continue;
-          store_shared(base + places.n + 2 * ((begin + token) * places.pitch + head * size + in_head + 2 * column),
+          if (token >= a.tokens) continue;
+          store_shared(base + places.n + 2 * ((begin + token) * places.pitch + head * size + 8 * i + 2 * column),
                        packed_pair(sums[2 * half], sums[2 * half + 1], T{}));
         }
       }
@@ -573,45 +509,37 @@ __device__ __forceinline__ void encode(const Arguments<T>& a) {
       weights[i] = load_shared(__dp4a(i & 1 ? second : first, which, copy));
     }
   };
-  [[maybe_unused]] constexpr int kSends = kOwn ? kParts : 1;
-  const auto run_group = [&](int of_block, auto role_of) {
-    int block = of_block;
-    const int role = role_of, in_width = in_features(role), tiles = tiles_of(role), here = (tiles + parts - 1) / parts;
-    const auto next_role = following(role_of);
-    const uint32_t arrivals = base + places.arrivals + 8 * (role & 1);
-    // What is made of them is made anew: registers are too few to keep all places of all roles.
-    asm volatile("" : "+r"(row), "+r"(column));
-    if (kByRole) asm volatile("" : "+r"(block));
-    const int next_block = block + (role + 1 == kRoles);
+  for (int group = 0; group < groups; ++group) {
+    const int role = group % kRoles, width = in_features(role), tiles = tiles_of(role);
+    const uint32_t arrivals = base + places.arrivals + 8 * (group & 1);
     if (parts > 1 && threadIdx.x == 0) {
       arrivals_expect(arrivals, (tiles - tiles_here(role)) * kRows * tokens * static_cast<int>(sizeof(T)));
     }
     if (role == kQkv || role == kFc1) {
-      norm_rows(norm_of(block, role).eps, warp, kWarps, tokens, [&](int token, int place, uint32_t word) {
-        store_shared(base + places.n + 2 * (token * places.pitch + place), word);
-      });
+      norm_rows(a.norms[2 * (group / kRoles) + (role == kFc1)].eps, warp, kWarps, tokens,
+                [&](int token, int place, uint32_t word) {
+                  store_shared(base + places.n + 2 * (token * places.pitch + place), word);
+                });
       __syncthreads();
     } else if (role == kO) {
       attend();
       __syncthreads();
     }
-    const Plan plan = plan_at(role_of);
+    const Plan plan = plan_at(role);
     const int in_pitch = role == kFc2 ? places.wide_pitch : places.pitch;
     const uint32_t in = base + (role == kFc2 ? places.wide : places.n) + 2 * (row * in_pitch + 16 * column);
 
     // t = x·lora_Aᵀ, for each 16 ranks and some of the steps; added up where it is read.
-    const int columns = columns_of(role), low_pitch = columns + kLowPad;
+    const int columns = (role == kQkv ? 3 : 1) * 16 * rank_tiles, low_pitch = columns + kLowPad;
     float* const low = reinterpret_cast<float*>(shared + places.low);
     int first_column = plan.column, low_split = plan.low_split;
     for (int item = kWarps - 1 - warp; first_column >= 0;) {
-      const int matrix = low_matrix(role, first_column), steps = in_width / kStep;
-      const int first_rank = rank_tiles == 1 ? 0 : first_column - 16 * rank_tiles * matrix;
-      const Layer& layer = layer_of(block, role, matrix);
+      const int matrix = first_column >= 16 * rank_tiles ? first_column >= 32 * rank_tiles ? 2 : 1 : 0;
+      const int first_rank = first_column - 16 * rank_tiles * matrix, steps = width / kStep;
+      const Layer& layer = layer_of(group, matrix);
       float sums[kTokenTiles][4] = {};
 #pragma unroll 1
-      for (int i = 0; i < (steps + plan.low_splits - 1) / plan.low_splits; ++i) {
-        const int step = low_split + i * plan.low_splits;
-        if (steps % plan.low_splits && step >= steps) break;
+      for (int step = low_split; step < steps;) {
 #pragma unroll
         for (int tile = 0; tile < kTokenTiles; ++tile) {
 #pragma unroll
@@ -622,7 +550,8 @@ __device__ __forceinline__ void encode(const Arguments<T>& a) {
             multiply_add<T>(sums[tile], {r0.z, r1.z, r0.w, r1.w}, {x.z, x.w});
           }
         }
-        if (step + plan.low_splits < steps) read_A(layer, first_rank, in_width, step + plan.low_splits, ahead_A);
+        step += plan.low_splits;
+        if (step < steps) read_A(layer, first_rank, width, step, ahead_A);
       }
 #pragma unroll
       for (int tile = 0; tile < kTokenTiles; ++tile) {
@@ -632,55 +561,23 @@ __device__ __forceinline__ void encode(const Arguments<T>& a) {
           low[(low_split * tokens + token) * low_pitch + first_column + row + 8 * (i >> 1)] = sums[tile][i];
         }
       }
-      if (columns / 16 * plan.low_splits <= kWarps) break;
       item += kWarps;
       if (item >= columns / 16 * plan.low_splits) break;
       low_split = item % plan.low_splits;
       first_column = item / plan.low_splits * 16;
       const int next_matrix = first_column / (16 * rank_tiles);
-      read_A(layer_of(block, role, next_matrix), first_column - 16 * rank_tiles * next_matrix, in_width, low_split,
-             ahead_A);
+      read_A(layer_of(group, next_matrix), first_column - 16 * rank_tiles * next_matrix, width, low_split, ahead_A);
     }
 
-    const int passes = (here + kWarps - 1) / kWarps;  // more than one only where each warp has whole tiles
-    // Where each warp has one tile: beside the end of a group registers have room for it, beside more steps not.
-    constexpr bool early = kParts > 1;
-#pragma unroll 1
-    for (int pass = 0; pass < passes; ++pass) {
-      const int tile = plan.tile + pass * stride;
+    for (int tile = plan.tile; tile < tiles || tile == plan.tile; tile += stride) {
       const bool there = tile < tiles;
-      const int matrix = matrix_of(role, tile), first_row = tile * kRows - matrix * width;
-      const Layer& layer = layer_of(block, role, matrix);
-      if (pass && !there) break;
-      if (pass) read_of_tile(block, role, tile, ahead_B, biases);  // needed last and asked for first
+      const int matrix = matrix_of(role, tile), first_row = tile * kRows - matrix * a.width;
+      const Layer& layer = layer_of(group, matrix);
+      if (tile != plan.tile) read_of_tile(group, tile);  // needed last and asked for first
       float total[kTokenTiles][4] = {};
-#pragma unroll 1
-      for (int of_unit = 0; of_unit < plan.units; ++of_unit) {
-        const int unit = plan.begin + of_unit * kUnit;
-        if (plan.units > 1 && unit >= plan.end) break;
+      for (int unit = plan.begin; unit < plan.end && there; unit += kUnit) {
         const Unit<kUnit, kNested> now = next;
-        const bool more_units = plan.units > 1 && there && unit + kUnit < plan.end;
-        const bool more_tiles = passes > 1 && tile + stride < tiles;
-        if constexpr (kByRole) {
-          if (more_units) {
-            read(block, role_of, tile, unit + kUnit, plan.end);
-          } else if (more_tiles) {
-            read(block, role_of, tile + stride, plan.begin, plan.end);
-          } else {
-            read_first(next_block, next_role);
-          }
-        } else {  // once in the code
-          const bool is_last = !more_units && !more_tiles;
-          const Plan of = is_last ? plan_at(next_role) : plan;
-          const int of_tile = is_last ? of.tile : more_units ? tile : tile + stride;
-          if (is_last && (next_block >= a.blocks || of_tile >= tiles_of(next_role))) {
-            next = {};
-          } else {
-            read(is_last ? next_block : block, is_last ? next_role : role, of_tile,
-                 more_units ? unit + kUnit : of.begin, of.end);
-          }
-        }
-        if (!there) break;
+        read(next);
         uint32_t from[kTokenTiles];
 #pragma unroll
         for (int of = 0; of < kTokenTiles; ++of) from[of] = in + 2 * (8 * of * in_pitch + unit * kStep);
@@ -730,40 +627,57 @@ __device__ __forceinline__ void encode(const Arguments<T>& a) {
           sums_at(warp, of) = {total[of][0], total[of][1], total[of][2], total[of][3]};
         }
       }
-      if (early && pass == 0) read_for_begin(next_block, next_role);
-      if (pass == 0 && (rank || splits > 1)) __syncthreads();  // t is there, and the other warps' sums
+      if (tile == plan.tile && (a.rank || splits > 1)) __syncthreads();  // t is there, and the other warps' sums
       if (!there) continue;
 
-      // Where a token's values of this layer lie: the first, and from a token to the next.
-      const int to_pitch = role == kFc1 ? places.wide_pitch : places.pitch;
-      const int to = (role == kQkv || role == kFc1 ? places.wide : places.x) +
-                     2 * (matrix * tokens * places.pitch + first_row);
-      // Ends 8 tokens: the adapter, the bias, and what follows the layer.
-      const auto finish = [&](int of, float (&sums)[4]) {
+      // Of several warps for a tile each ends some of its tokens.
+      const auto is_mine = [&](int of) { return splits == 1 || of % splits == plan.split; };
+      if (splits > 1) {
+#pragma unroll
+        for (int of = 0; of < kTokenTiles; ++of) {
+          if (!is_mine(of)) continue;
+          float4 sum = sums_at(warp - plan.split, of);
+#pragma unroll 4
+          for (int split = 1; split < splits; ++split) {
+            const float4 more = sums_at(warp - plan.split + split, of);
+            sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+          }
+          total[of][0] = sum.x, total[of][1] = sum.y, total[of][2] = sum.z, total[of][3] = sum.w;
+        }
+      }
 #pragma unroll 1
-        for (int chunk = 0; chunk < rank_tiles; ++chunk) {
-          uint2 of_B[2] = {ahead_B[0], ahead_B[1]};
-          if (rank_tiles > 1) read_B(layer, first_row, chunk, of_B);
+      for (int chunk = 0; chunk < rank_tiles; ++chunk) {
+        if (chunk) read_B(layer, first_row, chunk, ahead_B);
+        const uint32_t weights[4] = {ahead_B[0].x, ahead_B[1].x, ahead_B[0].y, ahead_B[1].y};
+#pragma unroll
+        for (int of = 0; of < kTokenTiles; ++of) {
+          if (!is_mine(of)) continue;
           const float* const from = low + (8 * of + row) * low_pitch + 16 * (matrix * rank_tiles + chunk) + 4 * column;
           float4 t = *reinterpret_cast<const float4*>(from);
 #pragma unroll
-          for (int split = 1; split < kMostLow; ++split) {
+          for (int split = 1; split < kLowSplits; ++split) {
             if (split >= plan.low_splits) break;
             const float4 more = *reinterpret_cast<const float4*>(from + split * tokens * low_pitch);
             t.x += more.x, t.y += more.y, t.z += more.z, t.w += more.w;
           }
           float adapter[4] = {};
-          multiply_add<T>(adapter, {of_B[0].x, of_B[1].x, of_B[0].y, of_B[1].y},
-                          {packed_pair(t.x, t.y, T{}), packed_pair(t.z, t.w, T{})});
-          gemv::add_scaled(sums, adapter, layer.scaling, layer.scaling);
+          multiply_add<T>(adapter, weights, {packed_pair(t.x, t.y, T{}), packed_pair(t.z, t.w, T{})});
+          gemv::add_scaled(total[of], adapter, layer.scaling, layer.scaling);
         }
-        const int first = to + 2 * ((8 * of + row) * to_pitch + 2 * column);
+      }
+      // Where a token's values of this layer lie: the first, and from a token to the next.
+      const int to_pitch = role == kFc1 ? places.wide_pitch : places.pitch;
+      const int to = (role == kQkv || role == kFc1 ? places.wide : places.x) +
+                     2 * (matrix * tokens * places.pitch + first_row);
+#pragma unroll
+      for (int of = 0; of < kTokenTiles; ++of) {
+        if (!is_mine(of)) continue;
 #pragma unroll
         for (int which = 0; which < 2; ++which) {
-          const auto y = [&](int i) { return sums[2 * which + i] + static_cast<float>(biases[which]); };
+          const auto y = [&](int i) { return total[of][2 * which + i] + static_cast<float>(biases[which]); };
           // Two tokens of a row become two rows of a token.
           uint32_t word = transposed(packed_pair(y(0), y(1), T{}));
-          const int place = first + 2 * 8 * which;
+          const int place = to + 2 * ((8 * of + row) * to_pitch + 8 * which + 2 * column);
           if (role == kFc1) {
             const float2 h = unpacked(word, T{});
             word = packed_pair(gelu(h.x), gelu(h.y), T{});
@@ -773,99 +687,39 @@ __device__ __forceinline__ void encode(const Arguments<T>& a) {
           }
           store_shared(base + place, word);
         }
-      };
-      const auto send = [&](int i) {  // to the other blocks, 16 bytes
-        const uint32_t place = base + to + 2 * (i / 2 * to_pitch + i % 2 * 8);
-        const uint4 words = load_shared_16(place);
-#pragma unroll kSends
-        for (int other = 1; other < parts; ++other) {
-          const uint32_t block_there = (part + other) & (parts - 1);
-          store_async(shared_of(block_there, place), words, shared_of(block_there, arrivals));
-        }
-      };
-      // Of several warps for a tile each ends some of its tokens.
-      const auto added = [&](int of, float (&sums)[4]) {
-        float4 sum = sums_at(warp - plan.split, of);
-#pragma unroll 4
-        for (int split = 1; split < splits; ++split) {
-          const float4 more = sums_at(warp - plan.split + split, of);
-          sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
-        }
-        sums[0] = sum.x, sums[1] = sum.y, sums[2] = sum.z, sums[3] = sum.w;
-      };
-      if (kByRole && splits > 1) {
-#pragma unroll 1
-        for (int of = plan.split; of < kTokenTiles; of += splits) {
-          float sums[4];
-          added(of, sums);
-          finish(of, sums);
-          if (parts > 1) {
-            __syncwarp();
-            if (lane < 16) send(16 * of + lane);
-          }
-        }
-        continue;
       }
-      const auto is_mine = [&](int of) { return splits == 1 || of % splits == plan.split; };
-#pragma unroll
-      for (int of = 0; of < kTokenTiles; ++of) {
-        if (!is_mine(of)) continue;
-        if (splits > 1) added(of, total[of]);
-        finish(of, total[of]);
-      }
-      if (parts > 1) {
+      if (parts > 1) {  // to the others, 16 bytes at a time
         __syncwarp();
 #pragma unroll
         for (int i = lane; i < 2 * tokens; i += 32) {
-          if (is_mine(i / 16)) send(i);
+          if (!is_mine(i / 16)) continue;
+          const uint32_t place = base + to + 2 * (i / 2 * to_pitch + i % 2 * 8);
+          const uint4 words = load_shared_16(place);
+#pragma unroll 1
+          for (int other = 1; other < parts; ++other) {
+            const uint32_t block = (part + other) & (parts - 1);
+            store_async(shared_of(block, place), words, shared_of(block, arrivals));
+          }
         }
       }
     }
-    if (!early) read_for_begin(next_block, next_role);
-    read_for_end(next_block, next_role);
     __syncthreads();
-    if (parts > 1) arrivals_wait(arrivals, role / 2);
-  };
-  if constexpr (kByRole) {
-#pragma unroll 1
-    for (int block = 0; block < a.blocks; ++block) {
-      run_group(block, Known<kQkv>{});
-      run_group(block, Known<kO>{});
-      run_group(block, Known<kFc1>{});
-      run_group(block, Known<kFc2>{});
-    }
-  } else {
-#pragma unroll 1
-    for (int group = 0; group < kRoles * a.blocks; ++group) run_group(group / kRoles, group % kRoles);
+    read_ahead(group + 1);  // while the others' rows are on their way
+    if (parts > 1) arrivals_wait(arrivals, group / 2 & 1);
   }
 
   if (a.ends) {
     norm_rows(a.norms[2 * a.blocks].eps, warp * parts + part, stride, rows_there,
               [&](int token, int place, uint32_t word) {
-                *reinterpret_cast<uint32_t*>(a.y + first_value + token * width + place) = word;
+                *reinterpret_cast<uint32_t*>(a.y + first_value + token * a.width + place) = word;
               });
     return;
   }
-  for (int i = part * kThreads + threadIdx.x; i < rows_there * (width / 8); i += parts * kThreads) {
-    const int token = i / (width / 8), place = i % (width / 8) * 8;
-    *reinterpret_cast<uint4*>(a.y + first_value + token * width + place) =
+  for (int i = part * kThreads + threadIdx.x; i < rows_there * (a.width / 8); i += parts * kThreads) {
+    const int token = i / (a.width / 8), place = i % (a.width / 8) * 8;
+    *reinterpret_cast<uint4*>(a.y + first_value + token * a.width + place) =
         *reinterpret_cast<const uint4*>(shared + places.x + 2 * (token * places.pitch + place));
   }
-}
-
-template <typename T, int kTokenTiles, bool kNested>
-__global__ void __launch_bounds__(32 * kWarpsOf<kTokenTiles, kNested>, 1)
-    encoder_kernel(const __grid_constant__ Arguments<T> a) {
-  encode<T, kTokenTiles, kNested, 0>(a);
-}
-
-// Of 9.0 alone, on whose compiler its registers are fitted.
-template <typename T, int kTokenTiles, int kParts>
-__global__ void __launch_bounds__(32 * kWarpsOf<kTokenTiles, false>, 1)
-    own_encoder_kernel([[maybe_unused]] const __grid_constant__ Arguments<T> a) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
-  encode<T, kTokenTiles, false, kParts>(a);
-#endif
 }
 
 constexpr const char* kName = "encoder_blocks";
@@ -877,24 +731,9 @@ struct Chosen {
   Launch launch;
 };
 
-// `own`: the package's own encoder, for which there is a kernel of so many parts.
 template <typename T, int kTokenTiles>
-Chosen<T> chosen(bool own, bool nested, int width, int hidden, int rank, int64_t groups, int parts) {
-  auto kernel = nested ? encoder_kernel<T, kTokenTiles, true> : encoder_kernel<T, kTokenTiles, false>;
-  own = own && !nested && compiled_for(kName, kernel) == 90;
-  if constexpr (kTokenTiles == 2) {
-    if (own) {
-      kernel = parts == 1   ? own_encoder_kernel<T, kTokenTiles, 1>
-               : parts == 2 ? own_encoder_kernel<T, kTokenTiles, 2>
-               : parts == 4 ? own_encoder_kernel<T, kTokenTiles, 4>
-                            : own_encoder_kernel<T, kTokenTiles, 8>;
-    }
-  } else if constexpr (kTokenTiles == 4) {
-    if (own && parts <= 2) {
-      kernel = parts == 1 ? own_encoder_kernel<T, kTokenTiles, 1> : own_encoder_kernel<T, kTokenTiles, 2>;
-    }
-  }
-  return {kernel,
+Chosen<T> chosen(bool nested, int width, int hidden, int rank, int64_t groups, int parts) {
+  return {nested ? encoder_kernel<T, kTokenTiles, true> : encoder_kernel<T, kTokenTiles, false>,
           {.grid = dim3(static_cast<unsigned>(groups), 1, static_cast<unsigned>(parts)),
            .threads = 32u * (nested ? kWarpsOf<kTokenTiles, true> : kWarpsOf<kTokenTiles, false>),
            .stream = nullptr,
@@ -903,11 +742,10 @@ Chosen<T> chosen(bool own, bool nested, int width, int hidden, int rank, int64_t
 }
 
 template <typename T>
-Chosen<T> chosen(bool own, int64_t token_tiles, bool nested, int width, int hidden, int rank, int64_t groups,
-                 int64_t parts) {
+Chosen<T> chosen(int64_t token_tiles, bool nested, int width, int hidden, int rank, int64_t groups, int64_t parts) {
   while (parts > std::min(width, hidden) / kRows) parts /= 2;  // each block of threads has rows of every weight
   const auto of = token_tiles == 2 ? chosen<T, 2> : token_tiles == 4 ? chosen<T, 4> : chosen<T, 8>;
-  return of(own, nested, width, hidden, rank, groups, static_cast<int>(parts));
+  return of(nested, width, hidden, rank, groups, static_cast<int>(parts));
 }
 
 using torch::headeronly::ScalarType;
@@ -1014,7 +852,7 @@ void run(const Tensor& x, const std::vector<Tensor>& tensors, int64_t heads, int
   STD_TORCH_CHECK(taken.ended(), kName, ": tensors are too many");
   a.rank = static_cast<int>(std::max<int64_t>(format.rank, 0));
   a.wide = format.wide;
-  auto [kernel, launch] = chosen<T>(a.are_own(), token_tiles, nested_code != nullptr, a.width, a.hidden, a.rank,
+  auto [kernel, launch] = chosen<T>(token_tiles, nested_code != nullptr, a.width, a.hidden, a.rank,
                                     (a.windows + a.windows_of_block - 1) / a.windows_of_block, parts);
   STD_TORCH_CHECK(!launch.cluster || waits_for_previous(kName, kernel), kName,
                   ": parts must be 1 where the kernel is made of older PTX");
@@ -1038,9 +876,8 @@ int64_t encoder_shared_bytes(int64_t width, int64_t hidden, int64_t rank, int64_
 }
 
 int64_t encoder_room(int64_t width, int64_t hidden, int64_t rank, bool nested, int64_t token_tiles, int64_t parts) {
-  const auto [kernel, launch] =
-      whole::chosen<__nv_bfloat16>(false, token_tiles, nested, static_cast<int>(width), static_cast<int>(hidden),
-                                   static_cast<int>(rank), 1, parts);
+  const auto [kernel, launch] = whole::chosen<__nv_bfloat16>(token_tiles, nested, static_cast<int>(width),
+                                                             static_cast<int>(hidden), static_cast<int>(rank), 1, parts);
   return parts > 1 && !waits_for_previous(whole::kName, kernel) ? 0 : most_at_once(whole::kName, kernel, launch);
 }
 

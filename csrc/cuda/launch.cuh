@@ -15,11 +15,11 @@ inline void check_launch(const char* name, cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, name, ": launch failed: ", cudaGetErrorString(error));
 }
 
-// For what the code of a kernel that runs on this device was compiled, as 90 for compute capability 9.0: machine code
-// made at start from older PTX is of that. One answer for all kernels of a type, since they are built together.
+// Whether the kernel that runs on this device waits for the one before: machine code made at start from older PTX has
+// no such instruction, and must not start early.
 template <typename Kernel>
-int compiled_for(const char* name, Kernel kernel) {
-  static std::array<std::atomic<int>, 64> known{};  // by device; 0 where it was not asked
+bool waits_for_previous(const char* name, Kernel kernel) {
+  static std::array<std::atomic<int>, 64> known{};  // by device, PTX version; 0 where it was not asked
   int device = 0;
   check_launch(name, cudaGetDevice(&device));
   std::atomic<int>& version = known.at(device);
@@ -28,13 +28,7 @@ int compiled_for(const char* name, Kernel kernel) {
     check_launch(name, cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
     version = attributes.ptxVersion;
   }
-  return version;
-}
-
-// Whether the kernel waits for the one before: older code has no such instruction, and must not start early.
-template <typename Kernel>
-bool waits_for_previous(const char* name, Kernel kernel) {
-  return compiled_for(name, kernel) >= 90;
+  return version >= 90;
 }
 
 // Of this device.

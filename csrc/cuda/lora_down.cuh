@@ -107,14 +107,11 @@ __global__ void __launch_bounds__(kDownThreads)
   if (of_token < rows && of_rank < rank) t[static_cast<int64_t>(of_token) * rank + of_rank] = rounded<T>(sum);
 }
 
-inline int down_blocks(int rows, int rank) {
-  return (rows + kDownTokens - 1) / kDownTokens * ((rank + kDownRanks - 1) / kDownRanks);
-}
-
 template <typename T>
 void lora_down(const char* name, const T* x, const void* A, bool wide, T* t, int64_t in_features, int rows, int rank,
                cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(down_blocks(rows, rank)));
+  const unsigned groups = (rank + kDownRanks - 1) / kDownRanks;
+  const dim3 grid((rows + kDownTokens - 1) / kDownTokens * groups);
   launch_kernel(name, wide ? lora_down_kernel<T, true> : lora_down_kernel<T, false>, {grid, kDownThreads, stream}, x, A,
                 t, in_features, rows, rank);
 }

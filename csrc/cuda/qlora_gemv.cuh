@@ -16,7 +16,7 @@
 // row, which are 8 bytes of packed codes and 32 bytes of x, and four products take four of them each.
 namespace harlora::cuda::gemv {
 
-constexpr int kWarps = 16;
+constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kRows = 16;   // of the weight, for a block of threads
 constexpr int kTokens = 8;  // at most
@@ -69,43 +69,33 @@ HARLORA_HOST_DEVICE void add_scaled(float (&total)[4], const float (&sums)[4], f
 // The token of one of a lane's sums; its row is row_of(lane, which >> 1).
 HARLORA_HOST_DEVICE int token_of_sum(int lane, int which) { return 2 * (lane & 3) + (which & 1); }
 
-// What follows is of qlora_gemv.cu alone. There a warp takes two units at a time, a piece, each of 16 rows by a step:
-// for few tokens two steps of a tile of 16 rows, for more a step of a tile of 32, which halves what x takes. Those are
-// 1 KiB of codes either way, which it copies to shared memory, with x, two pieces at a time.
+// What follows is of qlora_gemv.cu alone. There a warp takes two steps at a time, a piece, of 16 or 32 rows: of each
+// row 64 bytes of codes, of each token 256 of x, which it copies to shared memory some pieces ahead.
 
-constexpr int kUnits = 2;
-constexpr int kStages = 2;  // pieces of a warp
-
-HARLORA_HOST_DEVICE constexpr int steps_of_piece(int tiles) { return kUnits / tiles; }
-
-// Of x, in a piece.
-HARLORA_HOST_DEVICE constexpr int token_bytes(int tiles) { return 2 * kStep * steps_of_piece(tiles); }
+constexpr int kSteps = 2;
+constexpr int kCopyCodes = 32;    // that 16 bytes hold
+constexpr int kTokenBytes = 256;  // of x
 
 // The table there has its 32 copies of a pair at each second 128 bytes, so that one permute makes a pair's place; the
-// other halves have the codes, 2 KiB for each warp.
+// other halves have the codes, 4 KiB for each warp.
 constexpr int kPairBytes = 256;
 constexpr int kTableBytes = kPairs * kPairBytes;
 constexpr int kNestedBytes = 256 * 4;
-constexpr int kScaleBytes = 32 * 4;          // of a warp's piece, one of each lane
-constexpr int kGroupBytes = 8 * kPairBytes;  // 8 such halves, the codes of a piece
-static_assert(kPairs / kWarps == 8 * kStages);
+constexpr int kGroupBytes = 8 * kPairBytes;  // 8 such halves, the codes of a tile of 16 rows
 
-// The tokens for which there is room in what two blocks of threads may take.
-HARLORA_HOST_DEVICE constexpr int most_tokens(int tiles) { return tiles == 1 ? 3 : 8; }
+// Pieces of a warp, by the tiles of 16 rows.
+HARLORA_HOST_DEVICE constexpr int stages(int tiles) { return kPairs / kWarps / (8 * tiles); }
 
-// Sums of the warps have a place of their own where there is room, twice, by turns of the tiles, or go where x was.
-HARLORA_HOST_DEVICE constexpr int part_bytes(int tiles, int tokens) { return 4 * kRows * tiles * tokens; }
-HARLORA_HOST_DEVICE constexpr bool has_parts(int tiles) { return tiles == 1; }
+// The tokens whose x is as large as the codes may be, so that two blocks of threads fit.
+HARLORA_HOST_DEVICE constexpr int most_tokens(int tiles) { return 4 * tiles; }
 
 HARLORA_HOST_DEVICE constexpr int shared_bytes(int tiles, int tokens, bool nested) {
-  return kTableBytes + (nested ? kNestedBytes : 0) +
-         kWarps * (kScaleBytes + kStages * tokens * token_bytes(tiles) +
-                   (has_parts(tiles) ? 2 * part_bytes(tiles, tokens) : 0));
+  return kTableBytes + (nested ? kNestedBytes : 0) + kWarps * stages(tiles) * tokens * kTokenBytes;
 }
 
 // Pieces that each warp counts for a tile: the next begins with the first stage.
-HARLORA_HOST_DEVICE constexpr int rounds(int pieces) {
-  return (pieces + kWarps * kStages - 1) / (kWarps * kStages) * kStages;
+HARLORA_HOST_DEVICE constexpr int rounds(int pieces, int stages) {
+  return (pieces + kWarps * stages - 1) / (kWarps * stages) * stages;
 }
 
 // In the table, the place in bytes of the lane's copy of what byte `which` of a word stands for; own = 4 · lane.
@@ -113,35 +103,27 @@ HARLORA_HOST_DEVICE uint32_t place_of_pair(uint32_t word, int which, uint32_t ow
   return permuted(word, own, 0x5504 + (which << 4));
 }
 
-// In the table, the place of codes of a lane: those of row `group` of each unit, and of that and 8, are in one half,
-// four times 32 bytes in an order in which neither copies nor loads of 8 bytes meet in a bank.
-HARLORA_HOST_DEVICE int place_of_group(int warp, int group, int which, int unit) {
+// In the table, the place of codes of a lane: those of row `group` of a tile, or of that and 8, are in one half, four
+// times 32 bytes by row and step in an order in which neither copies nor loads of 8 bytes meet in a bank.
+HARLORA_HOST_DEVICE int place_of_group(int warp, int group, int which, int step) {
   const int order = (group & 1) << 1 | (group >> 1 & 1);
-  return kPairBytes * (kPairs / kWarps * warp + group) + kPairBytes / 2 + 32 * ((2 * which + unit) ^ order);
+  return kPairBytes * (kPairs / kWarps * warp + group) + kPairBytes / 2 + 32 * ((2 * which + step) ^ order);
 }
-HARLORA_HOST_DEVICE int place_of_codes(int warp, int lane, int which, int unit) {
-  return place_of_group(warp, lane >> 2, which, unit) + 8 * (lane & 3);
+HARLORA_HOST_DEVICE int place_of_codes(int warp, int lane, int which, int step) {
+  return place_of_group(warp, lane >> 2, which, step) + 8 * (lane & 3);
 }
 
-// Where a lane copies its 16 bytes to: those of row row_of_copy + 8 · which of the tile, from 16 · chunk_of_copy.
-HARLORA_HOST_DEVICE int place_of_copy(int warp, int lane, int which) {
-  return place_of_group(warp, lane >> 2, which, lane >> 1 & 1) + 16 * (lane & 1);
+// Where a lane copies its 16 bytes to: those of rows lane / 4 + 8 · i of a piece.
+HARLORA_HOST_DEVICE int place_of_copy(int warp, int tiles, int stage, int lane, int i) {
+  return place_of_group(warp, lane >> 2, i & 1, lane >> 1 & 1) + 16 * (lane & 1) +
+         kGroupBytes * (stage * tiles + (i >> 1));
 }
-HARLORA_HOST_DEVICE int row_of_copy(int tiles, int lane) {
-  return (lane >> 2) + (tiles == 1 ? 0 : kRows * (lane >> 1 & 1));
-}
-HARLORA_HOST_DEVICE int chunk_of_copy(int tiles, int lane) { return tiles == 1 ? lane & 3 : lane & 1; }
 
 // The place of 8 values of x in those of a piece: neighbouring tokens have them in different banks.
-HARLORA_HOST_DEVICE int place_of_x(int tiles, int token, int chunk) {
-  return token_bytes(tiles) * token + 16 * (chunk ^ (token & 1));
-}
+HARLORA_HOST_DEVICE int place_of_x(int token, int chunk) { return kTokenBytes * token + 16 * (chunk ^ (token & 1)); }
 
-// The row of the tile whose scale a lane reads, and the step of the piece: the four of a group, next to each other, are
-// those of both rows of two units that a lane of the group multiplies by.
-HARLORA_HOST_DEVICE int row_of_scale(int tiles, int lane) {
-  return (lane >> 2) + 8 * (lane >> 1 & 1) + (tiles == 1 ? 0 : kRows * (lane & 1));
-}
-HARLORA_HOST_DEVICE int step_of_scale(int tiles, int lane) { return tiles == 1 ? lane & 1 : 0; }
+// The row whose scale a lane reads, from its first, and the step.
+HARLORA_HOST_DEVICE int rows_to_scale(int lane) { return 8 * (lane >> 1 & 1); }
+HARLORA_HOST_DEVICE int step_of_scale(int lane) { return lane & 1; }
 
 }  // namespace harlora::cuda::gemv
