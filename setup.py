@@ -199,9 +199,10 @@ class BuildWithNinja(build_ext):
                 self.warn(said)
             cuda = None
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(self.build_temp).resolve() / "harlora"
-        folder.mkdir(parents=True, exist_ok=True)
         for attempt in [cuda, None] if cuda else [None]:
+            # Apart, so that no object of one can come into the other: sources know whether there is a CUDA part.
+            folder = Path(self.build_temp).resolve() / ("harlora-cuda" if attempt else "harlora")
+            folder.mkdir(parents=True, exist_ok=True)
             (folder / "build.ninja").write_text(ninja_file(torch, cxx, attempt, gencode, target))
             try:
                 subprocess.run([ninja, "-C", str(folder)], check=True)

@@ -9,8 +9,9 @@ anything else is not recorded and is called every time.
 
 import struct
 import threading
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -49,6 +50,10 @@ _CUDA = {
     "harlora_cpp::encoder_blocks": 7, "harlora_cpp::qlora_dx": 8, "harlora_cpp::lora_grads": 9,
 }  # fmt: skip
 
+# Operators that compute nothing: they answer how much of something there is.
+_QUESTIONS = {"harlora_cpp::encoder_room", "harlora_cpp::encoder_shared_bytes"}
+
+refused: dict[Hashable, str] = {}  # why there is no recording under a key, where one was tried
 remembered: dict[Hashable, Any] = {}  # what callers know of their keys, until `reset`
 _held: dict[Hashable, int] = {}  # the number of a recording, or minus the attempts that failed
 _needed: dict[int, Any] = {}  # what must live as long as a recording: kernels, tables
@@ -61,6 +66,7 @@ def reset() -> None:
     _forget(list(_needed))
     _outdated.clear()
     _held.clear()
+    refused.clear()
     remembered.clear()
 
 
@@ -105,8 +111,14 @@ def run(key: Hashable, inputs: list[Tensor], function: Callable[[], Sequence[Ten
         return function()
     with _recording:
         _make_room()
-        result, number = record(inputs, function, DRIVER)
-        _held[key] = number or held - 1
+        reason: list[str] = []
+        result, number = record(inputs, function, DRIVER, reason)
+        if number:
+            refused.pop(key, None)
+            _held[key] = number
+        elif not torch.cuda.is_current_stream_capturing():  # where a recording cannot be seen to be right
+            refused[key] = reason[0]
+            _held[key] = held - 1
     return result
 
 
@@ -162,16 +174,16 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.allocated: list[Tensor] = []
         self.steps = [] if steps is None else steps
-        self.computed = False
+        self.computed = ""  # the first of what else it computes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS:
             self.allocated.append(result)
-        elif func not in _VIEWS:
+        elif func not in _VIEWS and func._schema.name not in _QUESTIONS:
             product = _product(func, args, kwargs or {})
             if product is None:
-                self.computed = True
+                self.computed = self.computed or func._schema.name
             else:
                 self.steps.append(product)
         return result
@@ -179,10 +191,13 @@ class _Watch(TorchDispatchMode):
 
 @contextmanager
 def launches() -> Iterator[list[Any]]:
-    """What this thread launches meanwhile: kernel, grid, arguments and options of each."""
-    from triton.runtime.jit import JITFunction
-
+    """What this thread launches meanwhile by Triton: kernel, grid, arguments and options of each."""
     launched: list[Any] = []
+    try:
+        from triton.runtime.jit import JITFunction
+    except ImportError:  # CUDA C++ may serve without
+        yield launched
+        return
     thread, original = threading.get_ident(), JITFunction.run
 
     def run_and_note(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -195,38 +210,66 @@ def launches() -> Iterator[list[Any]]:
         yield launched
 
 
-def record(inputs: list[Tensor], function: Callable[[], Sequence[Tensor]], driver: str) -> tuple[Sequence[Tensor], int]:
-    """What ``function`` returns, and the number under which its launches are held, 0 if they cannot be repeated."""
+def record(
+    inputs: list[Tensor], function: Callable[[], Sequence[Tensor]], driver: str, reason: list[str] | None = None
+) -> tuple[Sequence[Tensor], int]:
+    """What ``function`` returns, and the number under which its launches are held, 0 if they cannot be repeated.
+
+    reason: gets why not.
+    """
     with launches() as launched, _Watch(launched) as watch:
         result = function()
-    if watch.computed or not launched:
-        return result, 0
-    try:
-        facts, needed = _facts(inputs, watch.allocated, result, launched)
-        number: int = torch.ops.harlora_cpp.launches_hold(facts, driver)
-        if any(isinstance(step, _Product) and step.work in _CUDA.values() for step in launched):
-            number = number if _repeats(inputs, number, result) else 0
-    except (_UnrepeatableError, AttributeError, KeyError, RuntimeError):
-        # The last three: another version of Triton describes its kernels in another way; there is no such driver.
+    number, why = 0, f"it computes {watch.computed}" if watch.computed else "" if launched else "it launches nothing"
+    if not why:
+        try:
+            facts, needed = _facts(inputs, watch.allocated, result, launched)
+            number = torch.ops.harlora_cpp.launches_hold(facts, driver)
+        except (_UnrepeatableError, AttributeError, KeyError, RuntimeError) as error:
+            # The last three: another version of Triton describes its kernels in another way; there is no such driver.
+            why = f"its launches cannot be described ({type(error).__name__}: {error})"
+    if number and any(isinstance(step, _Product) and step.work in _CUDA.values() for step in launched):
+        why = _difference(inputs, number, result)
+    if why:
+        if number:
+            torch.ops.harlora_cpp.launches_release(number)
+        if reason is not None:
+            reason.append(why)
         return result, 0
     _needed[number] = needed
     return result, number
 
 
-def _repeats(inputs: list[Tensor], number: int, result: Sequence[Tensor]) -> bool:
-    """Whether a recording gives the very bits of ``result``; it is let go if not, or where that cannot be seen now."""
-    again: Sequence[Tensor] = ()
-    if not torch.cuda.is_current_stream_capturing():
-        stream = torch._C._cuda_getCurrentRawStream(inputs[0].get_device())
-        with suppress(RuntimeError):
-            again = torch.ops.harlora_cpp.launches_run(inputs, number, stream)
-    same = len(again) == len(result) and all(
-        one.shape == other.shape and torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
-        for one, other in zip(again, result, strict=True)
+def _difference(inputs: list[Tensor], number: int, result: Sequence[Tensor]) -> str:
+    """How a recording differs from ``result``, whose very bits it should give; empty if it does not.
+
+    Warns of what a recording never should, since calls are then right, but take longer, and nothing else would tell.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return "a graph is captured, in which it cannot be compared"
+    stream = torch._C._cuda_getCurrentRawStream(inputs[0].get_device())
+    try:
+        again: Sequence[Tensor] = torch.ops.harlora_cpp.launches_run(inputs, number, stream)
+    except RuntimeError as error:
+        why = f"it fails ({error})"
+    else:
+        if not again:
+            return "its inputs are not what was recorded"
+        pairs = enumerate(zip(again, result, strict=True))
+        other = [
+            i
+            for i, (one, of) in pairs
+            if one.shape != of.shape or not torch.equal(*(each.reshape(-1).view(torch.uint8) for each in (one, of)))
+        ]
+        if not other:
+            return ""
+        why = f"it gives other bits in result {other[0]}"
+    warnings.warn(
+        f"harlora: a recording of kernels is not used, since {why}; calls take longer. Please report this with the "
+        "output of `harlora doctor --json`",
+        RuntimeWarning,
+        stacklevel=2,
     )
-    if not same:
-        torch.ops.harlora_cpp.launches_release(number)
-    return same
+    return why
 
 
 class _UnrepeatableError(Exception):

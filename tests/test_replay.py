@@ -11,12 +11,18 @@ from needs import needs_extension
 from torch import nn
 
 from harlora import QLoRALinear
-from harlora.kernels import cuda, dispatch, eager, replay
+from harlora.kernels import cpp, cuda, dispatch, eager, replay
 from harlora.kernels.configurations import Configuration
 from harlora.kernels.dropout import draw_seed
 
 pytestmark = needs_extension
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+
+
+def what_is_missing():
+    """How calls of CUDA C++ end here: with the GPU they would go to, or in an extension that has none of them."""
+    return "device_guard" if cpp.has_kernel("qlora_gemv", "cuda") else "built without CUDA"
+
 
 # A driver whose one kernel is out[i] = scale · (a[i + first] + n), and whose device is that of tensors on a CPU.
 DRIVER = """
@@ -195,7 +201,7 @@ def test_calls_of_cuda_are_held_with_their_arguments_in_order(name, numbers, wor
     inputs = [x, packed, absmax, A, B, *scales[:2]]
     number = held(driver, inputs, [y, t, *(each for each in workspace if each is not None)], [y, t], [product])
     # All that is checked of the arguments is right; what is missing is the GPU to go to.
-    with pytest.raises(RuntimeError, match="device_guard|built without CUDA"):
+    with pytest.raises(RuntimeError, match=what_is_missing()):
         torch.ops.harlora_cpp.launches_run(inputs, number, 5)
     torch.ops.harlora_cpp.launches_release(number)
 
@@ -223,7 +229,7 @@ def test_calls_of_the_backward_of_cuda_are_held_with_their_arguments_in_order(ne
         assert all(one is other for one, other in zip(product.tensors, wanted, strict=True))
         made = [grad_x, u, sums, grad_bias, grad_A, grad_B]
         number = held(driver, [grad, x, t, packed, absmax, A, B, *scales[:2]], made, made[:1], [product])
-        with pytest.raises(RuntimeError, match="device_guard|built without CUDA"):
+        with pytest.raises(RuntimeError, match=what_is_missing()):
             torch.ops.harlora_cpp.launches_run([grad, x, t, packed, absmax, A, B, *scales[:2]], number, 5)
         torch.ops.harlora_cpp.launches_release(number)
 
@@ -255,7 +261,7 @@ def test_nothing_but_launches_and_products_is_done_by(way, rank, adapter, dropou
         with replay._Watch() as watch:
             getattr(qlora_linear, operator)(*arguments, configuration=given)
         # Without an adapter dbias is a sum, and so is all of backward.
-        assert watch.computed == (operator == "qlora_linear_backward" and not rank)
+        assert bool(watch.computed) == (operator == "qlora_linear_backward" and not rank)
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -273,6 +279,32 @@ def test_nothing_but_its_calls_is_done_by_the_backward_of_cuda(rank, adapter, mo
         cuda.qlora_backward(*arguments, tile=64, parts=2)
     assert [name for name, _ in calls] == ["qlora_dx", "lora_grads"]
     assert not watch.computed
+
+
+def test_it_is_kept_why_a_call_is_not_recorded(driver):
+    reason = []
+    assert replay.record([torch.ones(2)], lambda: [torch.ones(2) * 3], driver, reason)[1] == 0
+    assert reason == ["it computes aten::ones"]
+
+
+def test_what_only_asks_for_room_computes_nothing():
+    if not torch._C._dispatch_has_kernel("harlora_cpp::encoder_shared_bytes"):
+        pytest.skip("the extension has no CUDA part")
+    with replay._Watch() as watch:
+        assert torch.ops.harlora_cpp.encoder_shared_bytes(192, 512, 16, 2) > 0
+    assert not watch.computed
+
+
+@pytest.mark.parametrize("message", ["it gives other bits in result 1", "it fails .*nothing is held under -1"])
+def test_a_recording_that_differs_is_told_of(message, monkeypatch):
+    run = torch.ops.harlora_cpp.launches_run
+    again = {"launches_run": lambda *_: run([], -1, 0) if "fails" in message else [torch.ones(2), torch.zeros(3)]}
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.ops, "harlora_cpp", SimpleNamespace(**again))
+    with pytest.warns(RuntimeWarning, match=message):
+        why = replay._difference([torch.ones(2)], 1, [torch.ones(2), torch.ones(3)])
+    assert why
 
 
 # On a GPU -----------------------------------------------------------------------------------------------------------
