@@ -65,7 +65,7 @@ def measure(
                     report(len(measured), total, f"{title}, {shape[0]}→{shape[1]}")
                 count = most_rows or MANY_ROWS
                 candidates = configurations.candidates(operator, dtype, count)
-                taken = times(operator, device, dtype, count, shape, candidates)
+                taken = times(operator, device, dtype, count, shape, candidates, worth=True)
                 measured.append({"title": title, "shape": list(shape), "rows": count, "times_us": taken})
                 if taken:
                     best = min(taken, key=taken.__getitem__)
@@ -130,9 +130,12 @@ def _candidate(operator: str, dtype: torch.dtype, rows: int, name: str) -> Confi
 
 def times(
     operator: str, device: torch.device, dtype: torch.dtype, rows: int, shape: tuple[int, int],
-    candidates: Sequence[Configuration],
+    candidates: Sequence[Configuration], *, worth: bool = False,
 ) -> dict[str, float]:  # fmt: skip
-    """Microseconds a call of each candidate that is right and runs, the median over rounds in which they take turns."""
+    """Microseconds a call of each candidate that is right and runs, the median over rounds in which they take turns.
+
+    worth: leave out those that a rule would not be followed for, `cuda.worth`.
+    """
     in_features, out_features = shape
     copies = _copies(device, in_features * out_features)
     calls = [
@@ -142,6 +145,8 @@ def times(
     samples: dict[str, Callable[[], float]] = {}
     for candidate in candidates:
         if candidate.way in configurations.CUDA_WAYS and not cuda.serves(operator, candidate.way, *calls[0]):
+            continue
+        if worth and not cuda.worth(candidate, *calls[0]):
             continue
         launch = dispatch.launcher(operator, candidate)
         first = partial(launch, *calls[0])

@@ -71,6 +71,7 @@ def _has_whole_blocks(
         and blocksize >= STEP and in_features > 0 and in_features % blocksize == 0
         and seed is None
         and all(each is None or each.dtype in (wide.dtype, torch.float32) for each in (lora_A, lora_B))
+        and (lora_A is None or lora_B is None or lora_A.dtype == lora_B.dtype)
         and all(each is None or each.data_ptr() % 16 == 0 for each in (wide, packed, lora_A))
     )  # fmt: skip
 
@@ -91,13 +92,19 @@ def qlora_gemm(
         there are fewer tiles than multiprocessors. Larger clusters do not all find room at once.
     """
     rows, in_features, out_features = _sizes(x, layer)
-    tile = tile or _tile(rows)
+    tile = tile or tile_of("gemm", rows)
     parts = parts or _parts(x.device, rows, in_features, out_features, tile)
     return _forward("qlora_gemm", x, layer, tile, parts)
 
 
-def _tile(rows: int) -> int:
-    return 64 if rows <= 64 else 128 if rows <= 128 else 256
+# Of which the fewest rows that hold all are a tile, where it is not said.
+_TILES = {"gemm": (64, 128, 256), "mma": (16, 32, 64, 128), "dx": DX_TILES, "dx_gemm": (DX_GEMM_TILE,)}
+
+
+def tile_of(way: str, rows: int) -> int:
+    """The rows of a tile of a way where nobody says; 0 where it has none, or decides by more than rows."""
+    tiles = _TILES.get(way, (0,))
+    return next((tile for tile in tiles if rows <= tile), tiles[-1])
 
 
 def _tiles(rows: int, out_features: int, tile: int) -> int:
@@ -135,7 +142,7 @@ def qlora_mma(
         multiprocessor, up to 8.
     """
     rows, in_features, out_features = _sizes(x, layer)
-    tile = tile or next((each for each in (16, 32, 64) if rows <= each), 128)
+    tile = tile or tile_of("mma", rows)
     parts = parts or _mma_parts(x.device, _tiles(rows, out_features, tile), in_features // STEP)
     workspace = x.new_empty((parts, rows, out_features), dtype=torch.float32) if parts > 1 else None
     return _forward("qlora_mma", x, layer, tile, parts, workspace)
@@ -188,8 +195,9 @@ def qlora_backward(
 
     tile: rows of dY of a tile, 16, 32, 64 or 128, by default the fewest that hold all, or 128; or 256, for which
         `serves` speaks of the way ``"dx_gemm"``.
-    parts: how many blocks of threads share the sum over out_features, up to 32, or 8 with 256 rows; by default as many
-        as there is room for at once. Their sums are added in order, so the result does not depend on which was first.
+    parts: how many blocks of threads share the sum over out_features, up to 32; by default as many as there is room
+        for at once. With 256 rows up to 8, by default up to 2. Their sums are added in order, so the result does not
+        depend on which was first.
     """
     want_x, want_bias, want_A, want_B = output_mask
     leading, out_features = grad.shape[:-1], grad.shape[-1]
@@ -204,7 +212,7 @@ def qlora_backward(
     if want_x:
         grad_x = grad.new_empty(rows, in_features)
     if want_x or u is not None:
-        tile = tile or next((each for each in DX_TILES if each >= rows), DX_TILES[-1])
+        tile = tile or tile_of("dx", rows)
         many = tile == DX_GEMM_TILE  # whose parts are added up within a cluster
         if not parts and many:
             parts = _parts(grad.device, rows, out_features, in_features, tile)
@@ -252,7 +260,6 @@ def _serves_dx(grad: Tensor, *arguments: Any) -> bool:
         and grad.numel() < min(2**30, MOST_TILES * 16 * grad.shape[-1])
         and all(each is None or each.dtype == grad.dtype for each in (x, t))
         and (x is None or x.data_ptr() % 16 == 0)
-        and (lora_A is None or lora_B is None or lora_A.dtype == lora_B.dtype)
     )
 
 
@@ -389,7 +396,7 @@ def _fits_encoder(x: Tensor, blocks: Sequence[Block], norm: Norm, heads: int) ->
     )
 
 
-# The ways of each operator, fastest first.
+# The ways of each operator, in the order in which they are tried where only CUDA C++ is asked for.
 WAYS: dict[str, dict[str, Callable[..., Any]]] = {
     "qlora_linear": {"gemv": qlora_gemv, "gemm": qlora_gemm, "mma": qlora_mma},
     "qlora_linear_backward": {"dx": qlora_backward, "dx_gemm": partial(qlora_backward, tile=DX_GEMM_TILE)},
@@ -423,5 +430,6 @@ def worth(chosen: Configuration, x: Tensor, *arguments: Any) -> bool:
         return True
     rows, sums = x.numel() // x.shape[-1], x.shape[-1]
     columns = arguments[6 if chosen.way == "gemm" else 8]  # of the result: out_features, or in_features of dX
-    blocks = _tiles(rows, columns, chosen.block_rows) * _parts(x.device, rows, sums, columns, chosen.block_rows)
+    tile = chosen.block_rows or tile_of(chosen.way, rows)
+    blocks = _tiles(rows, columns, tile) * _parts(x.device, rows, sums, columns, tile)
     return blocks >= LEAST_BLOCKS[chosen.way] * torch.cuda.get_device_properties(x.device).multi_processor_count

@@ -291,8 +291,10 @@ def proven_function(operator: str, *arguments: Any) -> Callable[..., Any] | None
 
 def _cuda(operator: str, *arguments: Any) -> Any:
     """The operator by CUDA C++ where one of its ways serves such arguments, or by the reference."""
+    wide = arguments[0]
+    rows = wide.numel() // max(1, wide.shape[-1])
     for way in cuda.WAYS[operator]:
-        chosen = Configuration(way)
+        chosen = Configuration(way, cuda.tile_of(way, rows))  # named, so that it is what is proven
         if cuda.serves(operator, way, *arguments) and serves(operator, chosen, *arguments):
             return launcher(operator, chosen)(*arguments)
     return _by_reference(operator, *arguments)

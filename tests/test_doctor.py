@@ -440,12 +440,23 @@ def test_after_a_way_of_cuda_comes_one_that_serves_every_call(monkeypatch):
     """On a machine of which only the times are known."""
     fast, dense, slow = Configuration("gemm", 64), Configuration("dense"), Configuration("direct", 16, 32, 64)
     monkeypatch.setattr(configurations, "candidates", lambda *_: [fast, slow, dense])
-    monkeypatch.setattr(configure, "times", lambda *_: {str(slow): 3.0, str(fast): 1.0, str(dense): 2.0})
+    monkeypatch.setattr(configure, "times", lambda *_, **__: {str(slow): 3.0, str(fast): 1.0, str(dense): 2.0})
     table, _ = configure.measure(CPU, weights=[((64, 64), None)], rows=[8, None], dtypes=[torch.bfloat16])
     for rules in configurations.read(table).values():
         assert rules == (Rule(fast, 8), Rule(fast), Rule(dense))
-    monkeypatch.setattr(configure, "times", lambda *_: {str(fast): 1.0})
+    monkeypatch.setattr(configure, "times", lambda *_, **__: {str(fast): 1.0})
     assert configure.measure(CPU, weights=[((64, 64), None)], rows=[None], dtypes=[torch.bfloat16])[0] == {}
+
+
+def test_what_no_rule_would_be_followed_for_is_not_measured(monkeypatch):
+    ways = [Configuration("gemm", 64), Configuration("mma", 16)]
+    monkeypatch.setattr(cuda, "serves", lambda *_: True)
+    monkeypatch.setattr(cuda, "worth", lambda chosen, *_: chosen.way != "gemm")
+    monkeypatch.setattr(dispatch, "serves", lambda *_: True)
+    monkeypatch.setattr(dispatch, "launcher", lambda *_: lambda *_: None)
+    for worth, found in ((True, ways[1:]), (False, ways)):
+        times = configure.times("qlora_linear", CPU, torch.float32, 3, (64, 32), ways, worth=worth)
+        assert list(times) == [str(each) for each in found]
 
 
 def test_what_the_table_has_for_a_backward_may_be_a_way_of_cuda(monkeypatch):

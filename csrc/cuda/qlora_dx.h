@@ -21,7 +21,7 @@ namespace harlora::cuda {
 //   tile          rows of dY of a tile: 16, 32, 64 or 128, or 256, on GPUs of compute capability 9.0 alone and for
 //                 out_features that are a multiple of 8
 //   parts         blocks of threads that share the sum over out_features, 1 to 32, with a tile of 256 to 8, each with
-//                 whole steps of 64
+//                 whole steps of 64, or with a tile of 128 of 32
 //   nested_code   (256), float32; nested_absmax one for 256 blocks; nested_offset one
 //   stream        the cudaStream_t, from Python
 //

@@ -222,13 +222,7 @@ void launch(const ManyRows& given, int parts, cudaStream_t stream) {
 }  // namespace
 
 void qlora_dx_sm90(const ManyRows& given, int parts, cudaStream_t stream) {
-#ifndef HARLORA_SM90A
-  STD_TORCH_CHECK(false, kName, ": this build has no code for GPUs of compute capability 9.0");
-#endif
-  int device = 0, major = 0;
-  check_launch(kName, cudaGetDevice(&device));
-  check_launch(kName, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  STD_TORCH_CHECK(major == 9, kName, ": a tile of 256 is for GPUs of compute capability 9.0");
+  check_hopper(kName);
   if (given.bfloat16) {
     launch<__nv_bfloat16>(given, parts, stream);
   } else {

@@ -239,7 +239,9 @@ void qlora_gemm(Tensor x, Tensor packed, Tensor absmax, Tensor code, int64_t blo
   STD_TORCH_CHECK(parts >= 1 && parts <= 8, "qlora_gemm: parts must be 1 to 8");
   const int64_t steps = facts.in_features / kStep, steps_of_part = (steps + parts - 1) / parts;
   STD_TORCH_CHECK((parts - 1) * steps_of_part < steps, "qlora_gemm: each part needs a step of 64 values of k");
+  STD_TORCH_CHECK(facts.out_features < int64_t{1} << 30, "qlora_gemm: at most 2^30 out_features");
   torch::stable::accelerator::DeviceGuard guard(x.get_device());
+  check_hopper("qlora_gemm");
   const auto run = [&]<typename T>(T) {
     Arguments<T> a{};
     a.absmax = absmax.data_ptr();

@@ -10,7 +10,7 @@ namespace harlora::cuda {
 // y = x·Ŵᵀ + bias + scaling·t·lora_Bᵀ, for many rows of x, on GPUs of compute capability 9.0.
 //
 //   x             (rows, in_features), bfloat16 or float16, contiguous; in_features a multiple of 64 and of blocksize
-//   packed        (in_features · out_features / 2), uint8, contiguous; all three at a multiple of 16 bytes
+//   packed        (in_features · out_features / 2), uint8, contiguous
 //   absmax        one for each block: float32, or uint8 with the nested three
 //   code          (16), float32
 //   blocksize     a power of two of at least 64
@@ -22,6 +22,8 @@ namespace harlora::cuda {
 //   parts         blocks of threads that share the sum over in_features, 1 to 8
 //   nested_code   (256), float32; nested_absmax one for 256 blocks; nested_offset one
 //   stream        the cudaStream_t, from Python
+//
+// x, packed, lora_A, y and t are at multiples of 16 bytes.
 void qlora_gemm(torch::stable::Tensor x, torch::stable::Tensor packed, torch::stable::Tensor absmax,
                 torch::stable::Tensor code, int64_t blocksize, std::optional<torch::stable::Tensor> bias,
                 std::optional<torch::stable::Tensor> lora_A, std::optional<torch::stable::Tensor> lora_B,

@@ -47,7 +47,7 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 }
 
 // cp.async.bulk.tensor: the tile of the matrix at column and row, to the same place in the shared memory of each block
-// of the cluster whose bit is set in `to_blocks`, and its bytes to their barriers. Zeros for rows past the last.
+// of the cluster whose bit is set in `to_blocks`, and its bytes to their barriers. Zeros past the last row and column.
 __device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap& matrix, int column, int row, uint32_t barrier,
                                           uint16_t to_blocks) {
   asm volatile(
@@ -75,6 +75,19 @@ __device__ __forceinline__ void give_registers() {
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Whether this device runs what is compiled for 9.0 alone, which is empty elsewhere. The thread has a context from here
+// on, without which the driver encodes no tiles: where nothing was launched yet, naming a device alone gives it none.
+inline void check_hopper(const char* name) {
+#ifndef HARLORA_SM90A
+  STD_TORCH_CHECK(false, name, ": this build has no code for GPUs of compute capability 9.0");
+#endif
+  int device = 0, major = 0;
+  check_launch(name, cudaGetDevice(&device));
+  check_launch(name, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  STD_TORCH_CHECK(major == 9, name, ": such tiles are for GPUs of compute capability 9.0");
+  check_launch(name, cudaSetDevice(device));
 }
 
 // What `copy_tile` is told of a contiguous matrix: tiles of tile_rows rows (at most 256) and as many columns as the
