@@ -106,7 +106,8 @@ class Method:
         return {name: default for name, default in options.items() if name not in SETTINGS}
 
 
-_RATES = {"ia3": 1e-2, "lora_xs": 5e-3, "lora_sb": 5e-3, "uni_lora": 5e-3}  # others as LoRA
+# The best of those tried (docs/architecture.md, Training); others as LoRA.
+_RATES = {"adalora": 4e-3, "ia3": 1e-2, "lora_xs": 5e-3, "lora_sb": 1e-2, "uni_lora": 1e-2}
 
 
 def _adapter_methods() -> Iterator[tuple[str, Method]]:
