@@ -82,6 +82,7 @@ def _make_room() -> None:
         _forget(_outdated)
         _outdated[:] = _needed
         _held.clear()
+        refused.clear()
 
 
 def remember(key: Hashable, value: Any) -> None:

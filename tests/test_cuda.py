@@ -476,16 +476,7 @@ class TestBackwardOnAGpu:
     def test_the_same_bits_each_time_and_in_a_graph(self, gpu):
         """Each reads u of its own first kernel, though it starts beside it, and its own parts of sums."""
         calls = [backward_problem(gpu, torch.bfloat16, 100, 4096, 1024, 16) for _ in range(4)]
-        right = [cuda.qlora_backward(*call) for call in calls]
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = [cuda.qlora_backward(*call) for call in calls for _ in range(8)]
-        for _ in range(20):
-            graph.replay()
-        torch.cuda.synchronize()
-        for i, gradients in enumerate(found):
-            assert all(map(torch.equal, gradients, right[i // 8]))
+        check_in_a_graph(cuda.qlora_backward, calls)
 
 
 class TestManyRowsOnAGpu:
@@ -531,18 +522,8 @@ class TestManyRowsOnAGpu:
         assert torch.equal(found[others], right[others])
 
     def test_the_backward_gives_the_same_bits_each_time_and_in_a_graph(self, hopper):
-        function = cuda.WAYS["qlora_linear_backward"]["dx_gemm"]
         calls = [backward_problem(hopper, torch.bfloat16, 300, 1024, 2048, 16) for _ in range(4)]
-        right = [function(*call) for call in calls]
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = [function(*call) for call in calls for _ in range(8)]
-        for _ in range(20):
-            graph.replay()
-        torch.cuda.synchronize()
-        for i, gradients in enumerate(found):
-            assert all(map(torch.equal, gradients, right[i // 8]))
+        check_in_a_graph(cuda.WAYS["qlora_linear_backward"]["dx_gemm"], calls)
 
     def test_without_bias_and_with_strides(self, hopper):
         x, *layer = problem(hopper, torch.bfloat16, 60, 128, 200)

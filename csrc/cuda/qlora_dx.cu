@@ -3,6 +3,9 @@
 // kernel of its own (lora_low.cuh), beside which this one starts; u·lora_A is further products of the same sums. Where
 // there are fewer tiles of dX than multiprocessors, blocks of threads share the sum over the rows of the weight of
 // each, and a last kernel adds up the parts in order.
+//
+// A scale multiplies the decoded weight. It could multiply dY, which takes fewer instructions with less than 64 tokens,
+// and more with more; but dY would be rounded once more, and in float16 may be too small for that.
 
 #include "qlora_dx.cuh"
 
@@ -47,10 +50,6 @@ struct Arguments {
   int steps;  // of a part
   bool wide;
 };
-
-// A scale multiplies the decoded weight, which is rounded as dequantising does. It could multiply dY, which takes fewer
-// instructions with less than 64 tokens, and more with more; but dY would be rounded once more, and in float16 may be
-// too small for that.
 
 // Pairs of neighbouring columns of a row of lora_A.
 template <typename T, int kPairs>

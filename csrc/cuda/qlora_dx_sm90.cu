@@ -1,8 +1,7 @@
-// The gradient of the layer's input for many rows on Hopper, from the packed weight, by the loop of gemm_sm90.cuh: codes
-// become the first operand of wgmma in registers by the table of byte pairs: by permutes alone, eleven instructions for
-// two bytes, the units of integers have more to do than the tensor cores. Two warps beside the
-// thread that copies read the scales, a step ahead. u·lora_A, u = scaling·dY·lora_B from lora_low.cuh, is one more step
-// of the same sums.
+// The gradient of the layer's input for many rows on Hopper, from the packed weight, by the loop of gemm_sm90.cuh. Codes
+// become the first operand of wgmma in registers by the table of byte pairs; permutes alone, eleven instructions for two
+// bytes, were slower. Two warps beside the thread that copies read the scales, a step ahead. u·lora_A, u =
+// scaling·dY·lora_B from lora_low.cuh, is one more step of the same sums.
 
 #include "qlora_dx_sm90.h"
 
